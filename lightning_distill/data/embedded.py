@@ -1,0 +1,137 @@
+"""Real text that every installation has: docstrings of Python and of the packages this one depends on.
+
+A corpus for a first run, for tests and for examples: no network, no file of its own. The task is to tell from a
+paragraph which package it documents.
+"""
+
+import ast
+import importlib.util
+import os
+import random
+import re
+import sysconfig
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+# Of the core dependencies, those with text enough; torch depends on networkx and sympy, lightning on numpy.
+_PACKAGES = ("matplotlib", "networkx", "numpy", "python", "sympy", "torch", "transformers")
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "_vendor", "vendor"}
+
+
+def embedded_corpus(max_rows_per_class: int = 1300, *, seed: int = 0) -> list[tuple[str, str]]:
+    """Collect first paragraphs of docstrings, labelled by the package they come from.
+
+    The sources are parsed, never imported or run. Paragraphs of 40 to 400 characters are kept, once each, with the
+    names of all the packages replaced by ``it``: a paragraph that names its own package would give the answer away.
+    What is left is told apart by subject, vocabulary and style. The rows depend on the versions installed and on the
+    seed.
+
+    Args:
+        max_rows_per_class: at most this many paragraphs of each package.
+        seed: seed of the files chosen and of the order.
+
+    Returns:
+        Rows (text, label), shuffled; the label is one of matplotlib, networkx, numpy, python (the standard library),
+        sympy, torch and transformers.
+
+    Raises:
+        ValueError: ``max_rows_per_class`` is not positive.
+
+    Example:
+        >>> rows = embedded_corpus(20)
+        >>> len(rows), len({label for _, label in rows})
+        (140, 7)
+    """
+    if max_rows_per_class < 1:
+        raise ValueError(f"Expected argument `max_rows_per_class` to be positive, but got {max_rows_per_class}")
+    names = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(_PACKAGES)}|pytorch|hugging ?face)(?![A-Za-z])", re.IGNORECASE)
+    rows: dict[str, str] = {}
+    for package in _PACKAGES:
+        generator = random.Random(f"{seed} {package}")
+        found = 0
+        for paragraph in _paragraphs(_root(package), generator):
+            text = names.sub("it", paragraph)
+            if found == max_rows_per_class:
+                break
+            if text not in rows:
+                rows[text] = package
+                found += 1
+    shuffled = list(rows.items())
+    random.Random(seed).shuffle(shuffled)
+    return shuffled
+
+
+def _root(package: str) -> Path:
+    if package == "python":
+        return Path(sysconfig.get_path("stdlib"))
+    spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"the embedded corpus reads the sources of {package!r}, which is not installed")
+    return Path(spec.origin).parent
+
+
+def _paragraphs(root: Path, generator: random.Random) -> Iterator[str]:
+    files = []
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = sorted(set(subfolders) - _SKIPPED)
+        files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
+    generator.shuffle(files)
+    for file in files:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # somebody else's invalid escape sequences
+                tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue
+        for docstring in _docstrings(tree):
+            paragraph = " ".join(docstring.split("\n\n")[0].split())
+            if 40 <= len(paragraph) <= 400:
+                yield paragraph
+
+
+def _docstrings(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> Iterator[str]:
+    yield ast.get_docstring(node) or ""
+    for child in node.body:  # ast.walk would visit every expression too and take twice as long
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            yield from _docstrings(child)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
+    """Train an uncased WordPiece tokenizer that frames texts as BERT does.
+
+    Args:
+        texts: the texts to train on.
+        vocab_size: number of tokens, the five special ones among them.
+
+    Returns:
+        A tokenizer with the special tokens ``[PAD]`` (id 0), ``[UNK]``, ``[CLS]``, ``[SEP]`` and ``[MASK]``.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["a tensor of shape", "a tensor of zeros"], vocab_size=60)
+        >>> tokenizer.decode(tokenizer("A tensor")["input_ids"])
+        '[CLS] a tensor [SEP]'
+    """
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        model_max_length=512,
+    )

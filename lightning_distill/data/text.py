@@ -1,0 +1,388 @@
+"""Labelled text for training and evaluation, from files, from the hub or from rows in memory."""
+
+import random
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lightning_distill.data import files, hub
+from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
+from lightning_distill.data.files import Table
+from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader
+
+Row = tuple[Any, ...]
+
+
+class TokenizedText(Dataset):
+    """Texts as token ids, in flat arrays: four bytes a token, and nothing for workers to copy.
+
+    Args:
+        texts: one tuple per row, of one text or of two.
+        labels: one label per row, ``[N]``.
+        tokenizer: makes the tokens.
+        max_length: longer texts are cut to this many tokens.
+
+    Example:
+        >>> tokenizer = train_tokenizer(["good", "bad"], vocab_size=20)
+        >>> data = TokenizedText([("good",), ("bad bad",)], torch.tensor([1, 0]), tokenizer, max_length=8)
+        >>> data.lengths, data[1]["labels"]
+        ([3, 4], tensor(0))
+    """
+
+    def __init__(
+        self, texts: Sequence[tuple[str, ...]], labels: Tensor, tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> None:
+        chunks: dict[str, list[Tensor]] = {}
+        self.lengths: list[int] = []
+        for begin in range(0, len(texts), 1000):
+            columns = [list(column) for column in zip(*texts[begin : begin + 1000], strict=True)]
+            encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
+            for name, rows in encoded.items():
+                chunks.setdefault(name, []).append(torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32))
+            self.lengths += map(len, encoded["input_ids"])
+        self._tokens = {name: torch.cat(parts) for name, parts in chunks.items()}
+        self._ends = torch.tensor(self.lengths).cumsum(0)
+        self._labels = labels
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        end = int(self._ends[index])
+        row = {name: tokens[end - self.lengths[index] : end] for name, tokens in self._tokens.items()}
+        return row | {"labels": self._labels[index]}
+
+
+class PadBatch:
+    """Put rows of different lengths into one batch, as long as its longest row.
+
+    Args:
+        pad_token_id: fills ``input_ids``; the other fields are filled with 0.
+        side: ``"right"`` or ``"left"``, where the padding goes.
+
+    Example:
+        >>> rows = [{"input_ids": torch.tensor([5, 6, 7])}, {"input_ids": torch.tensor([8])}]
+        >>> batch = PadBatch(pad_token_id=1)(rows)
+        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
+        ([[5, 6, 7], [8, 1, 1]], [[1, 1, 1], [1, 0, 0]])
+    """
+
+    def __init__(self, pad_token_id: int, side: str = "right") -> None:
+        self.pad_token_id = pad_token_id
+        self.side = side
+
+    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Pad the rows, ``[length]`` each, to a batch ``[B, T]`` of int64 with its ``attention_mask``."""
+        rows = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
+        batch = {}
+        for name in rows[0]:
+            fields = [row[name] for row in rows]
+            if name == "labels":
+                batch[name] = torch.stack(fields)
+            else:
+                fill = self.pad_token_id if name == "input_ids" else 0
+                batch[name] = torch.nn.utils.rnn.pad_sequence(fields, True, fill, self.side).long()
+        return batch
+
+
+class TextClassificationData(L.LightningDataModule):
+    """Labelled sentences, or pairs of sentences, for a Trainer.
+
+    Files are read when they are first asked about (``label_names``, ``rows``), texts are tokenised once, in ``setup``,
+    and kept in memory. Training batches hold texts of similar length in a random order and resume in the middle of an
+    epoch; see :class:`BucketBatchSampler`. Evaluation batches go from long to short; those for ``predict`` keep the
+    order of the file.
+
+    A batch is a dict of ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``, each
+    ``[B, T]`` int64, and ``labels`` ``[B]``, int64 for classification, float32 for regression.
+
+    Args:
+        train_file: a tsv, csv, jsonl or parquet file with a header.
+        val_file: the validation file; default: a part of the training file, see ``val_split``.
+        test_file: the test file; default: the validation rows are the test rows too.
+        text_columns: the column of the text, or the two columns of a sentence pair.
+        label_column: the column of the label. Whole numbers are numbered by size, strings by alphabet.
+        hub_dataset: instead of files: ``"name"``, ``"name/configuration"`` such as ``"glue/sst2"``, or a local folder
+            that ``datasets.load_dataset`` understands. Needs ``pip install "lightning-distill[hub]"``.
+        label_names: names of the classes in the order of their ids, to follow a teacher's order, or to name the
+            numbers 0, 1, ... of the label column.
+        tokenizer: a tokenizer, or the name or folder of one; it may be set later, before ``setup``.
+        batch_size: rows in a batch of one process.
+        max_length: longer texts are cut to this many tokens.
+        val_split: the share of the training rows held out when there is no validation file.
+        max_train_rows: train on at most this many rows, drawn at random.
+        task: ``"classification"``, or ``"regression"`` on a column of numbers.
+        seed: seed of the validation split, of ``max_train_rows`` and of the order of the batches.
+        num_workers: worker processes of each dataloader.
+
+    Raises:
+        ValueError: an argument is out of range, or a file is wrong; errors about files name file and line.
+
+    Example:
+        >>> rows = [(f"{'good' if i % 2 else 'bad'} film {i}", "pos" if i % 2 else "neg") for i in range(20)]
+        >>> tokenizer = train_tokenizer([text for text, _ in rows], vocab_size=40)
+        >>> data = TextClassificationData.from_rows(rows, tokenizer=tokenizer, batch_size=6)
+        >>> data.setup("fit")
+        >>> data.label_names, [len(batch["labels"]) for batch in data.train_dataloader()]
+        (['neg', 'pos'], [6, 6, 6])
+    """
+
+    def __init__(
+        self,
+        train_file: str | Path | None = None,
+        val_file: str | Path | None = None,
+        test_file: str | Path | None = None,
+        text_columns: list[str] | str = "sentence",
+        label_column: str = "label",
+        hub_dataset: str | None = None,
+        label_names: list[str] | None = None,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        batch_size: int = 32,
+        max_length: int = 128,
+        val_split: float = 0.1,
+        max_train_rows: int | None = None,
+        task: Literal["classification", "regression"] = "classification",
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if train_file is not None and hub_dataset is not None:
+            raise ValueError("Expected one of the arguments `train_file` and `hub_dataset`, but got both")
+        self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
+        if len(self.text_columns) not in (1, 2):
+            raise ValueError(f"Expected argument `text_columns` to name one or two columns, but got {text_columns}")
+        for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_train_rows", max_train_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"Expected argument `{name}` to be positive, but got {value}")
+        if not 0 < val_split < 1:
+            raise ValueError(f"Expected argument `val_split` to be between 0 and 1, but got {val_split}")
+        if task not in ("classification", "regression"):
+            raise ValueError(f"Expected argument `task` to be 'classification' or 'regression', but got {task!r}")
+        self.files = {"train": train_file, "val": val_file, "test": test_file}
+        self.label_column = label_column
+        self.hub_dataset = hub_dataset
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.val_split = val_split
+        self.max_train_rows = max_train_rows
+        self.task = task
+        self.seed = seed
+        self.num_workers = num_workers
+        self._given_label_names = label_names
+        self._found_label_names: list[str] = []
+        self._rows: dict[str, Sequence[Row]] = {}
+        self._datasets: dict[str, TokenizedText] = {}
+
+    @classmethod
+    def from_rows(
+        cls,
+        train: Sequence[Row],
+        val: Sequence[Row] | None = None,
+        test: Sequence[Row] | None = None,
+        **kwargs: Any,
+    ) -> "TextClassificationData":
+        """Make it of rows in memory instead of files.
+
+        Args:
+            train: rows (text, label) or (first text, second text, label).
+            val: validation rows.
+            test: test rows.
+            **kwargs: as for the class.
+
+        Returns:
+            The data.
+        """
+        data = cls(**kwargs)
+        data._rows = {name: rows for name, rows in (("train", train), ("val", val), ("test", test)) if rows is not None}
+        return data
+
+    @classmethod
+    def embedded(
+        cls, *, max_rows_per_class: int = 1300, vocab_size: int = 4000, seed: int = 0, **kwargs: Any
+    ) -> "TextClassificationData":
+        """Make it of docstrings of the installed packages, with a tokenizer trained on them on the spot.
+
+        Args:
+            max_rows_per_class: as for :func:`embedded_corpus`; a tenth of the rows is for validation, a tenth for
+                test.
+            vocab_size: number of tokens of the tokenizer.
+            seed: seed of the rows and of the order of the batches.
+            **kwargs: as for the class.
+
+        Returns:
+            The data.
+        """
+        rows = embedded_corpus(max_rows_per_class, seed=seed)
+        tenth = len(rows) // 10
+        train, val, test = rows[2 * tenth :], rows[:tenth], rows[tenth : 2 * tenth]
+        tokenizer = train_tokenizer([text for text, _ in train], vocab_size)
+        return cls.from_rows(train, val, test, tokenizer=tokenizer, seed=seed, **kwargs)
+
+    @cached_property
+    def _tables(self) -> dict[str, Table]:
+        columns = [*self.text_columns, self.label_column]
+        if self._rows:
+            tables = {name: _table_of_rows(name, rows, columns) for name, rows in self._rows.items()}
+        elif self.hub_dataset is not None:
+            tables, names = hub.read_hub_dataset(self.hub_dataset, columns)
+            self._given_label_names = self._given_label_names or names
+        elif self.files["train"] is not None:
+            tables = {name: files.read_table(path, columns) for name, path in self.files.items() if path is not None}
+        else:
+            raise ValueError("There is no training data; set `train_file` or `hub_dataset`")
+        if self.task == "classification":
+            self._found_label_names = files.label_names(tables["train"], self.label_column)
+        if "val" not in tables:
+            tables["train"], tables["val"] = _split(tables["train"], self.val_split, self.seed)
+        if self.max_train_rows is not None and self.max_train_rows < len(tables["train"]):
+            kept = random.Random(self.seed).sample(range(len(tables["train"])), self.max_train_rows)
+            tables["train"] = _take(tables["train"], sorted(kept))
+        return {"test": tables["val"]} | tables
+
+    @cached_property
+    def label_names(self) -> list[str]:
+        """Names of the classes in the order of their ids; empty for regression."""
+        if self.task == "regression":
+            return []
+        _ = self._tables
+        return self._given_label_names or self._found_label_names
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes; 1 for regression."""
+        return len(self.label_names) or 1
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The id of each class name, as a transformers config holds it."""
+        return {name: index for index, name in enumerate(self.label_names)}
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """The name of each class id, as a transformers config holds it."""
+        return dict(enumerate(self.label_names))
+
+    def rows(self, split: Literal["train", "val", "test"]) -> list[tuple[tuple[str, ...], float]]:
+        """List texts and labels of a split in the order of its file.
+
+        Args:
+            split: which rows.
+
+        Returns:
+            For each row its texts, one or two, and its class id or number.
+        """
+        table = self._tables[split]
+        return list(zip(files.texts(table, self.text_columns), self._labels(table), strict=True))
+
+    def _labels(self, table: Table) -> Sequence[float]:
+        if self.task == "regression":
+            return files.scores(table, self.label_column)
+        names = self.label_names
+        found = self._found_label_names
+        if all(label.isdigit() for label in found) and not set(found) <= set(names):
+            names = [str(index) for index in range(len(names))]  # the column holds ids, the names were given
+        source = "`label_names`" if self._given_label_names else self._tables["train"].name
+        return files.label_ids(table, self.label_column, names, source)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and tokenise all splits; a second call does nothing."""
+        if self._datasets:
+            return
+        tokenizer = self._load_tokenizer()
+        dtype = torch.float32 if self.task == "regression" else torch.int64
+        for split, table in self._tables.items():
+            texts, labels = files.texts(table, self.text_columns), torch.tensor(self._labels(table), dtype=dtype)
+            if table is self._tables["val"] and "val" in self._datasets:
+                self._datasets[split] = self._datasets["val"]
+            else:
+                self._datasets[split] = TokenizedText(texts, labels, tokenizer, self.max_length)
+
+    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ValueError(
+                "Expected argument `tokenizer` to be a tokenizer or the name or folder of one, but got None"
+            )
+        if isinstance(self.tokenizer, str | Path):
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        if self.tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has no padding token; set it, for example `tokenizer.pad_token = tokenizer.eos_token`, "
+                "and `config.pad_token_id` of the models to the same id"
+            )
+        return self.tokenizer
+
+    @property
+    def collate(self) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+        """The function that makes a batch of rows."""
+        tokenizer = self._load_tokenizer()
+        return PadBatch(tokenizer.pad_token_id, tokenizer.padding_side)
+
+    def _loader(self, split: str, shuffle: bool) -> DataLoader:
+        dataset = self._datasets[split]
+        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            return self._loader_in_file_order(split)  # Lightning wants to replace the sampler then, and could not
+        sampler = BucketBatchSampler(dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle)
+        return ResumableDataLoader(dataset, sampler, **self._loader_options())
+
+    def _loader_in_file_order(self, split: str) -> DataLoader:
+        return DataLoader(self._datasets[split], self.batch_size, **self._loader_options())
+
+    def _loader_options(self) -> dict[str, Any]:
+        return {
+            "collate_fn": self.collate,
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        """Batches of similar length in a random order."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """Each validation row once, the longest first."""
+        return self._loader("val", shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """Each test row once, the longest first."""
+        return self._loader("test", shuffle=False)
+
+    def predict_dataloader(self) -> DataLoader:
+        """The test rows in the order of their file."""
+        return self._loader_in_file_order("test")
+
+
+def _table_of_rows(name: str, rows: Iterable[Row], columns: Sequence[str]) -> Table:
+    table = Table(f"{name} rows", {column: [] for column in columns}, [])
+    for number, row in enumerate(rows, start=1):
+        if len(row) != len(columns):
+            raise ValueError(f"{table.name}:{number}: {len(row)} fields, expected {len(columns)}: {', '.join(columns)}")
+        for column, value in zip(columns, row, strict=True):
+            table.columns[column].append(value)
+        table.lines.append(number)
+    if not len(table):
+        raise ValueError(f"{table.name}: there are none")
+    return table
+
+
+def _take(table: Table, indices: Sequence[int]) -> Table:
+    columns = {name: [values[index] for index in indices] for name, values in table.columns.items()}
+    return Table(table.name, columns, [table.lines[index] for index in indices])
+
+
+def _split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
+    """Hold out a share of the rows, at least one, at random."""
+    if len(table) < 2:
+        raise ValueError(f"{table.name}: one row cannot be split into training and validation rows")
+    size = min(max(round(share * len(table)), 1), len(table) - 1)
+    held_out = set(random.Random(seed).sample(range(len(table)), size))
+    return _take(table, [i for i in range(len(table)) if i not in held_out]), _take(table, sorted(held_out))
