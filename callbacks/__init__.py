@@ -6,4 +6,6 @@ if __name__ != "lightning_distill.callbacks":
         f"`{__name__}`. Write `from lightning_distill.callbacks import ...`, so that no class exists twice."
     )
 
-__all__: list[str] = []
+from lightning_distill.callbacks.gradient_clipping import GradientClipping
+
+__all__ = ["GradientClipping"]

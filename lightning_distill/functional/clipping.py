@@ -1,0 +1,266 @@
+"""Gradient clipping as functions on gradients: norms over all shards, coefficients, thresholds, in-place scaling.
+
+The functions take gradients in groups, each of which one foreach call can take; :func:`group_tensors` makes them. A
+caller with the same parameters at every step groups those once: for thousands of tensors that is a fifth of the time.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+_EPS = 1e-6
+"""Added to every norm that divides, as `torch.nn.utils.clip_grad_norm_` does."""
+
+Groups = Sequence[Sequence[Tensor]]
+
+
+def group_tensors(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors by device, type and mesh of shards, in the order of their first appearance.
+
+    Args:
+        tensors: Tensors of any shapes.
+
+    Returns:
+        Lists, each of one kind.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import group_tensors
+        >>> [len(group) for group in group_tensors([torch.ones(2), torch.ones(3).double(), torch.ones(1)])]
+        [2, 1]
+    """
+    groups: dict[tuple[object, ...], list[Tensor]] = {}
+    for tensor in tensors:
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        groups.setdefault((tensor.device, tensor.dtype, mesh), []).append(tensor)
+    return list(groups.values())
+
+
+def total_norm(groups: Groups, order: float = 2.0) -> Tensor:
+    r"""Norm of all gradients taken as one vector, over all shards of a sharded model.
+
+    Gradients of half precision are accumulated in float32, where a squared entry does not overflow.
+
+    Args:
+        groups: Gradients by kind; DTensors (FSDP2) count with all their shards, which is a collective call.
+        order: 2 for the Euclidean norm, ``inf`` for the largest absolute entry.
+
+    Returns:
+        A scalar on the device of the first gradient; 0 if there is none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import group_tensors, total_norm
+        >>> total_norm(group_tensors([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]))
+        tensor(5.)
+    """
+    norms = [_joined(group, order) for group in groups if group]
+    if not norms:
+        return torch.zeros(())
+    if len(norms) == 1:
+        return norms[0]
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), order)
+
+
+def norm_coefficient(norm: Tensor, max_norm: Tensor | float) -> Tensor:
+    r"""The factor :math:`\min(1, m / (n + 10^{-6}))` that brings a norm :math:`n` down to :math:`m`.
+
+    Args:
+        norm: Norms of any shape.
+        max_norm: Their upper bound; infinity leaves them alone.
+
+    Returns:
+        Factors of the shape of ``norm``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import norm_coefficient
+        >>> norm_coefficient(torch.tensor([0.5, 4.0]), 1.0)
+        tensor([1.0000, 0.2500])
+
+    Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013.
+    """
+    return (max_norm / (norm + _EPS)).clamp(max=1.0)
+
+
+def scale_(groups: Groups, coefficient: Tensor) -> None:
+    """Multiply gradients in place.
+
+    Args:
+        groups: Gradients by kind.
+        coefficient: A scalar.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import scale_
+        >>> gradient = torch.tensor([2.0, 4.0])
+        >>> scale_([[gradient]], torch.tensor(0.5))
+        >>> gradient
+        tensor([1., 2.])
+    """
+    for group in groups:
+        local = _local(group)
+        if local:
+            torch._foreach_mul_(local, coefficient.to(local[0].device))
+
+
+def clip_by_value_(groups: Groups, threshold: float) -> None:
+    """Clamp every entry to [-threshold, threshold] in place.
+
+    Args:
+        groups: Gradients by kind.
+        threshold: The largest absolute value that stays.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import clip_by_value_
+        >>> gradient = torch.tensor([-3.0, 0.2])
+        >>> clip_by_value_([[gradient]], 0.5)
+        >>> gradient
+        tensor([-0.5000,  0.2000])
+    """
+    for group in groups:
+        local = _local(group)
+        if local:
+            torch._foreach_clamp_min_(local, -threshold)
+            torch._foreach_clamp_max_(local, threshold)
+
+
+def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) -> Tensor:
+    r"""Adaptive gradient clipping: no unit's gradient longer than a share of the unit's weights, in place.
+
+    The gradient :math:`G_i` of unit :math:`i` becomes :math:`G_i \min(1, \lambda \max(\|W_i\|, \epsilon) /
+    \max(\|G_i\|, 10^{-6}))`. A unit is one row of a matrix or one output channel of a convolution (all but the first
+    dimension); a vector or a scalar is one unit as a whole.
+
+    Args:
+        parameters: Parameters with gradients, by kind. Shards of a sharded parameter are rows, or are joined.
+        threshold: The share :math:`\lambda`, 0.01 in the paper for a batch of 4096 (larger for smaller batches).
+        eps: Floor of the weights' norm, so that weights which start at zero can move.
+
+    Returns:
+        A scalar: the smallest factor any unit of this process was scaled by, 1 if none was.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import clip_adaptively_
+        >>> weight = torch.nn.Parameter(torch.eye(2))
+        >>> weight.grad = torch.tensor([[3.0, 4.0], [0.0, 0.001]])
+        >>> clip_adaptively_([[weight]], threshold=0.01)
+        tensor(0.0020)
+        >>> weight.grad
+        tensor([[0.0060, 0.0080],
+                [0.0000, 0.0010]])
+
+    Source: Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
+    """
+    smallest = [torch.ones(())]
+    for group in parameters:
+        if not group:
+            continue
+        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
+        limits = [unit_norms(parameter.detach()) for parameter in group]
+        norms = [unit_norms(gradient) for gradient in gradients]
+        # One vector for the units of all tensors: the arithmetic is then a handful of calls, not a handful a tensor.
+        limit = torch.cat([norm.flatten() for norm in limits]).clamp_(min=eps).mul_(threshold)
+        norm = torch.cat([norm.flatten() for norm in norms])
+        factor = torch.where(norm < limit, 1.0, limit / norm.clamp(min=_EPS))
+        factors = factor.split([norm.numel() for norm in norms])
+        local = _local(gradients)
+        shaped = [part.view_as(norm).to(like.dtype) for part, norm, like in zip(factors, norms, local, strict=True)]
+        torch._foreach_mul_(local, shaped)
+        if factor.numel():
+            smallest.append(factor.min())
+    return torch.stack([factor.to(smallest[-1].device) for factor in smallest]).min()
+
+
+def unit_norms(tensor: Tensor) -> Tensor:
+    """Euclidean norm of every unit: of each row or output channel, or of a vector as a whole.
+
+    Args:
+        tensor: A tensor, or a DTensor with shards.
+
+    Returns:
+        Norms of shape [units, 1, ..., 1], or a scalar for a vector. For a DTensor, of the units in this process.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import unit_norms
+        >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
+        tensor([[5.],
+                [2.]])
+    """
+    wide = torch.float32 if tensor.dtype in (torch.float16, torch.bfloat16) else None
+    if tensor.ndim <= 1:
+        norm = torch.linalg.vector_norm(tensor, dtype=wide)
+    else:
+        norm = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.ndim)), keepdim=True, dtype=wide)
+    if not isinstance(norm, DTensor):
+        return norm
+    # Rows cut by a mesh dimension stay where they are; anything else (half rows, pieces of a vector) is joined.
+    joined = [placement if placement.is_shard(0) else Replicate() for placement in norm.placements]
+    return norm.redistribute(placements=joined).to_local()
+
+
+def percentile_threshold(history: Tensor, percentile: float) -> Tensor:
+    """The percentile of past norms, interpolated linearly as numpy does, with NaN for places not yet filled.
+
+    Args:
+        history: Norms of shape [window, ...].
+        percentile: Between 0 and 100.
+
+    Returns:
+        Of the shape of ``history`` without its first dimension.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import percentile_threshold
+        >>> percentile_threshold(torch.tensor([1.0, 3.0, 2.0, float("nan")]), 50)
+        tensor(2.)
+
+    Source: Seetharaman, Wichern, Pardo, Le Roux, "AutoClip: Adaptive Gradient Clipping for Source Separation
+    Networks", 2020.
+    """
+    return torch.nanquantile(history, percentile / 100, dim=0)
+
+
+def zscore_threshold(norm: Tensor, mean: Tensor, variance: Tensor, threshold: float) -> Tensor:
+    r"""Upper bound for a norm that stands out from its past, infinity for one that does not.
+
+    With :math:`z = (n - \mu) / \sigma` above the threshold :math:`z_t`, the bound is :math:`\mu + \sigma z_t^2 / z`:
+    the further out, the closer to the mean.
+
+    Args:
+        norm: Norms of any shape.
+        mean: Running means of past norms, of the same shape.
+        variance: Running variances, of the same shape.
+        threshold: The z-score :math:`z_t` from which a norm stands out.
+
+    Returns:
+        Bounds of the shape of ``norm``.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import zscore_threshold
+        >>> zscore_threshold(torch.tensor([2.0, 6.0]), torch.ones(2), torch.ones(2), threshold=2.5)
+        tensor([   inf, 2.2500])
+
+    Source: Kumar, Owen, Chowdhury, Güra, "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025.
+    """
+    deviation = variance.sqrt()
+    z = (norm - mean) / (deviation + _EPS)
+    return torch.where(z > threshold, mean + deviation * threshold**2 / z, math.inf)
+
+
+def _joined(group: Sequence[Tensor], order: float) -> Tensor:
+    wide = torch.float32 if group[0].dtype in (torch.float16, torch.bfloat16) else None
+    norms = torch._foreach_norm(group, order, dtype=wide)
+    norm = torch.linalg.vector_norm(torch.stack(norms), order)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _local(group: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in group]

@@ -1,0 +1,142 @@
+"""Every callback of the library, one row each, and the small run they are all put through."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_distill.callbacks import GradientClipping
+
+
+@dataclass(frozen=True)
+class Row:
+    """A callback, the arguments it is tested with (as YAML would give them), and arguments it must refuse by name."""
+
+    callback: type[L.Callback]
+    arguments: dict[str, Any] = field(default_factory=dict)
+    bad: tuple[dict[str, Any], ...] = ()
+
+    def build(self, **changes: Any) -> L.Callback:
+        return self.callback(**{**self.arguments, **changes})
+
+    def __str__(self) -> str:
+        return "-".join([self.callback.__name__, *(str(v) for v in self.arguments.values() if isinstance(v, str))])
+
+
+ROWS = [
+    Row(
+        GradientClipping,
+        {"algorithm": "norm", "threshold": 0.1},
+        bad=(
+            {"algorithm": "median"},
+            {"threshold": 0.0},
+            {"per": "layer"},
+            {"exclude": "*.bias"},
+            {"eps": -1.0},
+            {"nonfinite": "ignore"},
+            {"decay": 2.0},
+            {"patience": 0},
+            {"history": -5},
+            {"warmup_steps": 0},
+            {"warn_norm": -1.0},
+            {"reduce_lr": 5.0},
+        ),
+    ),
+    Row(GradientClipping, {"algorithm": "value", "threshold": 0.01}),
+    Row(GradientClipping, {"algorithm": "adaptive", "threshold": 0.02}),
+    Row(GradientClipping, {"algorithm": "percentile", "threshold": 50.0, "per": "parameter_group", "history": 4}),
+    Row(GradientClipping, {"algorithm": "zscore", "threshold": 0.5, "warmup_steps": 2}),
+]
+
+
+class Batches:
+    """Eight batches of eight rows in a fixed order, this process's share of each; it stores its position."""
+
+    def __init__(self, rank: int = 0, world_size: int = 1) -> None:
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(8, 8, 4, generator=generator)[:, rank::world_size]
+        self.y = self.x.sum(-1, keepdim=True).sin()
+        self.position = 0
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        while self.position < len(self):
+            self.position += 1
+            yield self.x[self.position - 1], self.y[self.position - 1]
+        self.position = 0
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.position = state_dict["position"]
+
+
+class Regression(L.LightningModule):
+    """A small network with momentum, weight decay, two parameter groups and a schedule stepped at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(3)
+            self.body = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
+            self.head = nn.Linear(16, 1)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = nn.functional.mse_loss(self.head(self.body(batch[0])), batch[1])
+        self.log("train_loss", loss)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.log("val_loss", nn.functional.mse_loss(self.head(self.body(batch[0])), batch[1]), sync_dist=True)
+
+    def train_dataloader(self) -> Batches:
+        return Batches(self.trainer.global_rank, self.trainer.world_size)
+
+    def val_dataloader(self) -> Batches:
+        return Batches(self.trainer.global_rank, self.trainer.world_size)
+
+    def configure_optimizers(self) -> Any:
+        groups = [{"params": self.body.parameters(), "lr": 0.05}, {"params": self.head.parameters(), "lr": 0.1}]
+        optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def trainer(folder: Path, *callbacks: L.Callback, **arguments: Any) -> L.Trainer:
+    """A quiet Trainer on the CPU: five steps, each of which leaves a checkpoint `step=N.ckpt` in the folder."""
+    every_step = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    defaults: dict[str, Any] = {
+        "max_steps": 5,
+        "limit_train_batches": 3,
+        "limit_val_batches": 1,
+        "accelerator": "cpu",
+        "devices": 1,
+        "logger": False,
+        "log_every_n_steps": 1,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        "default_root_dir": folder,
+    }
+    return L.Trainer(**{**defaults, "callbacks": [*callbacks, every_step], **arguments})
+
+
+def same(one: Any, other: Any, rtol: float = 0.0) -> bool:
+    """Whether two nested states are equal, NaN equal to NaN; tensors and numbers up to a relative distance."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key], rtol) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(same(a, b, rtol) for a, b in zip(one, other, strict=True))
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, rtol=rtol, atol=rtol, equal_nan=True)
+    if isinstance(one, float):
+        return same(torch.tensor(one), torch.tensor(other), rtol)
+    return bool(one == other)
