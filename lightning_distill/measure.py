@@ -1,0 +1,88 @@
+"""Numbers about a model: parameters, bytes on disk, latency side by side."""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from torch import nn
+
+from lightning_distill.pretrained import export
+from lightning_distill.tasks import call_model
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters; a tied one counts once.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.measure import count_parameters
+        >>> count_parameters(nn.Linear(3, 2))
+        8
+    """
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def count_bytes(model: nn.Module) -> int:
+    """Bytes of the safetensors files that :func:`lightning_distill.pretrained.export` writes for a model."""
+    with tempfile.TemporaryDirectory() as folder:
+        return sum(file.stat().st_size for file in export(model, folder).glob("*.safetensors"))
+
+
+def latency_ms(
+    models: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    *,
+    repeats: int = 5,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Median time of one forward, in milliseconds, of several models on the same batches.
+
+    The models take turns on each batch, so that a machine that slows down slows all of them. Each runs in eval under
+    ``inference_mode``, after one forward that is not counted; on a GPU the device is synchronised around each forward.
+
+    Args:
+        models: The models by name; each keeps its train or eval mode, and is moved to ``device``.
+        batches: What the models are called with, as in training.
+        repeats: How many times each batch is run.
+        device: Where to measure.
+
+    Returns:
+        The median by name.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_distill.measure import latency_ms
+        >>> wide = nn.Sequential(nn.Linear(8, 4096), nn.Linear(4096, 8))
+        >>> times = latency_ms({"narrow": nn.Linear(8, 8), "wide": wide}, [torch.randn(32, 8)])
+        >>> times["narrow"] < times["wide"]
+        True
+    """
+    batches = [move_data_to_device(batch, device) for batch in batches]
+    modes = {name: model.training for name, model in models.items()}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    with torch.inference_mode():
+        for model in models.values():
+            model.eval().to(device)
+            _timed(model, batches[0])
+        for _ in range(repeats):
+            for batch in batches:
+                for name, model in models.items():
+                    times[name].append(_timed(model, batch))
+    for name, model in models.items():
+        model.train(modes[name])
+    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+
+
+def _timed(model: nn.Module, batch: Any) -> float:
+    device = next(model.parameters()).device
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
+    synchronize()
+    start = time.perf_counter()
+    call_model(model, batch)
+    synchronize()
+    return time.perf_counter() - start

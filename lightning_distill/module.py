@@ -1,0 +1,339 @@
+"""DistillationModule: a teacher and a student as one LightningModule."""
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.regression import PearsonCorrCoef
+
+from lightning_distill import preflight, tasks
+from lightning_distill.objectives import HardLabel, Objective, SoftTarget
+from lightning_distill.pretrained import export, load_pretrained
+from lightning_distill.signals import Recorder, Request, Signals, describe
+from lightning_distill.teacher import freeze, keep_out_of_checkpoints
+
+Objectives = Sequence[Objective] | Mapping[str, Objective]
+_STAGES = ("val", "test")
+
+
+class DistillationModule(L.LightningModule):
+    r"""Trains a student to imitate a frozen teacher.
+
+    One step: the teacher's forward under ``no_grad``, the student's forward, each objective on what the two forwards
+    left behind, the weighted sum :math:`\sum_i w_i L_i`. Each :math:`L_i` is a mean over the items that count (rows,
+    or real tokens), over all ranks: the loss and its gradient do not depend on how a batch is split between ranks.
+
+    Logged: ``train_loss``, ``train_<objective>``, ``grad_norm`` (before clipping), and for validation and test
+    ``<stage>_loss``, ``<stage>_<objective>``, ``<stage>_<metric>`` (the student's) and ``<stage>_agreement``: the share
+    of predictions in which student and teacher agree (in regression, their Pearson correlation).
+
+    The teacher is frozen, always in eval, moved and cast with the module, and in no optimizer and no checkpoint.
+
+    Args:
+        teacher: The model to imitate: a module, a transformers folder, or a hub id. With None the student learns from
+            the labels alone: fine-tuning, for a teacher-to-be or as the baseline that distillation must beat.
+        student: The model that learns, likewise; put into train mode.
+        objectives: A list of objectives, or a dictionary that names them. Default:
+            ``[SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)]``, without a teacher ``[HardLabel()]``.
+        task: What the batch asks for; ``"auto"`` reads it off the student's class. A batch is a mapping with the
+            models' inputs and ``labels``, or a pair ``(inputs, labels)``.
+        optimizer: Called with the trainable parameters. Default: AdamW with learning rate 5e-5 for a transformers
+            student and 1e-3 for any other.
+        lr_scheduler: Called with the optimizer; returns a scheduler (stepped once an epoch) or Lightning's dictionary
+            of scheduler, interval and monitor.
+        metrics: torchmetrics called with logits and labels of the items that count. Default: accuracy, perplexity for
+            language models, Pearson correlation for regression.
+        tokenizer: Saved beside the student by :meth:`export`.
+
+    Raises:
+        ValueError: If student and teacher cannot be compared (shared parameters; other numbers of classes,
+            vocabularies or label names), two objectives have one name, or an objective does not fit the pair.
+
+    Example:
+        >>> import lightning as L, torch
+        >>> from torch import nn
+        >>> from torch.utils.data import DataLoader, TensorDataset
+        >>> from lightning_distill import DistillationModule
+        >>> _ = L.seed_everything(0, verbose=False)
+        >>> teacher = nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
+        >>> student = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> module = DistillationModule(teacher, student)
+        >>> sorted(module.state_dict())
+        ['student.0.bias', 'student.0.weight', 'student.2.bias', 'student.2.weight']
+        >>> x = torch.randn(8, 4)
+        >>> {name: loss.shape for name, loss in module.losses((x, torch.arange(8) % 3)).items()}
+        {'soft_target': torch.Size([]), 'hard_label': torch.Size([])}
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module | str | None,
+        student: nn.Module | str,
+        objectives: list[Objective] | dict[str, Objective] | None = None,
+        *,
+        task: tasks.Task | Literal["auto"] = "auto",
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
+        lr_scheduler: Callable[[Optimizer], Any] | None = None,
+        metrics: Metric | MetricCollection | None = None,
+        tokenizer: Any = None,
+    ) -> None:
+        super().__init__()
+        # Only paths and names are written to checkpoints: a module or a callable in the hyper-parameters would keep
+        # the checkpoint from loading under `weights_only`.
+        ignored = ["objectives", "optimizer", "lr_scheduler", "metrics", "tokenizer"]
+        models = {"teacher": teacher, "student": student}
+        ignored += [name for name, model in models.items() if not isinstance(model, str)]
+        self.save_hyperparameters(ignore=ignored)
+
+        self.student = load_pretrained(student, "student").train()
+        self.teacher = None if teacher is None else freeze(load_pretrained(teacher, "teacher"))
+        keep_out_of_checkpoints(self)
+        self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task
+        self.tokenizer = tokenizer
+        self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._label_order = None
+        self._first_batch_checked = False
+
+        if objectives is None:
+            objectives = (
+                [SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)]
+                if teacher is not None
+                else [HardLabel()]
+            )
+        self.objectives = nn.ModuleDict(_named(objectives))
+        self._bind()
+        self._recorders: dict[str, Recorder] = {}
+
+        self._metrics = nn.ModuleDict()
+        for stage in _STAGES:
+            agreement = PearsonCorrCoef() if self.task == "regression" else MeanMetric()
+            self._metrics[stage] = nn.ModuleDict({"scores": self._scores(metrics, stage), "agreement": agreement})
+
+    def _bind(self) -> None:
+        if self.teacher is None:
+            needy = [name for name, objective in self._each_objective().items() if objective.needs_teacher]
+            if needy:
+                raise ValueError(
+                    f"Expected argument `teacher` to be a model, because {needy} learn from it, but got None."
+                )
+            student_info = teacher_info = describe(self.student)
+        else:
+            self._label_order = preflight.check_pair(self.student, self.teacher, self.task)
+            student_info, teacher_info = describe(self.student), describe(self.teacher)
+        for objective in self._each_objective().values():
+            objective.bind(student_info, teacher_info)
+
+    def _scores(self, metrics: Metric | MetricCollection | None, stage: str) -> MetricCollection:
+        if metrics is None:
+            name, metric = tasks.default_metric(self.task)
+            return MetricCollection({name: metric}, prefix=f"{stage}_")
+        collection = metrics if isinstance(metrics, MetricCollection) else MetricCollection(metrics)
+        return collection.clone(prefix=f"{stage}_")
+
+    @property
+    def _needs_teacher(self) -> bool:
+        return any(objective.needs_teacher for objective in self._each_objective().values())
+
+    def _each_objective(self) -> dict[str, Objective]:
+        return dict(self.objectives.items())  # type: ignore[arg-type]
+
+    # -- the parts of a step, each there to be overridden ------------------------------------------------------------
+
+    def student_step(self, batch: Any) -> Signals:
+        """The student's forward for a batch, with the signals the objectives ask for."""
+        return self._step("student", self.student, batch)
+
+    @torch.no_grad()
+    def teacher_step(self, batch: Any) -> Signals:
+        """The teacher's forward for a batch, under ``no_grad``, with its classes in the student's order."""
+        assert self.teacher is not None
+        signals = self._step("teacher", self.teacher, batch)
+        if self._label_order is not None:
+            signals.logits = signals.logits[..., self._label_order.to(signals.logits.device)]
+        return signals
+
+    def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
+        """Weighted sum of the objectives' losses.
+
+        Args:
+            losses: One scalar per objective, by name.
+
+        Returns:
+            A scalar.
+        """
+        objectives = self._each_objective()
+        return torch.stack([objectives[name].weight * loss for name, loss in losses.items()]).sum()
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the student's and the objectives' trainable parameters, and its schedule."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        if self._optimizer is None:
+            lr = 5e-5 if hasattr(self.student, "config") else 1e-3
+            optimizer: Optimizer = torch.optim.AdamW(parameters, lr=lr)
+        else:
+            optimizer = self._optimizer(parameters)
+        if self._lr_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+
+    # -- one step ----------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Any) -> Tensor:
+        """Logits of the student for a batch, as the student gives them."""
+        return tasks.logits_of(tasks.call_model(self.student, batch))
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Each objective's loss on a batch, by name, unweighted: the mean over what counts, over all ranks."""
+        teacher = self.teacher_step(batch) if self._needs_teacher else None
+        return self._reduce(self.student_step(batch), teacher)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The total loss of a batch; every objective is logged by name."""
+        teacher = self.teacher_step(batch) if self._needs_teacher else None
+        student = self.student_step(batch)
+        if not self._first_batch_checked:
+            preflight.check_logits(student.logits, None if teacher is None else teacher.logits, student.labels)
+            self._first_batch_checked = True
+        losses = self._reduce(student, teacher)
+        loss = self.total_loss(losses)
+        size = len(student.logits)
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
+        self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=size)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Losses, the student's metric and its agreement with the teacher."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As :meth:`validation_step`, logged as ``test_...``."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """Logits of the student."""
+        return self(batch)  # type: ignore[no-any-return]
+
+    def _evaluate(self, batch: Any, stage: str) -> None:
+        teacher = None if self.teacher is None else self.teacher_step(batch)
+        student = self.student_step(batch)
+        losses = self._reduce(student, teacher)
+        count = len(student.logits) if student.mask is None else int(student.mask.sum())
+        logged = {f"{stage}_{name}": value for name, value in losses.items()}
+        logged[f"{stage}_loss"] = self.total_loss(losses)
+        self.log_dict(logged, batch_size=count, sync_dist=True)
+
+        metrics = self._metrics[stage]
+        assert isinstance(metrics, nn.ModuleDict)
+        if teacher is not None:
+            self._log_agreement(student, teacher, metrics["agreement"], stage)
+        if student.labels is not None:
+            scores = metrics["scores"]
+            scores.update(*tasks.flatten(self.task, student.logits, student.labels, student.mask))
+            self.log_dict(scores, prog_bar=True)  # type: ignore[arg-type]
+
+    def _log_agreement(self, student: Signals, teacher: Signals, metric: nn.Module, stage: str) -> None:
+        assert isinstance(metric, Metric)
+        answers = [tasks.predictions(self.task, signals.logits) for signals in (student, teacher)]
+        if self.task == "regression":
+            metric.update(answers[0].float(), answers[1].float())
+        else:
+            same = (answers[0] == answers[1]).float()
+            metric.update(same if student.mask is None else same[student.mask])
+        self.log(f"{stage}_agreement", metric, prog_bar=True)
+
+    def _step(self, role: str, model: nn.Module, batch: Any) -> Signals:
+        recorder = self._recorder(role, model)
+        logits = tasks.logits_of(tasks.call_model(model, batch))
+        captured = recorder.take()
+        logits, labels, mask = tasks.align(self.task, logits, batch)
+        return Signals(logits=logits, labels=labels, mask=mask, token_mask=tasks.token_mask(batch), **captured)
+
+    def _reduce(self, student: Signals, teacher: Signals | None) -> dict[str, Tensor]:
+        losses = {name: objective(student, teacher) for name, objective in self._each_objective().items()}
+        counts = torch.stack([loss.count() for loss in losses.values()]).float()
+        if self._trainer is not None and self.trainer.world_size > 1 and self.trainer.training:
+            # DDP averages gradients over ranks, so the mean over all items needs the mean count as its denominator.
+            counts = self.trainer.strategy.reduce(counts, reduce_op="mean")
+        counts = counts.clamp(min=torch.finfo(counts.dtype).tiny)
+        return {name: loss.sum() / count for (name, loss), count in zip(losses.items(), counts, strict=True)}
+
+    def _recorder(self, role: str, model: nn.Module) -> Recorder:
+        if role not in self._recorders:
+            request = Request()
+            for objective in self._each_objective().values():
+                request |= getattr(objective, f"{role}_request")
+            self._recorders[role] = Recorder(model, request)
+        return self._recorders[role]
+
+    # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> "DistillationModule":
+        """Set the mode of everything but the teacher, which stays in eval."""
+        super().train(mode)
+        if getattr(self, "teacher", None) is not None:
+            self.teacher.eval()
+        return self
+
+    def on_fit_start(self) -> None:
+        """Keep Lightning from warning that the teacher is in eval; where anything else is, it still warns."""
+        resting = sum(not module.training for module in self.modules())
+        if self.teacher is not None and resting == sum(1 for _ in self.teacher.modules()):
+            warnings.filterwarnings("ignore", rf"Found {resting} module\(s\) in eval mode at the start of training")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuse a batch without a real token or with an impossible label, while looking is still free."""
+        if self._trainer is not None and not self.trainer.predicting:
+            stage = self.trainer.state.stage
+            num_classes = getattr(getattr(self.student, "config", None), self._classes_field, None)
+            preflight.check_batch(self.task, batch, num_classes, f"a batch of the {stage.value if stage else ''} data")
+        return batch
+
+    @property
+    def _classes_field(self) -> str:
+        return "vocab_size" if self.task in ("masked_lm", "causal_lm") else "num_labels"
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the norm of the gradient on the steps that are logged."""
+        if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
+            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_fit_end(self) -> None:
+        """Refuse a fit in which there was nothing to learn from."""
+        if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
+            raise ValueError("Expected the training data to have at least one batch, but got none. Give it rows.")
+
+    def teardown(self, stage: str) -> None:
+        """Take every hook off the two models."""
+        for recorder in self._recorders.values():
+            recorder.remove()
+        self._recorders = {}
+
+    def export(self, folder: str | os.PathLike[str]) -> Path:
+        """Write the student where others load it: see :func:`lightning_distill.pretrained.export`."""
+        return export(self.student, folder, self.tokenizer)
+
+
+def _named(objectives: Objectives) -> dict[str, Objective]:
+    if not objectives:
+        raise ValueError("Expected argument `objectives` to have at least one objective, but got none.")
+    if isinstance(objectives, Mapping):
+        return dict(objectives)
+    names = [objective.name for objective in objectives]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Expected argument `objectives` to have different names, but got {twice[0]!r} twice. Pass `name=...` to "
+            "one of them, or a dictionary."
+        )
+    return dict(zip(names, objectives, strict=True))

@@ -1,0 +1,123 @@
+"""Questions asked before the first step, each answered by an error that says what to do."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill import tasks
+from lightning_distill.teacher import align_labels
+
+
+def check_pair(student: nn.Module, teacher: nn.Module, task: tasks.Task) -> Tensor | None:
+    """Refuse a student and a teacher that cannot be compared.
+
+    Args:
+        student: The model that learns.
+        teacher: The model that is imitated.
+        task: The name of the task.
+
+    Returns:
+        None where the classes are in the same order; otherwise the index that puts the teacher's classes in the
+        student's order (see :func:`lightning_distill.teacher.align_labels`).
+
+    Raises:
+        ValueError: If the two share a parameter, or their vocabularies, numbers of classes or label names differ.
+    """
+    check_not_shared(student, teacher)
+    student_config, teacher_config = getattr(student, "config", None), getattr(teacher, "config", None)
+    if task in ("masked_lm", "causal_lm"):
+        _check_equal("vocab_size", student_config, teacher_config, "Give the student the teacher's tokenizer.")
+        return None
+    _check_equal("num_labels", student_config, teacher_config, "Load both with the same number of classes.")
+    labels = [getattr(config, "label2id", None) for config in (student_config, teacher_config)]
+    if task == "regression" or not all(labels):
+        return None
+    return align_labels(labels[0], labels[1])
+
+
+def check_not_shared(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse a student that would train the teacher with it, because they share a parameter."""
+    owned = {parameter.data_ptr(): name for name, parameter in teacher.named_parameters() if not parameter.is_meta}
+    owned.pop(0, None)
+    for name, parameter in student.named_parameters():
+        if not parameter.is_meta and parameter.data_ptr() in owned:
+            raise ValueError(
+                f"Expected argument `student` to have its own parameters, but got `{name}`, which is the teacher's "
+                f"`{owned[parameter.data_ptr()]}`. Copy the teacher first (`copy.deepcopy`), or make the student with "
+                "`student_from_teacher`."
+            )
+
+
+def _check_equal(field: str, student_config: Any, teacher_config: Any, advice: str) -> None:
+    student_value, teacher_value = getattr(student_config, field, None), getattr(teacher_config, field, None)
+    if student_value is not None and teacher_value is not None and student_value != teacher_value:
+        raise ValueError(
+            f"Expected arguments `student` and `teacher` to have the same `{field}`, but got {student_value} and "
+            f"{teacher_value}. {advice}"
+        )
+
+
+def check_batch(task: tasks.Task, batch: Any, num_classes: int | None, where: str) -> None:
+    """Refuse a batch with nothing to learn from or with a label that names no class.
+
+    Meant for a batch that is still on the CPU, where it costs nothing; call it before the transfer.
+
+    Args:
+        task: The name of the task.
+        batch: The batch.
+        num_classes: Number of classes, or None where it is not known.
+        where: Words that name the batch in the error.
+
+    Raises:
+        ValueError: If no row, token or label counts, or a label is below 0 (and not -100) or too large.
+    """
+    labels = tasks.labels_of(batch)
+    if not tasks.has_real_item(task, batch):
+        raise ValueError(
+            f"Expected {where} to have a real token, but got one in which everything is padding or has label "
+            f"{tasks.IGNORE_INDEX}. Remove empty rows from the data."
+        )
+    if labels is None or task == "regression" or num_classes is None:
+        return
+    if labels.is_floating_point():
+        raise ValueError(
+            f"Expected the labels of {where} to be integers, but got {labels.dtype}. Use `task='regression'` (and one "
+            "logit) for real-valued labels."
+        )
+    _check_range(labels, num_classes, where)
+
+
+def _check_range(labels: Tensor, num_classes: int, where: str) -> None:
+    wrong = tasks.out_of_range(labels, num_classes)
+    if wrong.numel():
+        raise ValueError(
+            f"Expected the labels of {where} to be in [0, {num_classes - 1}], but got {wrong[0].item()}. Give the "
+            "models as many classes as the data have, or correct the labels."
+        )
+
+
+def check_logits(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> None:
+    """Refuse logits that no objective can compare.
+
+    Args:
+        student_logits: Shape ``[..., C]``.
+        teacher_logits: Shape ``[..., C]``, or None where nobody asked the teacher.
+        labels: Class indices, float targets or None.
+
+    Raises:
+        ValueError: If the shapes differ, or the teacher's logits are not finite.
+    """
+    if teacher_logits is not None and student_logits.shape != teacher_logits.shape:
+        raise ValueError(
+            "Expected arguments `student` and `teacher` to give logits of the same shape, but got "
+            f"{list(student_logits.shape)} and {list(teacher_logits.shape)}. They must answer the same classes for the "
+            "same tokens."
+        )
+    if teacher_logits is not None and not bool(torch.isfinite(teacher_logits).all()):
+        raise ValueError(
+            "Expected argument `teacher` to give finite logits, but got NaN or infinity on the first batch. Check that "
+            "its weights were loaded, and run it in float32 or bfloat16 rather than float16."
+        )
+    if labels is not None and not labels.is_floating_point() and student_logits.shape[-1] > 1:
+        _check_range(labels, student_logits.shape[-1], "the first batch")

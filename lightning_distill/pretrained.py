@@ -1,0 +1,89 @@
+"""Models as a folder or a hub id, in and out."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import transformers
+from torch import nn
+
+
+def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "model") -> nn.Module:
+    """Load a transformers model with the head its config names; a module comes back as it is.
+
+    Remote code is never run, and only safetensors are read: a pickle cannot hide in a model's folder.
+
+    Args:
+        model: A module, a local folder, or a hub id.
+        name: What the argument is called where the user gave it, for the error.
+
+    Returns:
+        The model, in float32.
+
+    Raises:
+        ValueError: If the folder's config names no class of transformers, or only a body without a head.
+        TypeError: If ``model`` is neither a module nor a path.
+    """
+    if isinstance(model, nn.Module):
+        return model
+    if not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"Expected argument `{name}` to be an nn.Module, a folder or a hub id, but got {type(model).__name__}."
+        )
+    architecture = _architecture(os.fspath(model), name)
+    loaded: nn.Module = architecture.from_pretrained(os.fspath(model), use_safetensors=True, dtype="float32")
+    return loaded
+
+
+def _architecture(path: str, name: str) -> Any:
+    try:
+        config = transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected argument `{name}` to be a folder or hub id of a transformers model, but got {path!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    if not has_head(config) or not hasattr(transformers, architecture):
+        raise ValueError(
+            f"Expected argument `{name}` to be a model with a head, but the config of {path!r} names "
+            f"{architecture or 'no architecture'}. Load it yourself with the head you need, for example "
+            f"`AutoModelForSequenceClassification.from_pretrained({path!r}, num_labels=...)`, and pass the model."
+        )
+    return getattr(transformers, architecture)
+
+
+def has_head(config: Any) -> bool:
+    """Whether a transformers config was saved by a model with a task head."""
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    return "For" in architecture or architecture.endswith("LMHeadModel")
+
+
+def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+    """Write a model so that others load it without this library.
+
+    A transformers model becomes a folder for ``from_pretrained``. Any other module becomes ``model.safetensors`` and
+    ``config.json``, which holds its class and its hyper-parameters (``model.hparams``, where it has them).
+
+    Args:
+        model: The model.
+        folder: Where to write; made if it does not exist.
+        tokenizer: A transformers tokenizer to save beside the model.
+
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+    else:
+        safetensors.torch.save_model(model, str(folder / "model.safetensors"))
+        hparams = dict(getattr(model, "hparams", {}))
+        config = {"class_path": f"{type(model).__module__}.{type(model).__qualname__}", "init_args": hparams}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,161 @@
+"""What a recipe leaves behind: a table on the screen, summary.json, curves.png."""
+
+import csv
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_VERSIONED = ("lightning-distill", "torch", "lightning", "transformers", "torchmetrics")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}}
+
+
+def ratios(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, float]:
+    """How the student stands to the teacher: each ratio is student / teacher.
+
+    Args:
+        student: A row of ``summary.json``: ``parameters``, ``bytes``, ``latency_ms_batch1``, ``metric`` ...
+        teacher: The teacher's row.
+
+    Returns:
+        ``parameters``, ``bytes``, ``latency_batch1``, ``latency_batch32`` and ``metric_retained``.
+
+    Example:
+        >>> from lightning_distill.report import ratios
+        >>> row = {"parameters": 10, "bytes": 40, "latency_ms_batch1": 2.0, "latency_ms_batch32": 8.0, "metric": 0.9}
+        >>> ratios({**row, "metric": 0.81}, row)["metric_retained"]
+        0.9
+    """
+    keys = {
+        "parameters": "parameters",
+        "bytes": "bytes",
+        "latency_batch1": "latency_ms_batch1",
+        "latency_batch32": "latency_ms_batch32",
+        "metric_retained": "metric",
+    }
+    return {name: round(student[key] / teacher[key], 4) for name, key in keys.items()}
+
+
+def print_table(rows: Mapping[str, Mapping[str, Any]], *, reference: str, title: str) -> None:
+    """Print models side by side, each with its ratio to one of them.
+
+    Args:
+        rows: A row of ``summary.json`` by the name of its model.
+        reference: The name of the model that the ratios are to.
+        title: What stands above the table.
+    """
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    name = rows[reference]["metric_name"]
+    for column in ("parameters", "on disk", f"{name} (test)", "agreement", "batch 1", "batch 32"):
+        table.add_column(column, justify="right")
+    for model, row in rows.items():
+        table.add_row(
+            model.replace("_", " "),
+            f"{row['parameters'] / 1e6:.2f} M",
+            f"{row['bytes'] / 1e6:.1f} MB",
+            f"{row['metric']:.4f}",
+            f"{row['agreement']:.4f}",
+            f"{row['latency_ms_batch1']:.2f} ms",
+            f"{row['latency_ms_batch32']:.1f} ms",
+        )
+    base = rows[reference]
+    for model, row in rows.items():
+        if model != reference:
+            ratio = ratios(row, base)
+            table.add_row(
+                f"{model.replace('_', ' ')} / {reference}",
+                f"{ratio['parameters']:.2f}",
+                f"{ratio['bytes']:.2f}",
+                f"{ratio['metric_retained']:.3f}",
+                f"{row['agreement'] / base['agreement']:.3f}",
+                f"{ratio['latency_batch1']:.2f}",
+                f"{ratio['latency_batch32']:.2f}",
+                style="dim",
+            )
+    # A log file or a pipe has no width of its own, and a wrapped number cannot be read.
+    console = Console()
+    Console(width=max(console.width, 110)).print(table)
+
+
+def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> None:
+    """Write ``summary.json`` whole or not at all.
+
+    Args:
+        path: The file.
+        summary: What goes into it; primitives only.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".tmp")
+    draft.write_text(json.dumps(summary, indent=2) + "\n")
+    draft.replace(path)
+
+
+def read_curves(metrics_file: str | os.PathLike[str]) -> dict[str, tuple[list[int], list[float]]]:
+    """Steps and values of each metric in the ``metrics.csv`` of Lightning's CSVLogger.
+
+    Args:
+        metrics_file: The file.
+
+    Returns:
+        ``(steps, values)`` by metric; a metric that was never logged has no entry.
+    """
+    curves: dict[str, tuple[list[int], list[float]]] = {}
+    with Path(metrics_file).open(newline="") as file:
+        for row in csv.DictReader(file):
+            for name, value in row.items():
+                if name not in ("step", "epoch") and value:
+                    steps, values = curves.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(value))
+    return curves
+
+
+def plot_curves(
+    path: str | os.PathLike[str],
+    runs: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
+    *,
+    panels: Mapping[str, Iterable[str]],
+    lines: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:
+    """Draw metrics of several runs over their steps.
+
+    Args:
+        path: The picture, a PNG.
+        runs: Curves of :func:`read_curves` by the name of the run.
+        panels: The metrics of each panel, by the panel's title; metrics that a run does not have are left out.
+        lines: Horizontal lines (a name and a value each) by the title of their panel.
+    """
+    # The canvas is made by hand: pyplot would ask for a display and keep the figure alive.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(panels), 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (title, metrics) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), index + 1)
+        for metric in metrics:
+            for run, curves in runs.items():
+                if metric in curves:
+                    steps, values = curves[metric]
+                    marker = "o" if len(steps) < 12 else None
+                    axes.plot(steps, values, label=f"{run}: {metric}", marker=marker, markersize=4, linewidth=1.4)
+        for name, value in (lines or {}).get(title, {}).items():
+            axes.axhline(value, linestyle="--", linewidth=1, color="0.4", label=f"{name}: {value:.3f}")
+        axes.set(title=title, xlabel="optimizer step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,180 @@
+"""What a batch asks for: where its labels are, which logits answer them, how an answer is scored."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.regression import PearsonCorrCoef
+from torchmetrics.text import Perplexity
+
+Task = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
+
+#: Tasks whose logits have one row per token.
+TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
+IGNORE_INDEX = -100
+
+_SUFFIXES: tuple[tuple[str, Task], ...] = (
+    ("ForSequenceClassification", "classification"),
+    ("ForImageClassification", "classification"),
+    ("ForTokenClassification", "token_classification"),
+    ("ForMaskedLM", "masked_lm"),
+    ("ForCausalLM", "causal_lm"),
+    ("LMHeadModel", "causal_lm"),
+)
+
+
+def infer_task(model: nn.Module) -> Task:
+    """Read the task off a transformers class and its config; any other module classifies.
+
+    Args:
+        model: A model, usually the student.
+
+    Returns:
+        The name of the task.
+
+    Raises:
+        ValueError: If it is a transformers model with a head that no task here answers.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.tasks import infer_task
+        >>> infer_task(nn.Linear(4, 2))
+        'classification'
+    """
+    config = getattr(model, "config", None)
+    if not hasattr(config, "model_type"):
+        return "classification"
+    name = type(model).__name__
+    task = next((task for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
+    problem = getattr(config, "problem_type", None)
+    if task is None or problem == "multi_label_classification":
+        what = f"`problem_type={problem!r}`" if task else f"a `{name}`"
+        raise ValueError(
+            f"Expected argument `student` to have a head for one of {list(get_args(Task))}, but got {what}. Load the "
+            "model with such a head, or pass `task=...` and override `student_step` and `teacher_step`."
+        )
+    if task == "classification" and (problem == "regression" or getattr(config, "num_labels", 2) == 1):
+        return "regression"
+    return task
+
+
+def labels_of(batch: Any) -> Tensor | None:
+    """The labels of a batch: key ``labels`` of a mapping, or the second item of a pair; None where there are none."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+
+
+def align(task: Task, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Put logits beside the labels they answer.
+
+    A causal model's logits at position t answer the token at t + 1, so logits lose their last position and labels
+    their first. Without labels, a causal model answers its own input and every other token task counts its real tokens.
+
+    Args:
+        task: The name of the task.
+        logits: Shape ``[B, C]`` or, in token tasks, ``[B, T, C]``.
+        batch: The batch: a mapping with ``input_ids``, ``attention_mask`` and ``labels``, or a pair.
+
+    Returns:
+        The logits, the labels (or None) and a bool mask of the positions that count (or None where all do); labels and
+        mask have the shape of the logits without the last dimension.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.tasks import align
+        >>> batch = {"input_ids": torch.tensor([[5, 6, 7]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+        >>> logits, labels, mask = align("causal_lm", torch.zeros(1, 3, 8), batch)
+        >>> logits.shape, labels.tolist(), mask.tolist()
+        (torch.Size([1, 2, 8]), [[6, -100]], [[True, False]])
+    """
+    labels = labels_of(batch)
+    if task not in TOKEN_TASKS:
+        return logits, labels, None
+    real = token_mask(batch)
+    if task == "causal_lm":
+        if labels is None:
+            labels = batch["input_ids"]
+        if real is not None:
+            labels = labels.masked_fill(~real, IGNORE_INDEX)
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return logits, labels, real if labels is None else labels != IGNORE_INDEX
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """Bool mask ``[B, T]`` of the real tokens of a batch, or None where it says nothing of padding."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return None if mask is None else mask.bool()
+
+
+def default_metric(task: Task) -> tuple[str, Metric]:
+    """Name and torchmetrics metric that a task is scored by when the user names none."""
+    if task == "regression":
+        return "pearson", PearsonCorrCoef()
+    if task in ("masked_lm", "causal_lm"):
+        return "perplexity", Perplexity(ignore_index=IGNORE_INDEX)
+    return "accuracy", MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
+
+
+def predictions(task: Task, logits: Tensor) -> Tensor:
+    """What is compared between student and teacher: the class, or the value itself in regression."""
+    return logits.squeeze(-1) if task == "regression" else logits.argmax(-1)
+
+
+def flatten(task: Task, logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits and labels as torchmetrics wants them: one row per item that counts.
+
+    Perplexity keeps its ``[B, T, C]`` form, because it masks by itself.
+    """
+    if task == "regression":
+        return logits.squeeze(-1).float(), labels.float().view(logits.squeeze(-1).shape)
+    if task in ("masked_lm", "causal_lm"):
+        return logits.float(), labels
+    if mask is not None:
+        return logits[mask], labels[mask]
+    return logits, labels
+
+
+def out_of_range(labels: Tensor, num_classes: int) -> Tensor:
+    """The labels that name no class and are not ``IGNORE_INDEX``, as a flat tensor."""
+    return labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= num_classes)]
+
+
+def has_real_item(task: Task, batch: Any) -> bool:
+    """Whether anything in the batch counts: a row, a real token, a label that is not ignored."""
+    real = token_mask(batch)
+    if real is not None and not bool(real.any()):
+        return False
+    labels = labels_of(batch)
+    return labels is None or task not in TOKEN_TASKS or bool(torch.any(labels != IGNORE_INDEX))
+
+
+def call_model(model: nn.Module, batch: Any) -> Any:
+    """Run a model on what it takes of a batch, never on the labels: it would compute a loss in vain."""
+    if not isinstance(batch, Mapping):
+        return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
+    accepted = inspect.signature(model.forward).parameters
+    # Teacher and student may differ in what they take: DistilBERT has no token_type_ids. A transformers forward also
+    # has **kwargs, but what it does not name it hands to the attention function.
+    named_only = hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in accepted.values())
+    inputs = {key: value for key, value in batch.items() if key != "labels" and (key in accepted or not named_only)}
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    return model(**inputs)
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a model's forward returned."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output["logits"] if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
+    if not isinstance(logits, Tensor):
+        raise TypeError(
+            "Expected the model's forward to return logits: a tensor, a mapping with `logits`, or a tuple that starts "
+            f"with them, but got {type(output).__name__}. Override `student_step` and `teacher_step`."
+        )
+    return logits

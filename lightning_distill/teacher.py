@@ -1,0 +1,100 @@
+"""What makes a teacher a teacher: frozen, always in eval, outside every checkpoint."""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _IncompatibleKeys
+
+_TEACHER = "teacher."
+
+
+def freeze(teacher: nn.Module) -> nn.Module:
+    """Take a model out of training: no parameter asks for a gradient, every submodule is in eval.
+
+    Args:
+        teacher: The model to freeze, in place.
+
+    Returns:
+        The same model.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.teacher import freeze
+        >>> teacher = freeze(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+        >>> teacher.training, any(p.requires_grad for p in teacher.parameters())
+        (False, False)
+    """
+    return teacher.requires_grad_(False).eval()
+
+
+def keep_out_of_checkpoints(module: nn.Module) -> None:
+    """Leave ``module.teacher`` out of ``module.state_dict()`` and do not ask for it when loading.
+
+    The hooks know the exact prefix they are called with, so a module that is itself wrapped (weight averaging, DDP)
+    behaves the same, and a missing student key is still an error. They are functions of this file, not closures, so
+    that the module can be copied and pickled.
+
+    Args:
+        module: The module that holds the teacher as its attribute ``teacher``.
+    """
+    module.register_state_dict_post_hook(_drop_teacher)
+    module.register_load_state_dict_pre_hook(_remember_prefix)
+    module.register_load_state_dict_post_hook(_forgive_teacher)
+
+
+def _drop_teacher(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix + _TEACHER)]:
+        del state_dict[key]
+
+
+def _remember_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    # The post hook is not told where in the tree it is; this hook of the same call is.
+    module._teacher_prefix = prefix + _TEACHER  # type: ignore[assignment]
+
+
+def _forgive_teacher(module: nn.Module, incompatible_keys: _IncompatibleKeys) -> None:
+    prefix = module._teacher_prefix
+    assert isinstance(prefix, str)
+    missing = incompatible_keys.missing_keys
+    missing[:] = [key for key in missing if not key.startswith(prefix)]
+
+
+def align_labels(student_labels: dict[str, int], teacher_labels: dict[str, int]) -> torch.Tensor | None:
+    """Index that puts the teacher's classes in the student's order.
+
+    Args:
+        student_labels: The student's ``label2id``.
+        teacher_labels: The teacher's ``label2id``.
+
+    Returns:
+        None where the orders agree or one side has only transformers' placeholder names (``LABEL_0``); otherwise an
+        int64 tensor ``index`` of shape ``[classes]`` so that ``teacher_logits[..., index]`` is in the student's order.
+
+    Raises:
+        ValueError: If the names differ, so that no order can be right.
+
+    Example:
+        >>> from lightning_distill.teacher import align_labels
+        >>> align_labels({"no": 0, "yes": 1}, {"yes": 0, "no": 1})
+        tensor([1, 0])
+    """
+    if (
+        has_placeholder_labels(student_labels)
+        or has_placeholder_labels(teacher_labels)
+        or student_labels == teacher_labels
+    ):
+        return None
+    if set(student_labels) != set(teacher_labels):
+        raise ValueError(
+            "Expected arguments `student` and `teacher` to name the same classes, but got "
+            f"{sorted(student_labels)} and {sorted(teacher_labels)}. Give the student the teacher's `id2label` and "
+            "`label2id`, or train a teacher on the student's classes."
+        )
+    names = sorted(student_labels, key=student_labels.__getitem__)
+    return torch.tensor([teacher_labels[name] for name in names])
+
+
+def has_placeholder_labels(labels: dict[str, int]) -> bool:
+    """Whether a ``label2id`` holds only the names that transformers makes up: ``LABEL_0``, ``LABEL_1`` ..."""
+    return all(name == f"LABEL_{index}" for name, index in labels.items())

@@ -1,0 +1,62 @@
+"""Tiny transformers models and batches, from configs alone."""
+
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+VOCAB = 64
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    # GPT-2 and DistilBERT call the same things by other names.
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def bert(head: str = "SequenceClassification", *, layers: int = 2, **config: Any) -> transformers.BertPreTrainedModel:
+    """A tiny BERT with a head."""
+    full = transformers.BertConfig(**{**SMALL, "num_hidden_layers": layers, **config})
+    model: transformers.BertPreTrainedModel = getattr(transformers, f"BertFor{head}")(full)
+    return model
+
+
+def llama(*, layers: int = 2, **config: Any) -> transformers.LlamaForCausalLM:
+    """A tiny Llama with grouped-query attention."""
+    settings = {**SMALL, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2, **config}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
+
+
+def tokens(rows: int = 4, length: int = 8, *, seed: int = 0) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` with rows of different lengths, padded on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(3, VOCAB, (rows, length), generator=generator)
+    lengths = torch.randint(3, length + 1, (rows,), generator=generator)
+    mask = torch.arange(length) < lengths[:, None]
+    return {"input_ids": input_ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+def batch(task: str, rows: int = 4, length: int = 8, *, classes: int = 2, seed: int = 0) -> dict[str, Tensor]:
+    """A batch of a task, with labels."""
+    made = tokens(rows, length, seed=seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    real = made["attention_mask"].bool()
+    if task == "classification":
+        labels = torch.randint(0, classes, (rows,), generator=generator)
+    elif task == "regression":
+        labels = torch.randn(rows, generator=generator)
+    elif task == "token_classification":
+        labels = torch.randint(0, classes, (rows, length), generator=generator).masked_fill(~real, -100)
+    elif task == "masked_lm":
+        chosen = real & (torch.rand(rows, length, generator=generator) < 0.5)
+        chosen[:, 0] = True
+        labels = made["input_ids"].masked_fill(~chosen, -100)
+    else:
+        labels = made["input_ids"].masked_fill(~real, -100)
+    return {**made, "labels": labels}
