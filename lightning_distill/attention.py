@@ -1,0 +1,159 @@
+"""Queries, keys and values of attention layers that stay on their fast implementation."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import eager_mask, sdpa_mask
+
+_SUFFIX = "_with_signals"
+_SINK = "_attention_sink"
+
+
+@dataclass
+class Attention:
+    """What one attention function was called with, grouped heads expanded, position embeddings applied.
+
+    Args:
+        query: Shape ``[B, H, T, D]``.
+        key: Shape ``[B, H, S, D]``.
+        value: Shape ``[B, H, S, D]``.
+        mask: As the attention function received it: None, or broadcastable to ``[B, H, T, S]``, bool (True attends)
+            or added to the scores.
+        scaling: Factor of the scores.
+        is_causal: Whether a query sees only keys up to its own position; where there is a mask, it says so already.
+        position_bias: Added to the scores (T5), broadcastable to ``[B, H, T, S]``, or None.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.attention import Attention
+        >>> q = torch.ones(1, 1, 2, 4)
+        >>> Attention(q, q, q, mask=None, scaling=0.5, is_causal=True).probabilities().tolist()
+        [[[[1.0, 0.0], [0.5, 0.5]]]]
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scaling: float
+    is_causal: bool
+    position_bias: Tensor | None = None
+
+    def probabilities(self) -> Tensor:
+        """The attention map ``[B, H, T, S]``, float32 (float64 where the query is), each row of sum 1."""
+        query, key = (x if x.dtype == torch.float64 else x.float() for x in (self.query, self.key))
+        with torch.autocast(query.device.type, enabled=False):
+            scores = query @ key.transpose(-1, -2) * self.scaling
+        if self.position_bias is not None:
+            scores = scores + self.position_bias
+        # The smallest number instead of -inf: a row without any key (left padding) is uniform instead of NaN.
+        lowest = torch.finfo(scores.dtype).min
+        if self.mask is None:
+            if self.is_causal:
+                future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+                scores = scores.masked_fill(future, lowest)
+        elif self.mask.dtype == torch.bool:
+            scores = scores.masked_fill(~self.mask, lowest)
+        else:
+            scores = (scores + self.mask).clamp(min=lowest)
+        return scores.softmax(-1)
+
+
+def attach(layer: nn.Module, sink: Callable[[Attention], None]) -> None:
+    """Hand what the attention of a layer is called with to a function, from the next forward on.
+
+    Args:
+        layer: A layer of a transformers model, in place.
+        sink: Called inside the forward.
+
+    Raises:
+        ValueError: If the layer has no attention that goes through transformers' attention interface, or the model's
+            attention implementation is neither ``"sdpa"`` nor ``"eager"``.
+    """
+    configs = _configs(layer)
+    for config in configs:
+        implementation = str(config._attn_implementation).removesuffix(_SUFFIX)
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"Expected a model whose attention can be recorded, but got `attn_implementation={implementation!r}`. "
+                'Load it with `attn_implementation="sdpa"`.'
+            )
+        config._attn_implementation = implementation + _SUFFIX
+    for module in layer.modules():
+        setattr(module, _SINK, sink)
+    if not configs:
+        raise ValueError(
+            f"Expected a layer with attention, but got a `{type(layer).__name__}` that has none. Use another signal."
+        )
+
+
+def detach(layer: nn.Module) -> None:
+    """Undo :func:`attach`.
+
+    Args:
+        layer: The layer, in place.
+    """
+    for config in _configs(layer):
+        config._attn_implementation = str(config._attn_implementation).removesuffix(_SUFFIX)
+    for module in layer.modules():
+        module.__dict__.pop(_SINK, None)
+
+
+def _configs(layer: nn.Module) -> list[Any]:
+    found = (getattr(module, "config", None) for module in layer.modules())
+    return list({id(config): config for config in found if hasattr(config, "_attn_implementation")}.values())
+
+
+def _record(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> None:
+    sink = getattr(module, _SINK, None)
+    if sink is None:
+        return
+    for unknown in ("softcap", "s_aux"):
+        if kwargs.get(unknown) is not None:
+            raise ValueError(
+                f"Expected a model with plain softmax attention, but got one with `{unknown}`. Use hidden states."
+            )
+    is_causal = kwargs.get("is_causal")
+    scaling = kwargs.get("scaling")
+    groups = query.shape[1] // key.shape[1]
+    sink(
+        Attention(
+            query=query,
+            key=key.repeat_interleave(groups, dim=1) if groups > 1 else key,
+            value=value.repeat_interleave(groups, dim=1) if groups > 1 else value,
+            mask=attention_mask,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            is_causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal),
+            position_bias=kwargs.get("position_bias"),
+        )
+    )
+
+
+def _sdpa(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    _record(module, query, key, value, attention_mask, **kwargs)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _eager(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    _record(module, query, key, value, attention_mask, **kwargs)
+    # Eager attention is not registered: each model's file has its own.
+    own = sys.modules[type(module).__module__].eager_attention_forward
+    return own(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register("sdpa" + _SUFFIX, _sdpa)
+AttentionInterface.register("eager" + _SUFFIX, _eager)
+AttentionMaskInterface.register("sdpa" + _SUFFIX, sdpa_mask)
+AttentionMaskInterface.register("eager" + _SUFFIX, eager_mask)

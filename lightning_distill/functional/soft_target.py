@@ -1,0 +1,140 @@
+"""Divergences between the predictions of student and teacher."""
+
+import math
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
+
+Divergence = Literal["forward_kl", "reverse_kl", "js"]
+
+# Stands for log 0. Infinite log-probabilities would give 0 * inf = NaN where both models exclude a class; with this
+# number such a class adds exactly 0, and one that only one of them excludes adds a finite amount.
+_LOG_ZERO = -1e30
+
+
+def soft_target(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    beta: float = 0.5,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    r"""Divergence of the student's softened prediction from the teacher's, times the squared temperature.
+
+    With :math:`p = \mathrm{softmax}(z_t / \tau)` of the teacher and :math:`q = \mathrm{softmax}(z_s / \tau)` of the
+    student, a row or token has :math:`\tau^2 D(p, q)`, where :math:`D` is
+
+    - ``"forward_kl"``: :math:`\mathrm{KL}(p \| q) = \sum_c p_c (\log p_c - \log q_c)`;
+    - ``"reverse_kl"``: :math:`\mathrm{KL}(q \| p)`;
+    - ``"js"``: :math:`\beta \mathrm{KL}(p \| m) + (1 - \beta) \mathrm{KL}(q \| m)` with
+      :math:`m = \beta p + (1 - \beta) q`.
+
+    The factor :math:`\tau^2` keeps the size of the gradient when the temperature changes. Sums run over classes and
+    the mean over rows (or tokens) only, so the loss is in nats per item.
+
+    Args:
+        student_logits: Shape ``[..., C]``, of at least 2 classes.
+        teacher_logits: Likewise.
+        temperature: Divides both logits, above 0.
+        divergence: The name of :math:`D`.
+        beta: Weight of the teacher in the mixture of ``"js"``, in (0, 1).
+        mask: Bool ``[...]``, the items that count; None where all do.
+        reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+
+    Returns:
+        A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: If shapes differ, there is one class only, or an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill import functional
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[2.0, 0.0]])
+        >>> round(functional.soft_target(student, teacher, temperature=2.0).item(), 4)
+        0.4438
+        >>> round(functional.soft_target(student, teacher, divergence="js").item(), 4)
+        0.0895
+
+    Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; Gu et al., "MiniLLM", 2024
+    (reverse KL); Agarwal et al., "On-Policy Distillation of Language Models", 2024 (generalised Jensen-Shannon).
+    """
+    check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
+    if student_logits.shape[-1] < 2:
+        raise ValueError(
+            "Expected argument `student_logits` to have at least 2 classes, but got 1: a softmax over one class is "
+            "always 1, and the loss 0. Use `functional.logits_mse`."
+        )
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"Expected argument `temperature` to be finite and above 0, but got {temperature}.")
+    if divergence not in _DIVERGENCES:
+        raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
+    if not 0 < beta < 1:
+        raise ValueError(f"Expected argument `beta` to be in (0, 1), but got {beta}.")
+    student, teacher = (
+        torch.log_softmax(logits / temperature, dim=-1).clamp(min=_LOG_ZERO)
+        for logits in select(mask, student_logits, teacher_logits)
+    )
+    values = temperature**2 * _DIVERGENCES[divergence](student, teacher, beta)
+    return reduce(values, student_logits.shape[:-1], mask, reduction)
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def _forward_kl(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    return _kl(teacher, student)
+
+
+def _reverse_kl(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    return _kl(student, teacher)
+
+
+def _js(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+_DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+    "forward_kl": _forward_kl,
+    "reverse_kl": _reverse_kl,
+    "js": _js,
+}
+
+
+def logits_mse(
+    student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean"
+) -> Tensor:
+    """Mean squared difference of the logits of an item, the mean over classes.
+
+    Args:
+        student_logits: Shape ``[..., C]``.
+        teacher_logits: Likewise.
+        mask: Bool ``[...]``, the items that count; None where all do.
+        reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+
+    Returns:
+        A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: If shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill import functional
+        >>> functional.logits_mse(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])).item()
+        2.0
+
+    Source: Ba and Caruana, "Do Deep Nets Really Need to be Deep?", 2014.
+    """
+    check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
+    student, teacher = select(mask, student_logits, teacher_logits)
+    return reduce((student - teacher).square().mean(-1), student_logits.shape[:-1], mask, reduction)

@@ -1,0 +1,111 @@
+"""What every objective is: a weight, a name, the signals it reads, a loss per item."""
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.signals import ModelInfo, Request, Signals
+
+
+class Loss(NamedTuple):
+    """An objective's value per item, so that a caller can take the exact mean over micro-batches and ranks.
+
+    Args:
+        values: Float32 (float64 for float64 signals), of any shape, one per row or token.
+        mask: Bool of that shape, the items that count; None where all do.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import Loss
+        >>> loss = Loss(torch.tensor([1.0, 3.0, 0.0]), torch.tensor([True, True, False]))
+        >>> loss.sum().item(), loss.count().item(), loss.mean().item()
+        (4.0, 2, 2.0)
+    """
+
+    values: Tensor
+    mask: Tensor | None = None
+
+    def sum(self) -> Tensor:
+        """Sum over the items that count, a scalar."""
+        return (self.values if self.mask is None else self.values.masked_fill(~self.mask, 0.0)).sum()
+
+    # A tuple has a method of this name, which nobody needs here.
+    def count(self) -> Tensor:  # type: ignore[override]
+        """Number of items that count, an integer scalar."""
+        if self.mask is None:
+            return torch.tensor(self.values.numel(), device=self.values.device)
+        return self.mask.sum()
+
+    def mean(self) -> Tensor:
+        """Mean over the items that count, 0 where none does."""
+        return self.sum() / self.count().clamp(min=1)
+
+
+class Objective(nn.Module):
+    """One thing the student learns from the teacher or the data. Subclasses define :meth:`forward`.
+
+    Args:
+        weight: Factor of its loss in the total, finite and at least 0.
+        name: What it is logged as; the class's name in snake case where None.
+
+    Raises:
+        ValueError: If the weight is negative or not finite.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import Loss, Objective
+        >>> from lightning_distill.signals import Signals
+        >>> class Margin(Objective):
+        ...     def forward(self, student, teacher):
+        ...         return Loss((teacher.logits - student.logits).relu().mean(-1))
+        >>> margin = Margin(weight=0.5)
+        >>> margin.name, margin(Signals(torch.zeros(2, 3)), Signals(torch.ones(2, 3))).mean().item()
+        ('margin', 1.0)
+    """
+
+    #: Whether :meth:`forward` reads the teacher; where no objective does, the teacher does not run.
+    needs_teacher = True
+
+    def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
+        super().__init__()
+        self.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower() if name is None else name
+        self.weight = weight
+        if not (weight >= 0 and math.isfinite(weight)):
+            raise self._error("weight", "finite and at least 0", weight)
+        #: What :meth:`forward` reads of each model, beside logits, labels and masks; set by :meth:`bind`.
+        self.student_request = Request()
+        self.teacher_request = Request()
+
+    def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Fit the objective to a pair of models: choose layers, make projections. Called once, before training.
+
+        Args:
+            student: What is known of the student.
+            teacher: What is known of the teacher.
+
+        Raises:
+            ValueError: If the models cannot give what the objective reads.
+        """
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        """Loss per item.
+
+        Args:
+            student: What the student's forward left behind.
+            teacher: What the teacher's forward left behind.
+
+        Returns:
+            The values and which of them count.
+        """
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Weight and name, for ``print``."""
+        return f"weight={self.weight}, name={self.name!r}"
+
+    def _error(self, argument: str, expected: str, got: object, advice: str = "") -> ValueError:
+        what = f"Expected argument `{argument}` of objective `{self.name}` to be {expected}, but got {got!r}."
+        return ValueError(f"{what} {advice}".strip())

@@ -1,0 +1,376 @@
+"""What one forward leaves behind, for only the layers and kinds that are asked for.
+
+The model keeps its own fast attention. Hidden states come from hooks on the layers that are asked for; queries, keys
+and values come from an attention function that is registered with transformers, calls the model's own one and keeps
+what it was called with.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lightning_distill.attention import Attention, attach, detach
+
+
+@dataclass(frozen=True)
+class Request:
+    """The signals of one model that somebody reads.
+
+    Args:
+        hidden_states: Layers (from 0) whose output is kept.
+        embedding: Whether the input of the first layer is kept.
+        attention: Layers (from 0) whose queries, keys and values are kept.
+        modules: Paths of submodules whose output is kept.
+
+    Example:
+        >>> from lightning_distill.signals import Request
+        >>> sorted((Request(hidden_states=frozenset({1})) | Request(hidden_states=frozenset({0}))).hidden_states)
+        [0, 1]
+    """
+
+    hidden_states: frozenset[int] = frozenset()
+    embedding: bool = False
+    attention: frozenset[int] = frozenset()
+    modules: frozenset[str] = frozenset()
+
+    def __or__(self, other: "Request") -> "Request":
+        return Request(*(getattr(self, f.name) | getattr(other, f.name) for f in dataclasses.fields(self)))
+
+
+class Captured(TypedDict):
+    """What a :class:`Recorder` hands over; the keys are the fields of :class:`Signals`."""
+
+    hidden_states: dict[int, Tensor]
+    embedding: Tensor | None
+    attention: dict[int, Attention]
+    modules: dict[str, Tensor]
+
+
+@dataclass
+class Signals:
+    """What one forward of one model left behind.
+
+    Args:
+        logits: Shape ``[B, C]`` or ``[B, T, C]``.
+        labels: Shape of the logits without their last dimension, or None.
+        mask: Bool, where the logits count; shape of the labels, or None where all count.
+        token_mask: Bool ``[B, T]``, the real tokens of the input, or None where all are.
+        hidden_states: Output ``[B, T, D]`` of a layer, by layer (from 0). The last layer's is the output of the whole
+            stack, so after its final norm where it has one, as in transformers' ``last_hidden_state``.
+        embedding: Input ``[B, T, D]`` of the first layer.
+        attention: Queries, keys and values, by layer.
+        modules: Output of a submodule, by its path.
+    """
+
+    logits: Tensor
+    labels: Tensor | None = None
+    mask: Tensor | None = None
+    token_mask: Tensor | None = None
+    hidden_states: dict[int, Tensor] = field(default_factory=dict)
+    embedding: Tensor | None = None
+    attention: dict[int, Attention] = field(default_factory=dict)
+    modules: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What can be known of a model without running it.
+
+    Args:
+        depth: Number of layers, or None where the model is no transformers stack of equal layers.
+        width: Size of the hidden states.
+        num_heads: Number of attention heads.
+        num_key_value_heads: Number of key and value heads (smaller where heads are grouped).
+        modules: Width of every submodule's output by its path; None where its class does not tell.
+    """
+
+    depth: int | None = None
+    width: int | None = None
+    num_heads: int | None = None
+    num_key_value_heads: int | None = None
+    modules: dict[str, int | None] = field(default_factory=dict)
+
+
+def describe(model: nn.Module) -> ModelInfo:
+    """Read depth, width and heads off a transformers config, and the output widths of submodules off their classes.
+
+    Args:
+        model: Any module; one without a transformers config has only ``modules``.
+
+    Returns:
+        What is known.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.signals import describe
+        >>> describe(nn.Sequential(nn.Linear(4, 8), nn.ReLU())).modules
+        {'0': 8, '1': None}
+    """
+    modules = {path: _width(module) for path, module in model.named_modules() if path}
+    config = _text_config(model)
+    if config is None:
+        return ModelInfo(modules=modules)
+    try:
+        depth = len(find_layers(model))
+    except ValueError:
+        depth = None
+    num_heads = getattr(config, "num_attention_heads", None)
+    return ModelInfo(
+        depth=depth,
+        width=getattr(config, "hidden_size", None),
+        num_heads=num_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        modules=modules,
+    )
+
+
+def find_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of layers of a transformers model, of its encoder where it has an encoder and a decoder.
+
+    Args:
+        model: A transformers model.
+
+    Returns:
+        The first ``ModuleList`` that has as many items as the config has layers.
+
+    Raises:
+        ValueError: If there is none, as in a plain module or where layers are shared.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from lightning_distill.signals import find_layers
+        >>> config = BertConfig(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=8)
+        >>> len(find_layers(BertModel(config)))
+        3
+    """
+    return _find_stack(model)[1]
+
+
+def _find_stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
+    """The module that owns the stack of layers, and the stack."""
+    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return model.get_submodule(path.rpartition(".")[0]), module
+    raise ValueError(
+        f"Expected a transformers model with a stack of `config.num_hidden_layers` layers, but got a "
+        f"`{type(model).__name__}` with {depth} configured layers and no such stack. Name modules by path instead."
+    )
+
+
+def _text_config(model: nn.Module) -> Any:
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config(encoder=True) if hasattr(config, "get_text_config") else None
+
+
+def _width(module: nn.Module) -> int | None:
+    for name in ("out_features", "out_channels", "num_features", "embedding_dim"):
+        if isinstance(width := getattr(module, name, None), int):
+            return width
+    shape = getattr(module, "normalized_shape", None)
+    return shape[-1] if isinstance(shape, tuple) else None
+
+
+class Recorder:
+    """Keeps the requested signals of each forward of a model until they are taken.
+
+    Outputs of the model are the same bits with and without it. A forward that is run again by gradient checkpointing
+    during backward is not recorded. The model can be copied, pickled and compiled (``model.compile()``) after
+    :meth:`remove`, and is as it was before.
+
+    Args:
+        model: A transformers model, or any module where the request has only ``modules``.
+        request: What to keep.
+
+    Raises:
+        ValueError: If the model cannot give what is requested.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_distill.signals import Recorder, Request
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> recorder = Recorder(model, Request(modules=frozenset({"1"})))
+        >>> _ = model(torch.zeros(5, 4))
+        >>> recorder.take()["modules"]["1"].shape
+        torch.Size([5, 8])
+        >>> recorder.remove()
+    """
+
+    def __init__(self, model: nn.Module, request: Request) -> None:
+        self.model, self.request = model, request
+        self._captured: dict[tuple[str, Any], Any] = {}
+        self._recording = False
+        self._grad_mode = True
+        self._handles: list[RemovableHandle] = []
+        wanted = request.hidden_states | request.attention
+        if wanted or request.embedding:
+            owner, layers = _find_stack(model)
+            if beyond := sorted(layer for layer in wanted if not 0 <= layer < len(layers)):
+                raise ValueError(
+                    f"Expected argument `request` to name layers of the model, but got {beyond} for a "
+                    f"`{type(model).__name__}` of {len(layers)} layers. Layers count from 0."
+                )
+            for layer in request.hidden_states:
+                self._handles.append(layers[layer].register_forward_hook(partial(self._keep_output, layer)))
+            if len(layers) - 1 in request.hidden_states:
+                self._handles.append(owner.register_forward_hook(partial(self._keep_last, len(layers) - 1)))
+            if request.embedding:
+                self._handles.append(layers[0].register_forward_pre_hook(self._keep_embedding, with_kwargs=True))
+            for layer in request.attention:
+                attach(layers[layer], partial(self._keep_attention, layer))
+        for path in request.modules:
+            module = get_submodule(model, path)
+            self._handles.append(module.register_forward_hook(partial(self._keep_module, path)))
+        # Last, so that the owner of the stack, which may be the model itself, is still recorded when it returns.
+        self._handles.append(model.register_forward_pre_hook(self._begin))
+        self._handles.append(model.register_forward_hook(self._end))
+
+    def take(self) -> Captured:
+        """Hand over what the last forward left behind, and forget it.
+
+        Returns:
+            The captured signals.
+
+        Raises:
+            RuntimeError: If something that was requested did not run, or was recorded without a gradient inside
+                reentrant gradient checkpointing.
+        """
+        captured, self._captured = self._captured, {}
+        kinds: dict[str, dict[Any, Any]] = {"hidden_states": {}, "embedding": {}, "attention": {}, "modules": {}}
+        for (kind, key), value in captured.items():
+            kinds[kind][key] = value
+        for kind in ("hidden_states", "attention", "modules"):
+            if missing := sorted(getattr(self.request, kind) - kinds[kind].keys()):
+                raise RuntimeError(
+                    f"Expected the last forward of `{type(self.model).__name__}` to give `{kind}` of {missing}, but it "
+                    "did not run them. Call the model itself, once, before taking its signals."
+                )
+        return Captured(
+            hidden_states=kinds["hidden_states"],
+            embedding=kinds["embedding"].get(None),
+            attention=kinds["attention"],
+            modules=kinds["modules"],
+        )
+
+    def remove(self) -> None:
+        """Take every hook off the model and give it its own attention function back."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._captured.clear()
+        if self.request.attention:
+            layers = find_layers(self.model)
+            for layer in self.request.attention:
+                detach(layers[layer])
+
+    def _begin(self, module: nn.Module, args: Any) -> None:
+        # Kept only between these two hooks: what gradient checkpointing runs again in backward is outside of them.
+        self._captured.clear()
+        self._recording = True
+        self._grad_mode = torch.is_grad_enabled()
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._recording = False
+
+    def _keep(self, kind: str, key: Any, value: Any) -> None:
+        if not self._recording:
+            return
+        if self._grad_mode and not torch.is_grad_enabled():
+            raise RuntimeError(
+                f"Expected `{kind}` of {key} to be recorded with a gradient, but the layer runs inside reentrant "
+                "gradient checkpointing. Turn that on with `use_reentrant=False`."
+            )
+        self._captured[kind, key] = value
+
+    def _keep_output(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        self._keep("hidden_states", layer, _first_tensor(output))
+
+    def _keep_last(self, layer: int, module: nn.Module, args: Any, output: Any) -> None:
+        state = getattr(output, "last_hidden_state", None)
+        if state is not None:
+            self._keep("hidden_states", layer, state)
+
+    def _keep_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._keep("embedding", None, args[0] if args else kwargs["hidden_states"])
+
+    def _keep_attention(self, layer: int, attention: Attention) -> None:
+        # A decoder layer attends to itself first and to the encoder after: the first is the one that is meant.
+        if ("attention", layer) not in self._captured:
+            self._keep("attention", layer, attention)
+
+    def _keep_module(self, path: str, module: nn.Module, args: Any, output: Any) -> None:
+        self._keep("modules", path, _first_tensor(output))
+
+
+def capture(model: nn.Module, request: Request, *args: Any, **kwargs: Any) -> tuple[Any, Captured]:
+    """Run a model once and keep the requested signals.
+
+    Args:
+        model: The model.
+        request: What to keep.
+        *args: For the model.
+        **kwargs: For the model.
+
+    Returns:
+        The model's output and what it left behind.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_distill.signals import Request, capture
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU())
+        >>> output, captured = capture(model, Request(modules=frozenset({"0"})), torch.zeros(5, 4))
+        >>> captured["modules"]["0"].shape
+        torch.Size([5, 8])
+    """
+    recorder = Recorder(model, request)
+    try:
+        return model(*args, **kwargs), recorder.take()
+    finally:
+        recorder.remove()
+
+
+def get_submodule(model: nn.Module, path: str) -> nn.Module:
+    """The submodule at a path.
+
+    Args:
+        model: The model.
+        path: Its path, as in ``model.named_modules()``.
+
+    Returns:
+        The submodule.
+
+    Raises:
+        ValueError: If there is none; the message lists the paths that are near.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.signals import get_submodule
+        >>> get_submodule(nn.Sequential(nn.ReLU()), "0")
+        ReLU()
+    """
+    modules = dict(model.named_modules())
+    if path not in modules:
+        raise ValueError(
+            f"Expected a path of a module in `{type(model).__name__}`, but got {path!r}{near(path, modules)}"
+        )
+    return modules[path]
+
+
+def near(path: str, paths: Any) -> str:
+    """End of a sentence that lists the paths nearest to one that does not exist."""
+    close = difflib.get_close_matches(path, list(paths), n=3, cutoff=0.4)
+    return f"; near it are {close}." if close else "; nothing is near it."
+
+
+def _first_tensor(output: Any) -> Tensor:
+    value = output if isinstance(output, Tensor) else output[0]
+    assert isinstance(value, Tensor)
+    return value
