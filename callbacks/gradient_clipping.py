@@ -1,5 +1,6 @@
 """GradientClipping: five ways to bound a gradient before the optimizer's step."""
 
+import copy
 import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -14,12 +15,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from lightning_distill.arguments import between, one_of
 from lightning_distill.functional.clipping import (
     clip_adaptively_,
     clip_by_value_,
     group_tensors,
     norm_coefficient,
     percentile_threshold,
+    running_moments,
     scale_,
     total_norm,
     zscore_threshold,
@@ -110,35 +113,39 @@ class GradientClipping(L.Callback):
         reduce_lr: float | None = None,
     ) -> None:
         super().__init__()
-        _one_of("algorithm", algorithm, tuple(_DEFAULT_THRESHOLDS))
-        _one_of("per", per, ("model", "parameter_group"))
-        _one_of("nonfinite", nonfinite, ("skip", "raise", "zero"))
+        one_of("algorithm", algorithm, _DEFAULT_THRESHOLDS)
+        one_of("per", per, ("model", "parameter_group"))
+        one_of("nonfinite", nonfinite, ("skip", "raise", "zero"))
         self.algorithm, self.per, self.nonfinite = algorithm, per, nonfinite
         self.threshold = _DEFAULT_THRESHOLDS[algorithm] if threshold is None else threshold
-        _between("threshold", self.threshold, 0, 100 if algorithm == "percentile" else math.inf)
+        between("threshold", self.threshold, 0, 100 if algorithm == "percentile" else math.inf)
         self.exclude: list[str] = [exclude] if isinstance(exclude, str) else list(exclude)
         if self.exclude and algorithm != "adaptive":
             raise ValueError(
                 f"Expected argument `exclude` to be empty for algorithm {algorithm!r}, but got {exclude!r}; only "
                 "'adaptive' treats parameters one by one."
             )
-        self.eps = _between("eps", eps, 0, math.inf)
-        self.history = _between("history", history, 0, math.inf)
-        self.warmup_steps = _between("warmup_steps", warmup_steps, 0, math.inf)
-        self.decay = _between("decay", decay, 0, 1)
-        self.warn_norm = None if warn_norm is None else _between("warn_norm", warn_norm, 0, math.inf)
-        self.patience = _between("patience", patience, 0, math.inf)
-        self.reduce_lr = None if reduce_lr is None else _between("reduce_lr", reduce_lr, 0, 1)
+        positive = {"eps": eps, "history": history, "warmup_steps": warmup_steps, "patience": patience}
+        for name, value in positive.items():
+            between(name, value, 0)
+        between("decay", decay, 0, 1)
+        if warn_norm is not None:
+            between("warn_norm", warn_norm, 0)
+        if reduce_lr is not None:
+            between("reduce_lr", reduce_lr, 0, 1)
         if reduce_lr is not None and warn_norm is None:
             raise ValueError("Expected argument `warn_norm` to be a norm where `reduce_lr` is set, but got None.")
 
+        self.eps, self.history, self.warmup_steps, self.decay = eps, history, warmup_steps, decay
+        self.warn_norm, self.patience, self.reduce_lr = warn_norm, patience, reduce_lr
+
         self.lr_factor = 1.0
         self._statistics: dict[int, dict[str, Any]] = {}
+        self._excluded: set[int] = set()
         self._units: dict[Optimizer, tuple[list[int], _Units]] = {}
         self._handles: dict[Optimizer, list[RemovableHandle]] = {}
         self._undo: dict[Optimizer, list[dict[str, Any]]] = {}
-
-    # -- hooks -------------------------------------------------------------------------------------------------------
+        self._flagged: set[Optimizer] = set()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what would clip twice or see only a part of the gradient."""
@@ -183,7 +190,8 @@ class GradientClipping(L.Callback):
         coefficient = torch.zeros_like(norm)
         on_device = self._skips_on_device(optimizer)
         if on_device and scaler is None:
-            self._tell(optimizer, ~finite)
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self._flagged.add(optimizer)
         if on_device or bool(finite):
             coefficient, clipped = self._clip(units, gradients, norm, finite, statistics)
             self._count(statistics, norm, clipped, finite)
@@ -191,12 +199,15 @@ class GradientClipping(L.Callback):
             statistics["nonfinite"] += 1
             self._leave_out(trainer, pl_module, optimizer, scaler)
         self._watch(statistics)
-        if trainer.log_every_n_steps and statistics["steps"] % trainer.log_every_n_steps == 0:
-            self._log(trainer, pl_module, optimizer, norm, coefficient, statistics)
+        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and statistics["steps"] % every == 0:
+            share = statistics["clipped"] / statistics["count"].clamp(min=1)
+            logged = {"grad_norm_before_clipping": norm, "clip_coefficient": coefficient, "clipped_share": share}
+            self._log(trainer, pl_module, optimizer, logged)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the schedule its learning rate back if a step was interrupted half-way."""
-        for optimizer in list(self._undo):
+        for optimizer in {*self._undo, *self._flagged}:
             self._after_step(optimizer)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -207,27 +218,21 @@ class GradientClipping(L.Callback):
         self._handles, self._units, self._undo = {}, {}, {}
 
     def state_dict(self) -> dict[str, Any]:
-        """Statistics of every optimizer and the learning-rate factor; tensors, numbers and strings."""
-        statistics = {
-            index: {name: value.clone() if isinstance(value, Tensor) else value for name, value in of_one.items()}
-            for index, of_one in self._statistics.items()
-        }
-        return {"lr_factor": self.lr_factor, "statistics": statistics}
+        """The learning-rate factor and every optimizer's statistics: numbers and tensors."""
+        return {"lr_factor": self.lr_factor, "statistics": copy.deepcopy(self._statistics)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the statistics of a checkpoint."""
-        self.lr_factor = state_dict["lr_factor"]
-        self._statistics = {index: dict(of_one) for index, of_one in state_dict["statistics"].items()}
-
-    # -- clipping ----------------------------------------------------------------------------------------------------
+        self.lr_factor, self._statistics = state_dict["lr_factor"], copy.deepcopy(state_dict["statistics"])
 
     def _clip(
         self, units: _Units, gradients: list[Any], norm: Tensor, finite: Tensor, statistics: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Clip in place; the smallest factor applied and whether anything was clipped, by unit."""
         if self.algorithm == "adaptive":
-            coefficient = torch.stack([clip_adaptively_(unit, self.threshold, self.eps) for unit in units])
-            coefficient = coefficient.to(norm.device)
+            clippable = [[[p for p in kind if id(p) not in self._excluded] for kind in unit] for unit in units]
+            factors = [clip_adaptively_(unit, self.threshold, self.eps) for unit in clippable]
+            coefficient = torch.stack([factor.to(norm.device) for factor in factors])
             if any(isinstance(parameter, DTensor) for unit in units for kind in unit for parameter in kind):
                 torch.distributed.all_reduce(coefficient, torch.distributed.ReduceOp.MIN)
             return coefficient, coefficient < 1
@@ -248,23 +253,18 @@ class GradientClipping(L.Callback):
     def _max_norm(self, norm: Tensor, finite: Tensor, statistics: dict[str, Any]) -> Tensor | float:
         if self.algorithm == "norm":
             return self.threshold
-        count = statistics["count"]
         if self.algorithm == "percentile":
-            history, place = statistics["history"], count.reshape(1) % self.history
+            history, place = statistics["history"], statistics["count"].reshape(1) % self.history
             row = torch.where(finite, norm, history.index_select(0, place))
             history.index_copy_(0, place, row)
             return percentile_threshold(history, self.threshold)
-        mean, variance = statistics["mean"], statistics["variance"]
-        warming_up = count < self.warmup_steps
-        max_norm = torch.where(warming_up, math.inf, zscore_threshold(norm, mean, variance, self.threshold))
-        # One update for both phases: with weight 1/n it is Welford's for the plain mean and variance.
-        weight = torch.where(warming_up, 1 / (count + 1), 1 - self.decay)
-        value = norm.minimum(max_norm)
-        new_mean = mean + weight * (value - mean)
-        distance = torch.where(warming_up, value - mean, value - new_mean)
-        new_variance = (1 - weight) * variance + weight * (value - new_mean) * distance
-        mean.copy_(torch.where(finite, new_mean, mean))
-        variance.copy_(torch.where(finite, new_variance, variance))
+        mean, variance, count = statistics["mean"], statistics["variance"], statistics["count"]
+        max_norm = zscore_threshold(norm, mean, variance, self.threshold)
+        max_norm = torch.where(count < self.warmup_steps, math.inf, max_norm)
+        bounded = norm.minimum(max_norm)
+        new = running_moments(bounded, mean, variance, count, self.warmup_steps, self.decay)
+        for old, value in zip((mean, variance), new, strict=True):
+            old.copy_(torch.where(finite, value, old))
         return max_norm
 
     def _count(self, statistics: dict[str, Any], norm: Tensor, clipped: Tensor, finite: Tensor) -> None:
@@ -275,10 +275,7 @@ class GradientClipping(L.Callback):
             smoothed = statistics["smoothed"]
             new = torch.where(smoothed.isnan(), norm, torch.lerp(norm, smoothed, self.decay))
             smoothed.copy_(torch.where(finite, new, smoothed))
-            above = statistics["above"]
-            above.add_(1).mul_(smoothed > self.warn_norm)
-
-    # -- steps left out ----------------------------------------------------------------------------------------------
+            statistics["above"].add_(finite).mul_(smoothed > self.warn_norm)
 
     def _skips_on_device(self, optimizer: Optimizer) -> bool:
         # These read `found_inf` in their kernel. Fused SGD does too, but leaves its momentum uninitialised if the very
@@ -286,31 +283,17 @@ class GradientClipping(L.Callback):
         fused = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)) and optimizer.defaults.get("fused")
         return self.nonfinite == "skip" and bool(fused)
 
-    def _tell(self, optimizer: Optimizer, skip: Tensor) -> None:
-        optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        forget: RemovableHandle
-
-        def after_step(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-            del optimizer.found_inf  # type: ignore[attr-defined]
-            forget.remove()
-
-        forget = optimizer.register_step_post_hook(after_step)
-
     def _leave_out(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer, scaler: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.nonfinite == "raise" and (scaler is None or scaler.get_scale() < 1):
-            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            broken = {id(p) for p in parameters if p.grad is not None and not p.grad.isfinite().all()}
+            broken = {id(parameter) for parameter in parameters if not parameter.grad.isfinite().all()}
             names = [name for name, parameter in pl_module.named_parameters() if id(parameter) in broken]
             raise RuntimeError(
                 f"Expected finite gradients at step {trainer.global_step}, but got NaN or infinity in "
                 f"{len(names)} parameters, the first {names[:3]}. Lower the learning rate, or choose nonfinite='skip'."
             )
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if self.nonfinite == "zero" and parameter.grad is not None:
-                    parameter.grad.zero_()
-                elif self.nonfinite != "zero":
-                    parameter.grad = None
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter.grad) if self.nonfinite == "zero" else None
         if self.nonfinite != "zero" and scaler is None:
             # Without gradients the step touches no parameter, but some optimizers count steps in their groups.
             kept = self._undo.get(optimizer, [{} for _ in optimizer.param_groups])
@@ -318,8 +301,6 @@ class GradientClipping(L.Callback):
                 {**{name: value for name, value in group.items() if name != "params"}, **earlier}
                 for group, earlier in zip(optimizer.param_groups, kept, strict=True)
             ]
-
-    # -- watching the norm -------------------------------------------------------------------------------------------
 
     def _watch(self, statistics: dict[str, Any]) -> None:
         if self.warn_norm is None or statistics["steps"] % self.patience or statistics["above"].max() < self.patience:
@@ -341,18 +322,17 @@ class GradientClipping(L.Callback):
     def _after_step(self, optimizer: Optimizer, args: Any = None, kwargs: Any = None) -> None:
         for group, values in zip(optimizer.param_groups, self._undo.pop(optimizer, ()), strict=False):
             group.update(values)
-
-    # -- bookkeeping -------------------------------------------------------------------------------------------------
+        if optimizer in self._flagged:
+            self._flagged.remove(optimizer)
+            del optimizer.found_inf  # type: ignore[attr-defined]
 
     def _attach(self, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Group the optimizer's parameters and hook its step, once and again when parameters were added."""
         sizes = [len(group["params"]) for group in optimizer.param_groups]
         if optimizer in self._units and self._units[optimizer][0] == sizes:
             return
-        units = [[p for p in group["params"] if p.requires_grad] for group in optimizer.param_groups]
-        if self.exclude:
-            left_alone = self._left_alone(pl_module)
-            units = [[parameter for parameter in unit if id(parameter) not in left_alone] for unit in units]
+        units = [list(group["params"]) for group in optimizer.param_groups]
+        self._excluded = self._find_excluded(pl_module)
         if self.per == "model":
             units = [[parameter for unit in units for parameter in unit]]
         self._units[optimizer] = sizes, [group_tensors(unit) for unit in units]  # type: ignore[misc]
@@ -362,7 +342,7 @@ class GradientClipping(L.Callback):
                 optimizer.register_step_post_hook(self._after_step),
             ]
 
-    def _left_alone(self, pl_module: L.LightningModule) -> set[int]:
+    def _find_excluded(self, pl_module: L.LightningModule) -> set[int]:
         named = dict(pl_module.named_parameters())
         for pattern in self.exclude:
             if not any(fnmatchcase(name, pattern) for name in named):
@@ -373,15 +353,14 @@ class GradientClipping(L.Callback):
         return {id(p) for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in self.exclude)}
 
     def _statistics_of(self, trainer: L.Trainer, optimizer: Optimizer, norm: Tensor) -> dict[str, Any]:
-        index = trainer.optimizers.index(optimizer)
+        index = _index(trainer, optimizer)
         if index not in self._statistics:
             zeros = torch.zeros_like(norm)
             new: dict[str, Any] = {"steps": 0, "count": zeros[0].long(), "nonfinite": zeros[0].long()}
             new |= {"clipped": zeros.long(), "above": zeros.long(), "smoothed": zeros + math.nan}
+            new |= {"mean": zeros.clone(), "variance": zeros.clone()} if self.algorithm == "zscore" else {}
             if self.algorithm == "percentile":
                 new["history"] = norm.new_full((self.history, len(norm)), math.nan)
-            if self.algorithm == "zscore":
-                new |= {"mean": zeros.clone(), "variance": zeros.clone()}
             self._statistics[index] = new
         statistics = self._statistics[index]
         if statistics["count"].device != norm.device:
@@ -389,40 +368,27 @@ class GradientClipping(L.Callback):
         return statistics
 
     def _log(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        optimizer: Optimizer,
-        norm: Tensor,
-        coefficient: Tensor,
-        statistics: dict[str, Any],
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer, by_unit: dict[str, Tensor]
     ) -> None:
-        several = f"/optimizer{trainer.optimizers.index(optimizer)}" if len(trainer.optimizers) > 1 else ""
-        values = {f"nonfinite_steps{several}": statistics["nonfinite"].float()}
+        index = _index(trainer, optimizer)
+        suffix = f"/optimizer{index}" if len(trainer.optimizers) > 1 else ""
+        values = {f"nonfinite_steps{suffix}": self._statistics[index]["nonfinite"].float()}
         if self.reduce_lr is not None:
             values["lr_factor"] = torch.tensor(self.lr_factor)
-        share = statistics["clipped"] / statistics["count"].clamp(min=1)
-        for index, group in enumerate(optimizer.param_groups[: len(norm)]):
-            name = several if self.per == "model" else f"{several}/{group.get('name', f'group{index}')}"
-            values[f"grad_norm_before_clipping{name}"] = norm[index]
-            values[f"clip_coefficient{name}"] = coefficient[index]
-            values[f"clipped_share{name}"] = share[index]
+        names = [suffix]
+        if self.per == "parameter_group":
+            groups = enumerate(optimizer.param_groups)
+            names = [f"{suffix}/{group.get('name', f'group{number}')}" for number, group in groups]
+        for quantity, tensor in by_unit.items():
+            values |= {f"{quantity}{name}": value for name, value in zip(names, tensor.unbind(), strict=True)}
         pl_module.log_dict(values)
+
+
+def _index(trainer: L.Trainer, optimizer: Optimizer) -> int:
+    # An optimizer built for a while by someone else (a range test) stands for the first one.
+    return next((index for index, known in enumerate(trainer.optimizers) if known is optimizer), 0)
 
 
 def _known(condition: Tensor) -> bool:
     """Whether a condition holds everywhere, where that can be seen without waiting for a device."""
     return condition.is_cpu and bool(condition.all())
-
-
-def _one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"Expected argument `{name}` to be one of {choices}, but got {value!r}.")
-
-
-def _between(name: str, value: Any, low: float, high: float) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Expected argument `{name}` to be a number, but got {value!r}.")
-    if not low < value <= high or (math.isinf(high) and math.isinf(value)):
-        raise ValueError(f"Expected argument `{name}` to be above {low:g} and at most {high:g}, but got {value!r}.")
-    return value

@@ -255,9 +255,44 @@ def zscore_threshold(norm: Tensor, mean: Tensor, variance: Tensor, threshold: fl
     return torch.where(z > threshold, mean + deviation * threshold**2 / z, math.inf)
 
 
+def running_moments(
+    value: Tensor, mean: Tensor, variance: Tensor, count: Tensor, warmup_steps: int, decay: float
+) -> tuple[Tensor, Tensor]:
+    r"""Mean and variance with one more value: plain ones during the warm-up, exponentially decaying ones after it.
+
+    Args:
+        value: New values of any shape.
+        mean: Means so far, of the same shape.
+        variance: Variances so far (of the population, not of a sample), of the same shape.
+        count: How many values they hold, a scalar.
+        warmup_steps: How many values the plain mean and variance are taken of.
+        decay: :math:`\alpha` in :math:`\mu \leftarrow \alpha \mu + (1 - \alpha) v`.
+
+    Returns:
+        The new means and variances.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import running_moments
+        >>> mean = variance = torch.zeros(())
+        >>> for count, value in enumerate([1.0, 2.0, 6.0]):
+        ...     mean, variance = running_moments(torch.tensor(value), mean, variance, torch.tensor(count), 3, 0.9)
+        >>> mean, variance
+        (tensor(3.), tensor(4.6667))
+
+    Source: Welford, "Note on a method for calculating corrected sums of squares and products", 1962, for the warm-up.
+    """
+    warming_up = count < warmup_steps
+    # The same update serves both phases: with a weight of 1/n it is Welford's.
+    weight = torch.where(warming_up, 1 / (count + 1), 1 - decay)
+    new_mean = mean + weight * (value - mean)
+    distance = torch.where(warming_up, value - mean, value - new_mean)
+    return new_mean, (1 - weight) * variance + weight * (value - new_mean) * distance
+
+
 def _joined(group: Sequence[Tensor], order: float) -> Tensor:
     wide = torch.float32 if group[0].dtype in (torch.float16, torch.bfloat16) else None
-    norms = torch._foreach_norm(group, order, dtype=wide)
+    norms = torch._foreach_norm(list(group), order, dtype=wide)
     norm = torch.linalg.vector_norm(torch.stack(norms), order)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
