@@ -102,7 +102,7 @@ class DistillationModule(L.LightningModule):
         self.tokenizer = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._label_order = None
-        self._first_batch_checked = False
+        self._checked: set[str] = set()
 
         if objectives is None:
             objectives = (
@@ -199,11 +199,12 @@ class DistillationModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The total loss of a batch; every objective is logged by name."""
+        first = "train" not in self._checked
+        self._check_batch(batch)
         teacher = self.teacher_step(batch) if self._needs_teacher else None
         student = self.student_step(batch)
-        if not self._first_batch_checked:
+        if first:
             preflight.check_logits(student.logits, None if teacher is None else teacher.logits, student.labels)
-            self._first_batch_checked = True
         losses = self._reduce(student, teacher)
         loss = self.total_loss(losses)
         size = len(student.logits)
@@ -224,6 +225,7 @@ class DistillationModule(L.LightningModule):
         return self(batch)  # type: ignore[no-any-return]
 
     def _evaluate(self, batch: Any, stage: str) -> None:
+        self._check_batch(batch)
         teacher = None if self.teacher is None else self.teacher_step(batch)
         student = self.student_step(batch)
         losses = self._reduce(student, teacher)
@@ -250,6 +252,22 @@ class DistillationModule(L.LightningModule):
             same = (answers[0] == answers[1]).float()
             metric.update(same if student.mask is None else same[student.mask])
         self.log(f"{stage}_agreement", metric, prog_bar=True)
+
+    def _check_batch(self, batch: Any) -> None:
+        """Refuse a batch without a real token or with an impossible label.
+
+        Every batch on the CPU, where looking is free; elsewhere the first one of each stage, as each look would make
+        the device wait.
+        """
+        stage = self.trainer.state.stage
+        where = stage.value if stage else ""
+        labels = tasks.labels_of(batch)
+        if where in self._checked and not (labels is not None and labels.device.type == "cpu"):
+            return
+        field = "vocab_size" if self.task in ("masked_lm", "causal_lm") else "num_labels"
+        num_classes = getattr(getattr(self.student, "config", None), field, None)
+        preflight.check_batch(self.task, batch, num_classes, f"a batch of the {where} data")
+        self._checked.add(where)
 
     def _step(self, role: str, model: nn.Module, batch: Any) -> Signals:
         recorder = self._recorder(role, model)
@@ -289,18 +307,6 @@ class DistillationModule(L.LightningModule):
         resting = sum(not module.training for module in self.modules())
         if self.teacher is not None and resting == sum(1 for _ in self.teacher.modules()):
             warnings.filterwarnings("ignore", rf"Found {resting} module\(s\) in eval mode at the start of training")
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Refuse a batch without a real token or with an impossible label, while looking is still free."""
-        if self._trainer is not None and not self.trainer.predicting:
-            stage = self.trainer.state.stage
-            num_classes = getattr(getattr(self.student, "config", None), self._classes_field, None)
-            preflight.check_batch(self.task, batch, num_classes, f"a batch of the {stage.value if stage else ''} data")
-        return batch
-
-    @property
-    def _classes_field(self) -> str:
-        return "vocab_size" if self.task in ("masked_lm", "causal_lm") else "num_labels"
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged."""

@@ -61,8 +61,6 @@ def _check_equal(field: str, student_config: Any, teacher_config: Any, advice: s
 def check_batch(task: tasks.Task, batch: Any, num_classes: int | None, where: str) -> None:
     """Refuse a batch with nothing to learn from or with a label that names no class.
 
-    Meant for a batch that is still on the CPU, where it costs nothing; call it before the transfer.
-
     Args:
         task: The name of the task.
         batch: The batch.

@@ -5,6 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Models of a few hundred parameters: a second thread costs more than it gives.
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -1,0 +1,68 @@
+"""Two processes train on what one would, also where their batches hold unequal numbers of real tokens."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+
+from lightning_distill import DistillationModule
+from lightning_distill.data import BucketBatchSampler, ResumableDataLoader
+from lightning_distill.objectives import HardLabel, HiddenState, SoftTarget
+from tests.helpers.models import batch, bert, llama
+
+# Forking is what keeps this test short; torch says of it what multiprocessing says of every fork.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+
+
+class Rows(L.LightningDataModule):
+    """The suite's own sampler: two processes share each batch of one. It is made where the processes are known."""
+
+    def __init__(self, task: str, batch_size: int) -> None:
+        super().__init__()
+        data = batch(task, rows=12, classes=3)
+        self.rows = [{key: value[row] for key, value in data.items()} for row in range(12)]
+        self.size = batch_size
+
+    def train_dataloader(self) -> ResumableDataLoader:
+        return ResumableDataLoader(self.rows, BucketBatchSampler([8] * 12, self.size))
+
+
+def pair(task: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Teacher and student, the same each time, without dropout: two processes would draw other masks than one."""
+    torch.manual_seed(0)
+    if task == "causal_lm":
+        return llama(layers=3), llama()
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return bert(num_labels=3, layers=3), bert(num_labels=3, **still)
+
+
+def fit(task: str, folder: Path, *, devices: int) -> DistillationModule:
+    teacher, student = pair(task)
+    objectives = [SoftTarget(weight=0.5), HardLabel(weight=0.3), HiddenState(weight=0.2)]
+    module = DistillationModule(teacher, student, objectives, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+    settings: dict[str, Any] = {"devices": devices, "strategy": "ddp_fork" if devices > 1 else "auto"}
+    L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        default_root_dir=folder,
+        **settings,
+    ).fit(module, datamodule=Rows(task, 4 // devices))
+    return module
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_two_processes_give_the_weights_of_one(task: str, tmp_path: Path) -> None:
+    one, two = fit(task, tmp_path, devices=1), fit(task, tmp_path, devices=2)
+    start = pair(task)[1].state_dict()
+    moved = 0.0
+    for name, value in one.student.state_dict().items():
+        torch.testing.assert_close(two.student.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+        moved = max(moved, float((value - start[name]).abs().max()))
+    assert moved > 1e-3
