@@ -11,7 +11,6 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -50,8 +49,8 @@ class GradientClipping(L.Callback):
     ``ModelParallelStrategy`` (FSDP2), and unscaled under ``precision="16-mixed"``, fused optimizers included (they get
     their gradients unscaled here rather than in their step). It works in manual optimization too.
 
-    Logged every ``log_every_n_steps`` steps: ``grad_norm_before_clipping``, ``clip_coefficient`` (the smallest factor
-    any entry was scaled by), ``clipped_share`` (of all finite steps so far), ``nonfinite_steps`` and, with
+    Logged every ``log_every_n_steps`` steps: ``grad_norm_before_clipping``, ``clip_coefficient`` (the norm
+    after over the norm before), ``clipped_share`` (of all finite steps so far), ``nonfinite_steps`` and, with
     ``reduce_lr``, ``lr_factor``; with ``per="parameter_group"`` one each per group.
 
     No step waits for the device if the optimizer is a fused Adam or AdamW. Any other one can only be told by the host
@@ -165,15 +164,15 @@ class GradientClipping(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Hook the optimizers, so that a lowered learning rate holds from the first step after a resume."""
         for optimizer in trainer.optimizers:
-            self._attach(pl_module, optimizer)
+            self._hook(optimizer)
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Clip the optimizer's gradients, or leave the step out."""
-        self._attach(pl_module, optimizer)
+        self._hook(optimizer)
         units = [
             [[parameter for parameter in kind if parameter.grad is not None] for kind in unit]
-            for unit in self._units[optimizer][1]
+            for unit in self._units_of(pl_module, optimizer)
         ]
         gradients = [[[parameter.grad for parameter in kind] for kind in unit] for unit in units]
         first = next((gradient for unit in gradients for kind in unit for gradient in kind), None)
@@ -228,21 +227,19 @@ class GradientClipping(L.Callback):
     def _clip(
         self, units: _Units, gradients: list[Any], norm: Tensor, finite: Tensor, statistics: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Clip in place; the smallest factor applied and whether anything was clipped, by unit."""
-        if self.algorithm == "adaptive":
-            clippable = [[[p for p in kind if id(p) not in self._excluded] for kind in unit] for unit in units]
-            factors = [clip_adaptively_(unit, self.threshold, self.eps) for unit in clippable]
-            coefficient = torch.stack([factor.to(norm.device) for factor in factors])
-            if any(isinstance(parameter, DTensor) for unit in units for kind in unit for parameter in kind):
-                torch.distributed.all_reduce(coefficient, torch.distributed.ReduceOp.MIN)
-            return coefficient, coefficient < 1
-        if self.algorithm == "value":
-            largest = torch.stack([total_norm(unit, math.inf).to(norm.device) for unit in gradients])
-            clipped = largest > self.threshold
-            if not _known(~clipped):
+        """Clip in place; by unit, the norm after over the norm before, and whether anything was clipped."""
+        if self.algorithm in ("value", "adaptive"):
+            if self.algorithm == "adaptive":
+                for unit in units:
+                    chosen = [[parameter for parameter in kind if id(parameter) not in self._excluded] for kind in unit]
+                    clip_adaptively_(chosen, self.threshold, self.eps)
+            elif not _known(norm <= self.threshold):  # no entry is larger than the norm
                 for unit in gradients:
                     clip_by_value_(unit, self.threshold)
-            return (self.threshold / largest).clamp(max=1.0), clipped
+            else:
+                return torch.ones_like(norm), torch.zeros_like(norm, dtype=torch.bool)
+            after = torch.stack([total_norm(unit).to(norm.device) for unit in gradients])
+            return torch.where(norm > 0, after / norm, 1.0), after < norm
         max_norm = self._max_norm(norm, finite, statistics)
         coefficient = norm_coefficient(norm, max_norm)
         if not _known(coefficient >= 1):
@@ -326,21 +323,24 @@ class GradientClipping(L.Callback):
             self._flagged.remove(optimizer)
             del optimizer.found_inf  # type: ignore[attr-defined]
 
-    def _attach(self, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
-        """Group the optimizer's parameters and hook its step, once and again when parameters were added."""
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        if optimizer in self._units and self._units[optimizer][0] == sizes:
-            return
-        units = [list(group["params"]) for group in optimizer.param_groups]
-        self._excluded = self._find_excluded(pl_module)
-        if self.per == "model":
-            units = [[parameter for unit in units for parameter in unit]]
-        self._units[optimizer] = sizes, [group_tensors(unit) for unit in units]  # type: ignore[misc]
+    def _hook(self, optimizer: Optimizer) -> None:
         if optimizer not in self._handles:
             self._handles[optimizer] = [
                 optimizer.register_step_pre_hook(self._before_step),
                 optimizer.register_step_post_hook(self._after_step),
             ]
+
+    def _units_of(self, pl_module: L.LightningModule, optimizer: Optimizer) -> _Units:
+        """The optimizer's parameters in units, put together once and again when some were added."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if optimizer not in self._units or self._units[optimizer][0] != sizes:
+            # Not before a backward: until then FSDP2 may show whole parameters in place of the optimizer's shards.
+            self._excluded = self._find_excluded(pl_module)
+            units = [list(group["params"]) for group in optimizer.param_groups]
+            if self.per == "model":
+                units = [[parameter for unit in units for parameter in unit]]
+            self._units[optimizer] = sizes, [group_tensors(unit) for unit in units]  # type: ignore[misc]
+        return self._units[optimizer][1]
 
     def _find_excluded(self, pl_module: L.LightningModule) -> set[int]:
         named = dict(pl_module.named_parameters())

@@ -39,14 +39,13 @@ def group_tensors(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     return list(groups.values())
 
 
-def total_norm(groups: Groups, order: float = 2.0) -> Tensor:
-    r"""Norm of all gradients taken as one vector, over all shards of a sharded model.
+def total_norm(groups: Groups) -> Tensor:
+    """Euclidean norm of all gradients taken as one vector, over all shards of a sharded model.
 
     Gradients of half precision are accumulated in float32, where a squared entry does not overflow.
 
     Args:
         groups: Gradients by kind; DTensors (FSDP2) count with all their shards, which is a collective call.
-        order: 2 for the Euclidean norm, ``inf`` for the largest absolute entry.
 
     Returns:
         A scalar on the device of the first gradient; 0 if there is none.
@@ -57,12 +56,12 @@ def total_norm(groups: Groups, order: float = 2.0) -> Tensor:
         >>> total_norm(group_tensors([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]))
         tensor(5.)
     """
-    norms = [_joined(group, order) for group in groups if group]
+    norms = [_joined(group) for group in groups if group]
     if not norms:
         return torch.zeros(())
     if len(norms) == 1:
         return norms[0]
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]), order)
+    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
 def norm_coefficient(norm: Tensor, max_norm: Tensor | float) -> Tensor:
@@ -129,7 +128,7 @@ def clip_by_value_(groups: Groups, threshold: float) -> None:
             torch._foreach_clamp_max_(local, threshold)
 
 
-def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) -> Tensor:
+def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) -> None:
     r"""Adaptive gradient clipping: no unit's gradient longer than a share of the unit's weights, in place.
 
     The gradient :math:`G_i` of unit :math:`i` becomes :math:`G_i \min(1, \lambda \max(\|W_i\|, \epsilon) /
@@ -141,23 +140,18 @@ def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) ->
         threshold: The share :math:`\lambda`, 0.01 in the paper for a batch of 4096 (larger for smaller batches).
         eps: Floor of the weights' norm, so that weights which start at zero can move.
 
-    Returns:
-        A scalar: the smallest factor any unit of this process was scaled by, 1 if none was.
-
     Example:
         >>> import torch
         >>> from lightning_distill.functional.clipping import clip_adaptively_
         >>> weight = torch.nn.Parameter(torch.eye(2))
         >>> weight.grad = torch.tensor([[3.0, 4.0], [0.0, 0.001]])
         >>> clip_adaptively_([[weight]], threshold=0.01)
-        tensor(0.0020)
         >>> weight.grad
         tensor([[0.0060, 0.0080],
                 [0.0000, 0.0010]])
 
     Source: Brock, De, Smith, Simonyan, "High-Performance Large-Scale Image Recognition Without Normalization", 2021.
     """
-    smallest = [torch.ones(())]
     for group in parameters:
         if not group:
             continue
@@ -172,9 +166,6 @@ def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) ->
         local = _local(gradients)
         shaped = [part.view_as(norm).to(like.dtype) for part, norm, like in zip(factors, norms, local, strict=True)]
         torch._foreach_mul_(local, shaped)
-        if factor.numel():
-            smallest.append(factor.min())
-    return torch.stack([factor.to(smallest[-1].device) for factor in smallest]).min()
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
@@ -290,10 +281,9 @@ def running_moments(
     return new_mean, (1 - weight) * variance + weight * (value - new_mean) * distance
 
 
-def _joined(group: Sequence[Tensor], order: float) -> Tensor:
+def _joined(group: Sequence[Tensor]) -> Tensor:
     wide = torch.float32 if group[0].dtype in (torch.float16, torch.bfloat16) else None
-    norms = torch._foreach_norm(list(group), order, dtype=wide)
-    norm = torch.linalg.vector_norm(torch.stack(norms), order)
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(group), 2.0, dtype=wide)))
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 

@@ -97,15 +97,9 @@ class TestNumerics:
         self, shapes: list[list[int]], magnitude: float, seed: int, threshold: float, eps: float
     ) -> None:
         ours, theirs, _ = twice(shapes, magnitude, seed)
-        before = [parameter.grad.clone() for parameter in ours if parameter.grad is not None]
-        smallest = clip_adaptively_(group_tensors(ours), threshold, eps)
+        clip_adaptively_(group_tensors(ours), threshold, eps)
         timm_agc()(theirs, threshold, eps)
         assert_same_gradients(ours, theirs, rtol=1e-5, atol=0.0)
-        pairs = zip(ours, before, strict=True)
-        factors = torch.cat(
-            [(parameter.grad / old).flatten() for parameter, old in pairs if parameter.grad is not None]
-        )
-        torch.testing.assert_close(smallest, factors.min(), rtol=1e-5, atol=0.0)
 
     @given(
         st.lists(st.floats(2**-10, 2**10, width=32), min_size=1, max_size=30), st.floats(0.1, 100), st.integers(0, 9)
