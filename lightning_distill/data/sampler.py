@@ -63,7 +63,7 @@ class BucketBatchSampler(DistributedSampler):
             num_replicas = torch.distributed.get_world_size() if distributed else 1
         if rank is None:
             rank = torch.distributed.get_rank() if distributed else 0
-        super().__init__(lengths, num_replicas, rank, shuffle, seed, drop_last)
+        super().__init__(lengths, num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.position = 0
@@ -80,7 +80,7 @@ class BucketBatchSampler(DistributedSampler):
         full, rest = divmod(len(self.lengths), self.global_batch_size)
         return full + (rest > 0 and not self.drop_last)
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         start, self._start = self._start, 0
         batches = self._training_batches() if self.shuffle else self._evaluation_batches()
         for number, batch in enumerate(batches[start:], start=start):

@@ -334,7 +334,7 @@ class TextClassificationData(L.LightningDataModule):
         return ResumableDataLoader(dataset, sampler, **self._loader_options())
 
     def _loader_in_file_order(self, split: str) -> DataLoader:
-        return DataLoader(self._datasets[split], self.batch_size, **self._loader_options())
+        return DataLoader(self._datasets[split], batch_size=self.batch_size, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {
