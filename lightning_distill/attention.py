@@ -11,6 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
+from lightning_distill.functional.reduction import full_precision
+
 _SUFFIX = "_with_signals"
 _SINK = "_attention_sink"
 
@@ -47,22 +49,40 @@ class Attention:
 
     def probabilities(self) -> Tensor:
         """The attention map ``[B, H, T, S]``, float32 (float64 where the query is), each row of sum 1."""
-        query, key = (x if x.dtype == torch.float64 else x.float() for x in (self.query, self.key))
+        return self.scores().softmax(-1)
+
+    def scores(self, batch: slice = slice(None), queries: slice = slice(None)) -> Tensor:
+        """What the softmax is taken of, the lowest number where a query does not see a key.
+
+        Args:
+            batch: Rows of the batch to compute.
+            queries: Queries to compute.
+
+        Returns:
+            Shape ``[rows, H, queries, S]``, float32, or float64 for a float64 query.
+        """
+        query, key = full_precision(self.query[batch, :, queries]), full_precision(self.key[batch])
         with torch.autocast(query.device.type, enabled=False):
             scores = query @ key.transpose(-1, -2) * self.scaling
         if self.position_bias is not None:
-            scores = scores + self.position_bias
-        # The smallest number instead of -inf: a row without any key (left padding) is uniform instead of NaN.
+            scores = scores + _block(self.position_bias, batch, queries)
+        # Not -inf: a row that sees no key at all (left padding) is uniform instead of NaN.
         lowest = torch.finfo(scores.dtype).min
         if self.mask is None:
             if self.is_causal:
-                future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-                scores = scores.masked_fill(future, lowest)
+                positions = torch.arange(self.query.shape[2], device=scores.device)[queries]
+                keys = torch.arange(self.key.shape[2], device=scores.device)
+                scores = scores.masked_fill(keys > positions[:, None], lowest)
         elif self.mask.dtype == torch.bool:
-            scores = scores.masked_fill(~self.mask, lowest)
+            scores = scores.masked_fill(~_block(self.mask, batch, queries), lowest)
         else:
-            scores = (scores + self.mask).clamp(min=lowest)
-        return scores.softmax(-1)
+            scores = (scores + _block(self.mask, batch, queries)).clamp(min=lowest)
+        return scores
+
+
+def _block(x: Tensor, batch: slice, queries: slice) -> Tensor:
+    """Rows and queries of something that is broadcast to ``[B, H, T, S]``."""
+    return x[batch if x.shape[0] > 1 else slice(None), :, queries if x.shape[2] > 1 else slice(None)]
 
 
 def attach(layer: nn.Module, sink: Callable[[Attention], None]) -> None:

@@ -87,6 +87,7 @@ class ModelInfo:
         width: Size of the hidden states.
         num_heads: Number of attention heads.
         num_key_value_heads: Number of key and value heads (smaller where heads are grouped).
+        head_width: Width of one attention head.
         modules: Width of every submodule's output by its path; None where its class does not tell.
     """
 
@@ -94,6 +95,7 @@ class ModelInfo:
     width: int | None = None
     num_heads: int | None = None
     num_key_value_heads: int | None = None
+    head_width: int | None = None
     modules: dict[str, int | None] = field(default_factory=dict)
 
 
@@ -120,12 +122,16 @@ def describe(model: nn.Module) -> ModelInfo:
         depth = len(find_layers(model))
     except ValueError:
         depth = None
-    num_heads = getattr(config, "num_attention_heads", None)
+    width, num_heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
+    head_width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
+    if head_width is None and width and num_heads:
+        head_width = width // num_heads
     return ModelInfo(
         depth=depth,
-        width=getattr(config, "hidden_size", None),
+        width=width,
         num_heads=num_heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
+        head_width=head_width,
         modules=modules,
     )
 

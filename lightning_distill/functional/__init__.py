@@ -1,20 +1,42 @@
 """Pure functions on tensors."""
 
-from lightning_distill.functional.attention_map import attention_map
+from lightning_distill.functional.attention_map import attention_divergence, attention_map
+from lightning_distill.functional.batch_relations import (
+    contrastive,
+    relational_angle,
+    relational_distance,
+    similarity_preserving,
+)
+from lightning_distill.functional.features import attention_transfer, flow, neuron_selectivity, normalized_mse
 from lightning_distill.functional.hard_label import IGNORE_INDEX, hard_label
 from lightning_distill.functional.hidden_state import hidden_state_cosine, hidden_state_mse
+from lightning_distill.functional.logits import combine_teachers, decoupled, logits_mse, top_k_soft_target
 from lightning_distill.functional.lr_suggestion import lr_suggestion, smooth_losses, trim_curve
-from lightning_distill.functional.soft_target import logits_mse, soft_target
+from lightning_distill.functional.relation import relation
+from lightning_distill.functional.soft_target import soft_target
 
 __all__ = [
     "IGNORE_INDEX",
+    "attention_divergence",
     "attention_map",
+    "attention_transfer",
+    "combine_teachers",
+    "contrastive",
+    "decoupled",
+    "flow",
     "hard_label",
     "hidden_state_cosine",
     "hidden_state_mse",
     "logits_mse",
     "lr_suggestion",
+    "neuron_selectivity",
+    "normalized_mse",
+    "relation",
+    "relational_angle",
+    "relational_distance",
+    "similarity_preserving",
     "smooth_losses",
     "soft_target",
+    "top_k_soft_target",
     "trim_curve",
 ]

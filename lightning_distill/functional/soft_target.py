@@ -9,11 +9,11 @@ from torch import Tensor
 
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
 
-Divergence = Literal["forward_kl", "reverse_kl", "js"]
+Divergence = Literal["forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
 
 # Stands for log 0. Infinite log-probabilities would give 0 * inf = NaN where both models exclude a class; with this
 # number such a class adds exactly 0, and one that only one of them excludes adds a finite amount.
-_LOG_ZERO = -1e30
+LOG_ZERO = -1e30
 
 
 def soft_target(
@@ -23,6 +23,7 @@ def soft_target(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     beta: float = 0.5,
+    alpha: float = 0.1,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
@@ -34,7 +35,10 @@ def soft_target(
     - ``"forward_kl"``: :math:`\mathrm{KL}(p \| q) = \sum_c p_c (\log p_c - \log q_c)`;
     - ``"reverse_kl"``: :math:`\mathrm{KL}(q \| p)`;
     - ``"js"``: :math:`\beta \mathrm{KL}(p \| m) + (1 - \beta) \mathrm{KL}(q \| m)` with
-      :math:`m = \beta p + (1 - \beta) q`.
+      :math:`m = \beta p + (1 - \beta) q`;
+    - ``"skew_forward_kl"``: :math:`\mathrm{KL}(p \| \alpha p + (1 - \alpha) q)`;
+    - ``"skew_reverse_kl"``: :math:`\mathrm{KL}(q \| \alpha q + (1 - \alpha) p)`;
+    - ``"total_variation"``: :math:`\frac{1}{2} \sum_c |p_c - q_c|`.
 
     The factor :math:`\tau^2` keeps the size of the gradient when the temperature changes. Sums run over classes and
     the mean over rows (or tokens) only, so the loss is in nats per item.
@@ -45,6 +49,7 @@ def soft_target(
         temperature: Divides both logits, above 0.
         divergence: The name of :math:`D`.
         beta: Weight of the teacher in the mixture of ``"js"``, in (0, 1).
+        alpha: Share that the skewed divergences mix in, in (0, 1).
         mask: Bool ``[...]``, the items that count; None where all do.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
 
@@ -64,7 +69,34 @@ def soft_target(
         0.0895
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; Gu et al., "MiniLLM", 2024
-    (reverse KL); Agarwal et al., "On-Policy Distillation of Language Models", 2024 (generalised Jensen-Shannon).
+    (reverse KL); Agarwal et al., "On-Policy Distillation of Language Models", 2024 (generalised Jensen-Shannon); Ko et
+    al., "DistiLLM", 2024 (skew); Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
+    2023 (total variation).
+    """
+    if divergence not in _DIVERGENCES:
+        raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
+    for name, share in (("beta", beta), ("alpha", alpha)):
+        if not 0 < share < 1:
+            raise ValueError(f"Expected argument `{name}` to be in (0, 1), but got {share}.")
+    check_classes(student_logits, teacher_logits, temperature)
+    student, teacher = (
+        log_probabilities(logits, temperature) for logits in select(mask, student_logits, teacher_logits)
+    )
+    share = beta if divergence == "js" else alpha
+    values = temperature**2 * _DIVERGENCES[divergence](student, teacher, share)
+    return reduce(values, student_logits.shape[:-1], mask, reduction)
+
+
+def check_classes(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
+    """Refuse logits of different shapes or of a single class, and a temperature that is no temperature.
+
+    Args:
+        student_logits: Shape ``[..., C]``.
+        teacher_logits: Likewise.
+        temperature: Finite and above 0.
+
+    Raises:
+        ValueError: If so.
     """
     check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
     if student_logits.shape[-1] < 2:
@@ -74,67 +106,48 @@ def soft_target(
         )
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"Expected argument `temperature` to be finite and above 0, but got {temperature}.")
-    if divergence not in _DIVERGENCES:
-        raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
-    if not 0 < beta < 1:
-        raise ValueError(f"Expected argument `beta` to be in (0, 1), but got {beta}.")
-    student, teacher = (
-        torch.log_softmax(logits / temperature, dim=-1).clamp(min=_LOG_ZERO)
-        for logits in select(mask, student_logits, teacher_logits)
-    )
-    values = temperature**2 * _DIVERGENCES[divergence](student, teacher, beta)
-    return reduce(values, student_logits.shape[:-1], mask, reduction)
 
 
-def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
+    """Log of the softened prediction, with a large negative number for log 0.
+
+    Args:
+        logits: Shape ``[N, C]``, float32 or float64.
+        temperature: Divides the logits.
+
+    Returns:
+        Shape ``[N, C]``.
+    """
+    return torch.log_softmax(logits / temperature, dim=-1).clamp(min=LOG_ZERO)
+
+
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    r"""Kullback-Leibler divergence :math:`\mathrm{KL}(p \| q)` over the last dimension.
+
+    Args:
+        log_p: Shape ``[..., C]``, no less than ``LOG_ZERO``.
+        log_q: Likewise.
+
+    Returns:
+        Shape ``[...]``.
+    """
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _forward_kl(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    return _kl(teacher, student)
-
-
-def _reverse_kl(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    return _kl(student, teacher)
+def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
 def _js(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    mixture = torch.logaddexp(teacher + math.log(beta), student + math.log1p(-beta))
-    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+    mixture = _mixture(teacher, student, beta)
+    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
 
 
 _DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "forward_kl": _forward_kl,
-    "reverse_kl": _reverse_kl,
+    "forward_kl": lambda student, teacher, _: kl(teacher, student),
+    "reverse_kl": lambda student, teacher, _: kl(student, teacher),
     "js": _js,
+    "skew_forward_kl": lambda student, teacher, alpha: kl(teacher, _mixture(teacher, student, alpha)),
+    "skew_reverse_kl": lambda student, teacher, alpha: kl(student, _mixture(student, teacher, alpha)),
+    "total_variation": lambda student, teacher, _: 0.5 * (teacher.exp() - student.exp()).abs().sum(-1),
 }
-
-
-def logits_mse(
-    student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean"
-) -> Tensor:
-    """Mean squared difference of the logits of an item, the mean over classes.
-
-    Args:
-        student_logits: Shape ``[..., C]``.
-        teacher_logits: Likewise.
-        mask: Bool ``[...]``, the items that count; None where all do.
-        reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
-
-    Returns:
-        A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
-
-    Raises:
-        ValueError: If shapes differ.
-
-    Example:
-        >>> import torch
-        >>> from lightning_distill import functional
-        >>> functional.logits_mse(torch.tensor([[1.0, 0.0]]), torch.tensor([[3.0, 0.0]])).item()
-        2.0
-
-    Source: Ba and Caruana, "Do Deep Nets Really Need to be Deep?", 2014.
-    """
-    check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
-    student, teacher = select(mask, student_logits, teacher_logits)
-    return reduce((student - teacher).square().mean(-1), student_logits.shape[:-1], mask, reduction)

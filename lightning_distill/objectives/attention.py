@@ -1,29 +1,66 @@
 """Objectives on the attention of the two models."""
 
+import math
+from typing import Literal, get_args
+
 import torch
 
 from lightning_distill import functional
 from lightning_distill.functional.attention_map import AttentionDivergence
 from lightning_distill.layer_map import layer_map
 from lightning_distill.objectives.objective import Loss, Objective
+from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals import ModelInfo, Request, Signals
 
 #: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers.
 AttentionLayers = str | list[int] | list[tuple[int, int]]
 
+#: Which vectors of a layer's attention are related: queries, keys, values with themselves, or queries with keys.
+RelationKind = Literal["qq", "kk", "vv", "qk"]
+_FIELDS = {"q": "query", "k": "key", "v": "value"}
 
-class AttentionMap(Objective):
-    """Difference of attention maps, see :func:`lightning_distill.functional.attention_map`.
 
-    The maps are computed from queries and keys of the mapped layers alone; the models keep their fast attention. The
-    values of several pairs of layers are averaged. Where student and teacher differ in heads, the mean map over the
-    heads of each is compared.
+class _AttentionObjective(Objective):
+    """Reads the queries, keys and values of paired layers."""
+
+    def __init__(self, layers: AttentionLayers | None, weight: Scheduled, name: str | None) -> None:
+        super().__init__(weight, name)
+        self.layers = layers
+        #: Pairs ``(student, teacher)`` of layers; set by :meth:`bind`.
+        self.pairs: list[tuple[int, int]] = []
+
+    def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Pair the layers."""
+        for role, info in (("student", student), ("teacher", teacher)):
+            if info.depth is None or info.num_heads is None:
+                raise ValueError(
+                    f"Expected objective `{self.name}` to find attention in both models, but got a {role} that is no "
+                    "transformers model with attention. Use an objective on module paths, or on logits."
+                )
+        assert student.depth is not None
+        assert teacher.depth is not None
+        layers = [(student.depth - 1, teacher.depth - 1)] if self.layers is None else self.layers
+        try:
+            self.pairs = layer_map(layers, student.depth, teacher.depth)
+        except ValueError as error:
+            raise ValueError(f"Objective `{self.name}`: {error}") from None
+        self.student_request, self.teacher_request = (
+            Request(attention=frozenset(pair[side] for pair in self.pairs)) for side in (0, 1)
+        )
+
+
+class AttentionMap(_AttentionObjective):
+    """Difference of attention maps, see :func:`lightning_distill.functional.attention_divergence`.
+
+    The maps are computed from queries and keys of the mapped layers alone, block by block; the models keep their fast
+    attention. The values of several pairs of layers are averaged. Where student and teacher differ in heads, the mean
+    map over the heads of each is compared.
 
     Args:
         layers: A named map (see :func:`lightning_distill.layer_map.layer_map`), a teacher layer per student layer, or
             pairs ``(student, teacher)`` of layers, from 0.
         divergence: ``"mse"`` or ``"kl"``.
-        weight: Factor of the loss in the total.
+        weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
     Raises:
@@ -49,43 +86,107 @@ class AttentionMap(Objective):
         layers: AttentionLayers = "uniform",
         divergence: AttentionDivergence = "mse",
         *,
-        weight: float = 1.0,
+        weight: Scheduled = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, name)
-        if divergence not in ("mse", "kl"):
+        super().__init__(layers, weight, name)
+        if divergence not in get_args(AttentionDivergence):
             raise self._error("divergence", '"mse" or "kl"', divergence)
-        self.layers, self.divergence = layers, divergence
-        self.pairs: list[tuple[int, int]] = []
-
-    def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
-        """Pair the layers."""
-        for role, info in (("student", student), ("teacher", teacher)):
-            if info.depth is None or info.num_heads is None:
-                raise ValueError(
-                    f"Expected objective `{self.name}` to find attention in both models, but got a {role} that is no "
-                    "transformers model with attention. Use an objective on module paths, or on logits."
-                )
-        assert student.depth is not None
-        assert teacher.depth is not None
-        try:
-            self.pairs = layer_map(self.layers, student.depth, teacher.depth)
-        except ValueError as error:
-            raise ValueError(f"Objective `{self.name}`: {error}") from None
-        self.student_request, self.teacher_request = (
-            Request(attention=frozenset(pair[side] for pair in self.pairs)) for side in (0, 1)
-        )
+        self.divergence = divergence
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Loss per query."""
+        values = [
+            functional.attention_divergence(
+                student.attention[s],
+                teacher.attention[t],
+                divergence=self.divergence,
+                mask=student.token_mask,
+                reduction="none",
+            )
+            for s, t in self.pairs
+        ]
+        return Loss(torch.stack(values).mean(0), student.token_mask)
+
+
+class AttentionRelation(_AttentionObjective):
+    """Self-attention relations of MiniLM and MiniLMv2, see :func:`lightning_distill.functional.relation`.
+
+    Student and teacher may differ in heads and width. The values of the kinds are summed, as in the papers; those of
+    several pairs of layers are averaged. MiniLM is ``AttentionMap([(last, last)], "kl")`` with
+    ``AttentionRelation(("vv",))``; MiniLMv2 is the default here, for large teachers with an upper middle layer.
+
+    Args:
+        kinds: Of ``"qq"``, ``"kk"``, ``"vv"`` and ``"qk"``.
+        layers: As in :class:`AttentionMap`; None: the last layer of each.
+        relation_heads: Number of relation heads, which divides the joined width of the heads of both models; None: the
+            greatest common divisor of their numbers of heads.
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Raises:
+        ValueError: If a model has no attention, or not these layers, or the relation heads do not divide.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.attention import Attention
+        >>> from lightning_distill.objectives import AttentionRelation
+        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> objective = AttentionRelation()
+        >>> student_info = ModelInfo(depth=1, num_heads=2, head_width=4)
+        >>> objective.bind(student_info, ModelInfo(depth=3, num_heads=6, head_width=4))
+        >>> objective.pairs, objective.relation_heads
+        ([(0, 2)], 2)
+        >>> q, r = torch.randn(1, 2, 5, 4), torch.randn(1, 6, 5, 4)
+        >>> student = Signals(torch.zeros(1, 2), attention={0: Attention(q, q, q, None, 0.5, False)})
+        >>> teacher = Signals(torch.zeros(1, 2), attention={2: Attention(r, r, r, None, 0.5, False)})
+        >>> objective(student, teacher).values.shape
+        torch.Size([1, 5])
+    """
+
+    def __init__(
+        self,
+        kinds: tuple[RelationKind, ...] = ("qq", "kk", "vv"),
+        layers: AttentionLayers | None = None,
+        *,
+        relation_heads: int | None = None,
+        weight: Scheduled = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(layers, weight, name)
+        self.kinds = tuple(kinds)
+        if not self.kinds or len(set(self.kinds)) < len(self.kinds) or set(self.kinds) - set(get_args(RelationKind)):
+            raise self._error("kinds", f"some of {get_args(RelationKind)}, each once", kinds)
+        self.relation_heads = relation_heads
+
+    def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Pair the layers and choose the number of relation heads."""
+        super().bind(student, teacher)
+        assert student.num_heads is not None
+        assert teacher.num_heads is not None
+        if self.relation_heads is None:
+            self.relation_heads = math.gcd(student.num_heads, teacher.num_heads)
+        for role, info in (("student", student), ("teacher", teacher)):
+            width = info.num_heads * (info.head_width or 0)  # type: ignore[operator]
+            if self.relation_heads < 1 or width % self.relation_heads:
+                raise self._error(
+                    "relation_heads", f"a divisor of {width}, the {role}'s heads together", self.relation_heads
+                )
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        """Loss per token."""
+        assert self.relation_heads is not None
         values = []
         for s, t in self.pairs:
-            student_map, teacher_map = student.attention[s].probabilities(), teacher.attention[t].probabilities()
-            if student_map.shape[1] != teacher_map.shape[1]:
-                student_map, teacher_map = student_map.mean(1, keepdim=True), teacher_map.mean(1, keepdim=True)
-            values.append(
-                functional.attention_map(
-                    student_map, teacher_map, divergence=self.divergence, mask=student.token_mask, reduction="none"
+            one, other = student.attention[s], teacher.attention[t]
+            for first, second in ((_FIELDS[kind[0]], _FIELDS[kind[1]]) for kind in self.kinds):
+                values.append(
+                    functional.relation(
+                        (getattr(one, first), getattr(one, second)),
+                        (getattr(other, first), getattr(other, second)),
+                        relation_heads=self.relation_heads,
+                        mask=student.token_mask,
+                        reduction="none",
+                    )
                 )
-            )
-        return Loss(torch.stack(values).mean(0), student.token_mask)
+        return Loss(torch.stack(values).sum(0) / len(self.pairs), student.token_mask)

@@ -1,7 +1,8 @@
 """Objectives on hidden states and other features of the two models, layer by layer."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -9,10 +10,11 @@ from torch import Tensor, nn
 from lightning_distill import functional
 from lightning_distill.layer_map import layer_map
 from lightning_distill.objectives.objective import Loss, Objective
+from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals import ModelInfo, Request, Signals, near
 
-#: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of module paths.
-FeatureLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]]
+#: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of module paths; None: none.
+FeatureLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]] | None
 
 
 class FeatureObjective(Objective):
@@ -23,14 +25,17 @@ class FeatureObjective(Objective):
 
     Args:
         layers: A named map (see :func:`lightning_distill.layer_map.layer_map`), a teacher layer per student layer,
-            or pairs ``(student, teacher)`` of layers (from 0) or of module paths.
+            or pairs ``(student, teacher)`` of layers (from 0) or of module paths; None for the embedding alone.
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether each student feature is mapped to the teacher's width by a learned linear layer; None:
             where the widths differ.
         widths: Widths ``(student, teacher)`` of the features, where they cannot be read off the models.
-        weight: Factor of the loss in the total.
+        weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
     """
+
+    #: How many leading dimensions of a student's and a teacher's feature must agree; None: all, the width too.
+    shared_dims: ClassVar[int | None] = None
 
     def __init__(
         self,
@@ -39,10 +44,12 @@ class FeatureObjective(Objective):
         embedding: bool = False,
         projection: bool | None = None,
         widths: tuple[int, int] | None = None,
-        weight: float = 1.0,
+        weight: Scheduled = 1.0,
         name: str | None = None,
     ) -> None:
         super().__init__(weight, name)
+        if layers is None and not embedding:
+            raise self._error("layers", "given where `embedding` is False", None)
         self.layers, self.embedding, self.projection, self.widths = layers, embedding, projection, widths
         #: Layers or module paths, ``(student, teacher)``; set by :meth:`bind`.
         self.pairs: list[tuple[Any, Any]] = []
@@ -50,10 +57,11 @@ class FeatureObjective(Objective):
 
     def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Pair the layers, and make a projection per pair where it is needed."""
+        infos = {"student": student, "teacher": teacher}
         if _are_paths(self.layers):
             paths: Any = self.layers
             self.pairs = [tuple(pair) for pair in paths]
-            for side, (role, info) in enumerate((("student", student), ("teacher", teacher))):
+            for side, (role, info) in enumerate(infos.items()):
                 for path in (pair[side] for pair in self.pairs):
                     if path not in info.modules:
                         raise ValueError(
@@ -62,11 +70,26 @@ class FeatureObjective(Objective):
                         )
             widths = [(student.modules[s], teacher.modules[t]) for s, t in self.pairs]
         else:
-            self.pairs = self._map_layers(student, teacher)
+            for role, info in infos.items():
+                if info.depth is None:
+                    raise self._error(
+                        "layers",
+                        "pairs of module paths",
+                        self.layers,
+                        f"The {role} has no stack of equal layers; its modules are {list(info.modules)[:8]}...",
+                    )
+            assert student.depth is not None
+            assert teacher.depth is not None
+            if self.layers is not None:
+                try:
+                    self.pairs = layer_map(self.layers, student.depth, teacher.depth)  # type: ignore[arg-type]
+                except ValueError as error:
+                    raise ValueError(f"Objective `{self.name}`: {error}") from None
             widths = [(student.width, teacher.width)] * len(self.pairs)
         widths = [(student.width, teacher.width)] * self.embedding + widths
         self.student_request, self.teacher_request = self._request(0), self._request(1)
-        self._make_projections(widths)
+        if self.shared_dims is None:
+            self.projections = nn.ModuleList(self._projection(*(self.widths or pair)) for pair in widths)
 
     def _request(self, side: int) -> Request:
         ends = [pair[side] for pair in self.pairs]
@@ -76,58 +99,45 @@ class FeatureObjective(Objective):
             embedding=self.embedding,
         )
 
-    def _map_layers(self, student: ModelInfo, teacher: ModelInfo) -> list[tuple[int, int]]:
-        if student.depth is None or teacher.depth is None:
-            role = "student" if student.depth is None else "teacher"
+    def _projection(self, student_width: int | None, teacher_width: int | None) -> nn.Module:
+        unknown = student_width is None or teacher_width is None
+        differ = not unknown and student_width != teacher_width
+        if self.projection is False and differ:
+            widths = f"the widths {student_width} of the student and {teacher_width} of the teacher differ"
+            raise self._error("projection", f"left out or True, as {widths}", False)
+        # A width that a module's class does not tell may well be equal: only a projection has to know it.
+        if self.projection is False or not (self.projection or differ):
+            return nn.Identity()
+        if student_width is None or teacher_width is None:
             raise self._error(
-                "layers",
-                "pairs of module paths",
-                self.layers,
-                f"The {role} has no stack of equal layers; among its modules are "
-                f"{list((student if role == 'student' else teacher).modules)[:8]}.",
+                "widths",
+                "given, as the widths to project between are unknown",
+                None,
+                "Pass `widths=(student, teacher)`.",
             )
-        try:
-            return layer_map(self.layers, student.depth, teacher.depth)  # type: ignore[arg-type]
-        except ValueError as error:
-            raise ValueError(f"Objective `{self.name}`: {error}") from None
-
-    def _make_projections(self, widths: Sequence[tuple[int | None, int | None]]) -> None:
-        widths = [self.widths or pair for pair in widths]
-        # A width that a class does not tell may well be equal: only a projection has to know it.
-        differ = any(None not in pair and pair[0] != pair[1] for pair in widths)
-        self.projections = nn.ModuleList()
-        if self.projection is False:
-            if differ:
-                raise self._error(
-                    "projection", f"left out or True, as the widths {widths[0]} of student and teacher differ", False
-                )
-            return
-        if not (self.projection or differ):
-            return
-        for width in widths:
-            if width[0] is None or width[1] is None:
-                raise self._error(
-                    "widths",
-                    "given where a projection is made between features of unknown width",
-                    self.widths,
-                    "Pass `widths=(student, teacher)`.",
-                )
-            self.projections.append(nn.Linear(width[0], width[1]))
+        return nn.Linear(student_width, teacher_width)
 
     def features(self, student: Signals, teacher: Signals) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-        """For each pair: the student's feature, projected; the teacher's; the mask of the tokens that count."""
+        """For each pair: the student's feature, projected; the teacher's; the mask of the tokens or rows that count."""
         keys = [(None, None)] * self.embedding + self.pairs
         for index, (student_key, teacher_key) in enumerate(keys):
             s, t = _feature(student, student_key), _feature(teacher, teacher_key)
             if self.projections:
                 s = self.projections[index](s)
-            mask = student.token_mask if s.ndim == 3 else None
-            if s.shape != t.shape or (mask is not None and mask.shape != s.shape[:2]):
+            mask = student.token_mask
+            if mask is not None and s.ndim == 2:
+                mask = mask.any(1)
+            if (
+                s.ndim != t.ndim
+                or s.shape[: self.shared_dims] != t.shape[: self.shared_dims]
+                or (mask is not None and mask.shape != s.shape[: mask.ndim])
+            ):
                 raise ValueError(
-                    f"Expected objective `{self.name}` to get features of the same shape, but got {list(s.shape)} of "
-                    f"the student and {list(t.shape)} of the teacher"
-                    + ("" if mask is None else f", with a token mask {list(mask.shape)}")
-                    + ". Both must read the same tokens; pass `widths=(student, teacher)` for features of other widths."
+                    f"Expected objective `{self.name}` to get features of the same tokens"
+                    f"{' and width' if self.shared_dims is None else ''}, but got {list(s.shape)} of the student and "
+                    f"{list(t.shape)} of the teacher"
+                    + ("." if mask is None else f", with a mask {list(mask.shape)}.")
+                    + (" Pass `widths=(student, teacher)` for other widths." if self.shared_dims is None else "")
                 )
             yield s, t, mask
 
@@ -136,27 +146,20 @@ class FeatureObjective(Objective):
         raise NotImplementedError
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
-        """Loss per token, or per row of features that have no tokens."""
-        values, masks = [], []
-        for s, t, mask in self.features(student, teacher):
-            values.append(self.compare(s, t, mask))
-            masks.append(mask)
-        if len({value.shape for value in values}) == 1:
-            return Loss(torch.stack(values).mean(0), masks[0])
-        # Features of several resolutions have no common tokens: each row then has the mean of each pair's.
-        rows = [Loss(value, mask) for value, mask in zip(values, masks, strict=True)]
-        return Loss(torch.stack([_per_row(loss) for loss in rows]).mean(0))
+        """Loss per token, or per row."""
+        return _mean([_loss(self.compare(s, t, mask), mask) for s, t, mask in self.features(student, teacher)])
 
 
 class HiddenState(FeatureObjective):
     """Mean squared difference of hidden states, see :func:`lightning_distill.functional.hidden_state_mse`.
 
     Args:
-        layers: A named map, a teacher layer per student layer, or pairs of layers or of module paths.
+        layers: A named map, a teacher layer per student layer, or pairs of layers or of module paths; None for the
+            embedding alone.
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether student states go through a learned linear layer; None: where the widths differ.
         widths: Widths ``(student, teacher)``, where they cannot be read off the models.
-        weight: Factor of the loss in the total.
+        weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
     Raises:
@@ -189,7 +192,7 @@ class HiddenStateCosine(FeatureObjective):
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether student states go through a learned linear layer; None: where the widths differ.
         widths: Widths ``(student, teacher)``, where they cannot be read off the models.
-        weight: Factor of the loss in the total.
+        weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
     Example:
@@ -209,10 +212,172 @@ class HiddenStateCosine(FeatureObjective):
         return functional.hidden_state_cosine(student, teacher, mask=mask, reduction="none")
 
 
+class PatientHiddenState(FeatureObjective):
+    """Distance of the first tokens' directions (PKD), see :func:`lightning_distill.functional.normalized_mse`.
+
+    Only the first real token of each row is read. The paper leaves out the last layer: pass pairs to do the same.
+
+    Args:
+        layers: As in :class:`HiddenState`.
+        embedding: Whether the input of the first layers is a pair too.
+        projection: Whether student states go through a learned linear layer; None: where the widths differ.
+        widths: Widths ``(student, teacher)``, where they cannot be read off the models.
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import PatientHiddenState
+        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> objective = PatientHiddenState([(0, 1)])
+        >>> objective.bind(ModelInfo(depth=1, width=4), ModelInfo(depth=2, width=4))
+        >>> student = Signals(torch.zeros(3, 2), hidden_states={0: torch.ones(3, 5, 4)})
+        >>> teacher = Signals(torch.zeros(3, 2), hidden_states={1: -torch.ones(3, 5, 4)})
+        >>> round(objective(student, teacher).mean().item(), 4)
+        4.0
+    """
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """Squared distance per row."""
+        s, t = (pool(x, mask, "first") for x in (student, teacher))
+        return functional.normalized_mse(s, t, mask=_row_mask(mask), reduction="none")
+
+
+class NeuronSelectivity(FeatureObjective):
+    """Where each neuron is active (NST), see :func:`lightning_distill.functional.neuron_selectivity`.
+
+    Widths may differ; there is no projection.
+
+    Args:
+        layers: As in :class:`HiddenState`.
+        embedding: Whether the input of the first layers is a pair too.
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import NeuronSelectivity
+        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> objective = NeuronSelectivity([("conv", "conv")])
+        >>> objective.bind(ModelInfo(modules={"conv": 4}), ModelInfo(modules={"conv": 8}))
+        >>> student = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 4, 5, 5)})
+        >>> teacher = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 8, 5, 5)})
+        >>> round(objective(student, teacher).mean().item(), 4)
+        0.0
+    """
+
+    shared_dims = 2
+
+    def __init__(
+        self,
+        layers: FeatureLayers = "uniform",
+        *,
+        embedding: bool = False,
+        weight: Scheduled = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(layers, embedding=embedding, weight=weight, name=name)
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """Squared discrepancy per row."""
+        return functional.neuron_selectivity(student, teacher, mask=mask, reduction="none")
+
+
+class AttentionTransfer(NeuronSelectivity):
+    """Where activations are large (AT), see :func:`lightning_distill.functional.attention_transfer`.
+
+    Widths may differ; there is no projection.
+
+    Args:
+        layers: As in :class:`HiddenState`.
+        embedding: Whether the input of the first layers is a pair too.
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import AttentionTransfer
+        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> objective = AttentionTransfer([("conv", "conv")])
+        >>> objective.bind(ModelInfo(modules={"conv": 4}), ModelInfo(modules={"conv": 8}))
+        >>> student = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 4, 5, 5)})
+        >>> teacher = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 8, 5, 5)})
+        >>> round(objective(student, teacher).mean().item(), 4)
+        0.0
+    """
+
+    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
+        """Mean squared difference per row."""
+        return functional.attention_transfer(student, teacher, mask=mask, reduction="none")
+
+
+class Flow(FeatureObjective):
+    """How features change from one mapped layer to the next (FSP), see :func:`lightning_distill.functional.flow`.
+
+    Args:
+        layers: As in :class:`HiddenState`, of at least two pairs; in a CNN, layers of one resolution.
+        embedding: Whether the input of the first layers is a pair too.
+        projection: Whether student states go through a learned linear layer; None: where the widths differ.
+        widths: Widths ``(student, teacher)``, where they cannot be read off the models.
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Raises:
+        ValueError: If there are fewer than two pairs.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import Flow
+        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> objective = Flow("first")
+        >>> objective.bind(ModelInfo(depth=2, width=4), ModelInfo(depth=3, width=4))
+        >>> student = Signals(torch.zeros(3, 2), hidden_states={0: torch.ones(3, 5, 4), 1: torch.ones(3, 5, 4)})
+        >>> teacher = Signals(torch.zeros(3, 2), hidden_states={0: torch.ones(3, 5, 4), 1: torch.zeros(3, 5, 4)})
+        >>> objective(student, teacher).mean().item()
+        1.0
+    """
+
+    def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
+        """Pair the layers, and make a projection per pair where it is needed."""
+        super().bind(student, teacher)
+        if len(self.pairs) + self.embedding < 2:
+            raise self._error("layers", "at least two pairs, a flow being from one to the next", self.layers)
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        """Mean squared difference per row."""
+        losses = []
+        for (s1, t1, mask), (s2, t2, _) in pairwise(self.features(student, teacher)):
+            losses.append(_loss(functional.flow(s1, s2, t1, t2, mask=mask, reduction="none"), mask))
+        return _mean(losses)
+
+
+def pool(feature: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
+    """One vector per row.
+
+    Args:
+        feature: Shape ``[B, T, D]``, or ``[B, D]``, which is returned as it is.
+        mask: Bool ``[B, T]``, the tokens that count; None where all do.
+        pooling: ``"mean"`` over the tokens that count, the ``"first"`` of them, or ``"flatten"``: all of them.
+
+    Returns:
+        Shape ``[B, D]``, or ``[B, T * D]`` when flattened.
+    """
+    if feature.ndim == 2:
+        return feature
+    if pooling == "first":
+        rows = torch.arange(len(feature), device=feature.device)
+        return feature[rows, 0 if mask is None else mask.int().argmax(1)]
+    if mask is not None:
+        feature = feature.masked_fill(~mask.unsqueeze(-1), 0.0)
+    if pooling == "flatten":
+        return feature.flatten(1)
+    return feature.mean(1) if mask is None else feature.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+
+
 def _are_paths(layers: FeatureLayers) -> bool:
-    return not isinstance(layers, str) and any(
-        not isinstance(pair, int) and isinstance(pair[0], str) for pair in layers
-    )
+    if layers is None or isinstance(layers, str):
+        return False
+    return any(not isinstance(pair, int) and isinstance(pair[0], str) for pair in layers)
 
 
 def _feature(signals: Signals, key: int | str | None) -> Tensor:
@@ -225,9 +390,25 @@ def _feature(signals: Signals, key: int | str | None) -> Tensor:
     return feature.flatten(2).transpose(1, 2) if feature.ndim == 4 else feature
 
 
-def _per_row(loss: Loss) -> Tensor:
+def _row_mask(mask: Tensor | None) -> Tensor | None:
+    return mask if mask is None or mask.ndim == 1 else mask.any(1)
+
+
+def _loss(values: Tensor, mask: Tensor | None) -> Loss:
+    return Loss(values, _row_mask(mask) if values.ndim == 1 else mask)
+
+
+def _mean(losses: Sequence[Loss]) -> Loss:
+    """Mean of the losses of several pairs, per token, or per row where the pairs have no common tokens."""
+    if len({loss.values.shape for loss in losses}) > 1:
+        losses = [_per_row(loss) for loss in losses]
+    return Loss(torch.stack([loss.values for loss in losses]).mean(0), losses[0].mask)
+
+
+def _per_row(loss: Loss) -> Loss:
     if loss.values.ndim == 1:
-        return loss.values
+        return loss
     if loss.mask is None:
-        return loss.values.mean(1)
-    return loss.values.masked_fill(~loss.mask, 0.0).sum(1) / loss.mask.sum(1).clamp(min=1)
+        return Loss(loss.values.mean(1))
+    values = loss.values.masked_fill(~loss.mask, 0.0).sum(1) / loss.mask.sum(1).clamp(min=1)
+    return Loss(values, loss.mask.any(1))

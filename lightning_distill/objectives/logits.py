@@ -1,25 +1,48 @@
 """Objectives on the models' predictions."""
 
-import math
 from typing import get_args
+
+import torch
+from torch import Tensor
 
 from lightning_distill import functional
 from lightning_distill.functional.soft_target import Divergence
 from lightning_distill.objectives.objective import Loss, Objective
+from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals import Signals
 
 
-class SoftTarget(Objective):
+class _Softened(Objective):
+    """An objective with a temperature."""
+
+    def __init__(self, temperature: Scheduled, weight: Scheduled, name: str | None) -> None:
+        super().__init__(weight, name)
+        self._check_scheduled("temperature", temperature, "finite and above 0", lambda value: value > 0)
+        self._temperature = temperature
+
+    @property
+    def temperature(self) -> float:
+        """Divisor of the logits at the current progress."""
+        return value_at(self._temperature, self._progress)
+
+    def extra_repr(self) -> str:
+        """Weight, name and temperature, for ``print``."""
+        return f"{super().extra_repr()}, temperature={self.temperature}"
+
+
+class SoftTarget(_Softened):
     """The teacher's softened prediction, see :func:`lightning_distill.functional.soft_target`.
 
     The loss is scaled by the squared temperature. Where there is a single logit (regression), in which a softmax would
     be a silent zero, it is the squared difference of the logits instead; temperature and divergence then mean nothing.
 
     Args:
-        temperature: Divides the logits, finite and above 0.
-        divergence: ``"forward_kl"``, ``"reverse_kl"`` or ``"js"``.
+        temperature: Divides the logits, finite and above 0; a number or a schedule.
+        divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"js"``, ``"skew_forward_kl"``, ``"skew_reverse_kl"`` or
+            ``"total_variation"``.
         beta: Weight of the teacher in the mixture of ``"js"``, in (0, 1).
-        weight: Factor of the loss in the total.
+        alpha: Share that the skewed divergences mix in, in (0, 1).
+        weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
     Raises:
@@ -36,21 +59,21 @@ class SoftTarget(Objective):
 
     def __init__(
         self,
-        temperature: float = 2.0,
+        temperature: Scheduled = 2.0,
         divergence: Divergence = "forward_kl",
         *,
         beta: float = 0.5,
-        weight: float = 1.0,
+        alpha: float = 0.1,
+        weight: Scheduled = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(weight, name)
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise self._error("temperature", "finite and above 0", temperature)
+        super().__init__(temperature, weight, name)
         if divergence not in get_args(Divergence):
             raise self._error("divergence", f"one of {get_args(Divergence)}", divergence)
-        if not 0 < beta < 1:
-            raise self._error("beta", "in (0, 1)", beta)
-        self.temperature, self.divergence, self.beta = temperature, divergence, beta
+        for argument, share in (("beta", beta), ("alpha", alpha)):
+            if not 0 < share < 1:
+                raise self._error(argument, "in (0, 1)", share)
+        self.divergence, self.beta, self.alpha = divergence, beta, alpha
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
@@ -63,9 +86,132 @@ class SoftTarget(Objective):
                 temperature=self.temperature,
                 divergence=self.divergence,
                 beta=self.beta,
+                alpha=self.alpha,
                 mask=student.mask,
                 reduction="none",
             )
+        return Loss(values, student.mask)
+
+
+class TopKSoftTarget(_Softened):
+    """The teacher's k best classes and the mass of its tail, see :func:`lightning_distill.functional.top_k_soft_target`.
+
+    The loss is scaled by the squared temperature.
+
+    Args:
+        k: Number of classes kept of each prediction, at least 1 (all of them where there are fewer).
+        temperature: Divides the logits, finite and above 0; a number or a schedule.
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import TopKSoftTarget
+        >>> from lightning_distill.signals import Signals
+        >>> student, teacher = Signals(torch.zeros(1, 4)), Signals(torch.tensor([[2.0, 1.0, 0.0, 0.0]]))
+        >>> round(TopKSoftTarget(2, temperature=1.0)(student, teacher).mean().item(), 4)
+        0.3376
+    """
+
+    def __init__(
+        self, k: int = 16, temperature: Scheduled = 1.0, *, weight: Scheduled = 1.0, name: str | None = None
+    ) -> None:
+        super().__init__(temperature, weight, name)
+        if k < 1:
+            raise self._error("k", "at least 1", k)
+        self.k = k
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        """Divergence per row, or per token."""
+        logits = teacher.logits if teacher.logits.dtype == torch.float64 else teacher.logits.float()
+        log_probs = torch.log_softmax(logits / self.temperature, dim=-1)
+        top, classes = log_probs.topk(min(self.k, log_probs.shape[-1]), dim=-1)
+        values = functional.top_k_soft_target(
+            student.logits, top, classes, temperature=self.temperature, mask=student.mask, reduction="none"
+        )
+        return Loss(values, student.mask)
+
+
+class Decoupled(_Softened):
+    """Target and non-target part of the soft target apart, see :func:`lightning_distill.functional.decoupled`.
+
+    The loss is scaled by the squared temperature. It needs labels and, to say anything new, three classes.
+
+    Args:
+        temperature: Divides the logits, finite and above 0; a number or a schedule.
+        alpha: Weight of the target part, at least 0.
+        beta: Weight of the non-target part, at least 0.
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Raises:
+        ValueError: If an argument is out of its range, or a batch has no labels.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import Decoupled
+        >>> from lightning_distill.signals import Signals
+        >>> student = Signals(torch.zeros(1, 3), labels=torch.tensor([0]))
+        >>> teacher = Signals(torch.tensor([[2.0, 1.0, 0.0]]))
+        >>> round(Decoupled(temperature=1.0)(student, teacher).mean().item(), 4)
+        1.1166
+    """
+
+    def __init__(
+        self,
+        temperature: Scheduled = 4.0,
+        *,
+        alpha: float = 1.0,
+        beta: float = 8.0,
+        weight: Scheduled = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(temperature, weight, name)
+        for argument, factor in (("alpha", alpha), ("beta", beta)):
+            if not 0 <= factor < float("inf"):
+                raise self._error(argument, "finite and at least 0", factor)
+        self.alpha, self.beta = alpha, beta
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        """Divergence per row, or per token."""
+        labels, mask = _labelled(self, student)
+        values = functional.decoupled(
+            student.logits,
+            teacher.logits,
+            labels,
+            temperature=self.temperature,
+            alpha=self.alpha,
+            beta=self.beta,
+            mask=mask,
+            reduction="none",
+        )
+        return Loss(values, mask)
+
+
+class LogitsMSE(Objective):
+    """Mean squared difference of the logits, see :func:`lightning_distill.functional.logits_mse`.
+
+    Args:
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import LogitsMSE
+        >>> from lightning_distill.signals import Signals
+        >>> LogitsMSE()(Signals(torch.zeros(1, 2)), Signals(torch.ones(1, 2))).mean().item()
+        1.0
+    """
+
+    def __init__(self, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
+        super().__init__(weight, name or "logits_mse")
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        """Mean squared difference per row, or per token."""
+        values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
         return Loss(values, student.mask)
 
 
@@ -74,7 +220,7 @@ class HardLabel(Objective):
 
     Args:
         label_smoothing: Share of the label that is spread evenly over the classes, in [0, 1).
-        weight: Factor of the loss in the total.
+        weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
     Raises:
@@ -92,21 +238,27 @@ class HardLabel(Objective):
 
     needs_teacher = False
 
-    def __init__(self, label_smoothing: float = 0.0, *, weight: float = 1.0, name: str | None = None) -> None:
+    def __init__(self, label_smoothing: float = 0.0, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__(weight, name)
         if not 0 <= label_smoothing < 1:
             raise self._error("label_smoothing", "in [0, 1)", label_smoothing)
         self.label_smoothing = label_smoothing
 
-    def forward(self, student: Signals, teacher: Signals | None) -> Loss:
+    def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
         """Loss per row, or per token."""
-        labels, mask = student.labels, student.mask
-        if labels is None:
-            raise ValueError(f"Expected objective `{self.name}` to be given labels, but got a batch without them.")
-        if not labels.is_floating_point() and student.logits.shape[-1] > 1:
-            labelled = labels != functional.IGNORE_INDEX
-            mask = labelled if mask is None else mask & labelled
+        labels, mask = _labelled(self, student)
         values = functional.hard_label(
             student.logits, labels, label_smoothing=self.label_smoothing, mask=mask, reduction="none"
         )
         return Loss(values, mask)
+
+
+def _labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | None]:
+    """The labels, and the mask of the items that count and have one."""
+    labels, mask = student.labels, student.mask
+    if labels is None:
+        raise ValueError(f"Expected objective `{objective.name}` to be given labels, but got a batch without them.")
+    if not labels.is_floating_point() and student.logits.shape[-1] > 1:
+        labelled = labels != functional.IGNORE_INDEX
+        mask = labelled if mask is None else mask & labelled
+    return labels, mask

@@ -2,11 +2,13 @@
 
 import math
 import re
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals import ModelInfo, Request, Signals
 
 
@@ -48,11 +50,12 @@ class Objective(nn.Module):
     """One thing the student learns from the teacher or the data. Subclasses define :meth:`forward`.
 
     Args:
-        weight: Factor of its loss in the total, finite and at least 0.
+        weight: Factor of its loss in the total, finite and at least 0; a number, or a function of the training's
+            progress in [0, 1] such as :class:`LinearSchedule`.
         name: What it is logged as; the class's name in snake case where None.
 
     Raises:
-        ValueError: If the weight is negative or not finite.
+        ValueError: If the weight is negative or not finite, now or at some progress.
 
     Example:
         >>> import torch
@@ -69,15 +72,28 @@ class Objective(nn.Module):
     #: Whether :meth:`forward` reads the teacher; where no objective does, the teacher does not run.
     needs_teacher = True
 
-    def __init__(self, weight: float = 1.0, name: str | None = None) -> None:
+    def __init__(self, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__()
         self.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower() if name is None else name
-        self.weight = weight
-        if not (weight >= 0 and math.isfinite(weight)):
-            raise self._error("weight", "finite and at least 0", weight)
+        self._progress = 0.0
+        self._check_scheduled("weight", weight, "finite and at least 0", lambda value: value >= 0)
+        self._weight = weight
         #: What :meth:`forward` reads of each model, beside logits, labels and masks; set by :meth:`bind`.
         self.student_request = Request()
         self.teacher_request = Request()
+
+    @property
+    def weight(self) -> float:
+        """Factor of the loss in the total at the current progress."""
+        return value_at(self._weight, self._progress)
+
+    def set_progress(self, progress: float) -> None:
+        """Say how much of the training is done, which schedules depend on.
+
+        Args:
+            progress: In [0, 1].
+        """
+        self._progress = progress
 
     def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Fit the objective to a pair of models: choose layers, make projections. Called once, before training.
@@ -105,6 +121,15 @@ class Objective(nn.Module):
     def extra_repr(self) -> str:
         """Weight and name, for ``print``."""
         return f"weight={self.weight}, name={self.name!r}"
+
+    def _check_scheduled(
+        self, argument: str, scheduled: Scheduled, expected: str, allowed: Callable[[float], bool]
+    ) -> None:
+        for tenth in range(11 if callable(scheduled) else 1):
+            value = value_at(scheduled, tenth / 10)
+            if not (math.isfinite(value) and allowed(value)):
+                where = f"{value} at progress {tenth / 10}" if callable(scheduled) else value
+                raise self._error(argument, expected, where)
 
     def _error(self, argument: str, expected: str, got: object, advice: str = "") -> ValueError:
         what = f"Expected argument `{argument}` of objective `{self.name}` to be {expected}, but got {got!r}."
