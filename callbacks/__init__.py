@@ -7,5 +7,6 @@ if __name__ != "lightning_distill.callbacks":
     )
 
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
+from lightning_distill.callbacks.lr_finder import LRFinder
 
-__all__ = ["GradientClipping"]
+__all__ = ["GradientClipping", "LRFinder"]

@@ -131,7 +131,7 @@ def trim_curve(
     The curve is cut at its first loss that is not finite, smoothed, and loses ``skip_start`` points of head (the
     average is still noisy there) and ``skip_end`` of tail (the explosion). A curve without a fall is an error, since
     every rule would return a number for it all the same: the lowest smoothed loss has to lie below the mean of the
-    head by more than four standard errors, with the noise estimated from the median step between neighbours.
+    first half of the way to it by three standard errors, the noise being estimated from the median step of the losses.
 
     Args:
         lrs: learning rates in rising order, length ``N``.
@@ -168,9 +168,11 @@ def trim_curve(
     recorded = torch.tensor(losses[:finite], dtype=torch.float64)
     # The median absolute step of white noise with standard deviation s is 0.954 s, whatever slow trend lies below it.
     noise = recorded.diff().abs().median().item() / 0.954
-    head = recorded[:skip_start].mean().item()
-    standard_error = noise * (1 / skip_start + (1 - smoothing) / (1 + smoothing)) ** 0.5
-    if head - kept.min().item() <= max(4 * standard_error, 1e-6 * abs(head)):
+    # Curves are flat before they fall: the first half of the way down is the height to fall from.
+    head_size = max(skip_start, (skip_start + int(kept.argmin())) // 2)
+    head = recorded[:head_size].mean().item()
+    standard_error = noise * (1 / head_size + (1 - smoothing) / (1 + smoothing)) ** 0.5
+    if head - kept.min().item() <= max(3 * standard_error, 1e-6 * abs(head)):
         raise ValueError(
             f"Expected the loss to fall somewhere in the sweep, but it starts at {head:.4g} and its lowest smoothed"
             f" value is {kept.min().item():.4g}; check that parameters get gradients, or widen the range"

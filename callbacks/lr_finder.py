@@ -1,0 +1,380 @@
+"""LRFinder: a learning-rate range test before training, and the learning rate it suggests under any schedule."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch.strategies import DeepSpeedStrategy
+from lightning.pytorch.utilities.parsing import lightning_getattr, lightning_hasattr, lightning_setattr
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from lightning_distill.functional.lr_suggestion import Suggestion, lr_suggestion, smooth_losses, trim_curve
+from lightning_distill.learning_rates import peak_lrs, scale_peak_lrs, set_lr
+from lightning_distill.rehearsal import rehearse, stateful_parts
+from lightning_distill.snapshot import Snapshot, available_host_memory
+
+_RULES: tuple[Suggestion, ...] = ("valley", "steepest", "slide", "minimum")
+
+
+class LRFinder(L.Callback):
+    """Finds a learning rate in a short sweep before training, and trains with it.
+
+    For ``num_steps`` optimizer steps the learning rate rises from ``min_lr`` to ``max_lr`` while the loss is recorded,
+    averaged over ranks and accumulated batches; the sweep ends early once the smoothed loss has diverged. Then all is
+    put back as it was, bit for bit: weights, optimizers, random generators, the loader's position, other callbacks,
+    counters, the gradient scaler, loggers. The sweep goes through the Trainer's own loop, so precision, strategy,
+    accumulation and manual optimization are those of the training to come.
+
+    The learning rate that is found is the peak of the schedule. If the module (or its ``hparams``) has an attribute
+    ``lr`` or ``learning_rate``, it is set and ``configure_optimizers`` is called again; whatever has not followed is
+    scaled: parameter groups, their initial and maximal learning rates, and the schedules' base learning rates. Groups
+    keep their ratios, in the sweep and after it. The number found belongs to the groups that have the attribute's
+    value, or to the first group of the first optimizer.
+
+    It runs at ``on_train_start``, since there a checkpoint has been loaded under every strategy, so that it can tell a
+    resumed run and leave it alone. It writes ``lr_finder.png`` and ``lr_finder.json``. If the loss is not finite from
+    the start, or never falls, it warns, and training goes on with the learning rate that was configured.
+
+    Args:
+        suggestion: fastai's rule that picks the learning rate, see :func:`lightning_distill.functional.lr_suggestion`.
+        min_lr: first learning rate of the sweep.
+        max_lr: last learning rate of the sweep.
+        num_steps: optimizer steps of the sweep, at least 32.
+        mode: whether the learning rate rises exponentially or linearly.
+        monitor: a logged metric to record in place of the training loss, such as ``"val_loss"``; after every step of
+            the sweep, ``val_batches`` validation batches are evaluated for it.
+        val_batches: validation batches for ``monitor``.
+        smoothing: weight of the past in the moving average of the loss.
+        divergence: the sweep stops when the smoothed loss is this many times the best one; None never stops it.
+        attribute: where the module keeps its learning rate, if it is neither ``lr`` nor ``learning_rate``.
+        keep_callbacks: class names of callbacks that stay active in the sweep, since they change the step.
+        recommended_range: learning rates commonly recommended for the task; shaded in the picture, and a warning is
+            given if the one found is more than 10 times outside.
+        snapshot: where the state is kept meanwhile; ``"auto"`` takes host memory if the model fits there a second time,
+            and otherwise a file in ``output_dir`` for as long as the sweep lasts.
+        output_dir: folder for the picture and the numbers; by default the Trainer's ``default_root_dir``.
+
+    Attributes:
+        lr: the learning rate found, or None.
+
+    Raises:
+        ValueError: an argument is out of its range, the strategy is DeepSpeed, or a parameter group has no learning
+            rate.
+
+    Example:
+        >>> finder = LRFinder("steepest", min_lr=1e-6, max_lr=1.0)
+        >>> trainer = L.Trainer(callbacks=finder, accelerator="cpu", logger=False, enable_checkpointing=False)
+        >>> finder.state_dict()  # after trainer.fit(module) it holds the learning rate that was found
+        {'lr': None}
+
+    Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017); fastai's ``Learner.lr_find``.
+    """
+
+    def __init__(
+        self,
+        suggestion: Suggestion = "valley",
+        *,
+        min_lr: float = 1e-7,
+        max_lr: float = 10.0,
+        num_steps: int = 100,
+        mode: Literal["exponential", "linear"] = "exponential",
+        monitor: str | None = None,
+        val_batches: int = 1,
+        smoothing: float = 0.98,
+        divergence: float | None = 4.0,
+        attribute: str | None = None,
+        keep_callbacks: Sequence[str] = ("GradientClipping",),
+        recommended_range: tuple[float, float] | None = None,
+        snapshot: Literal["auto", "memory", "disk"] = "auto",
+        output_dir: str | Path | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, choices in (
+            ("suggestion", suggestion, _RULES),
+            ("mode", mode, ("exponential", "linear")),
+            ("snapshot", snapshot, ("auto", "memory", "disk")),
+        ):
+            if value not in choices:
+                raise ValueError(f"Expected argument `{name}` to be one of {', '.join(choices)}, but got {value!r}")
+        if not 0 < min_lr < max_lr:
+            raise ValueError(
+                f"Expected arguments `min_lr` and `max_lr` to be positive and rising, but got {min_lr} and {max_lr}"
+            )
+        if num_steps < 32:
+            raise ValueError(f"Expected argument `num_steps` to be at least 32, but got {num_steps}")
+        if val_batches < 1:
+            raise ValueError(f"Expected argument `val_batches` to be at least 1, but got {val_batches}")
+        if not 0 <= smoothing < 1:
+            raise ValueError(f"Expected argument `smoothing` to be in [0, 1), but got {smoothing}")
+        if divergence is not None and divergence <= 1:
+            raise ValueError(f"Expected argument `divergence` to be above 1, or None, but got {divergence}")
+        if recommended_range is not None and not (
+            len(recommended_range) == 2 and 0 < recommended_range[0] <= recommended_range[1]
+        ):
+            raise ValueError(
+                "Expected argument `recommended_range` to be a pair of positive, rising learning rates, but got "
+                f"{recommended_range!r}"
+            )
+        if isinstance(keep_callbacks, str):
+            raise ValueError(f"Expected argument `keep_callbacks` to be a list of names, but got {keep_callbacks!r}")
+        self.suggestion, self.min_lr, self.max_lr, self.num_steps, self.mode = (
+            suggestion, min_lr, max_lr, num_steps, mode,
+        )  # fmt: skip
+        self.monitor, self.val_batches, self.smoothing, self.divergence = monitor, val_batches, smoothing, divergence
+        self.attribute, self.keep_callbacks, self.snapshot = attribute, tuple(keep_callbacks), snapshot
+        self.recommended_range = None if recommended_range is None else tuple(recommended_range)
+        self.output_dir = output_dir
+        self.lr: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The learning rate that was found."""
+        return {"lr": self.lr}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the learning rate that the checkpoint's run has found."""
+        self.lr = state_dict["lr"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Sweep, put everything back, and set the learning rate, unless this run is a resumed one."""
+        if trainer.fast_dev_run or trainer.ckpt_path is not None or trainer.global_step > 0:  # type: ignore[attr-defined]
+            rank_zero_info("LRFinder: no sweep in a dry run, nor in a run that goes on from a checkpoint or a fit")
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy):
+            raise ValueError(
+                "Expected argument `strategy` of the Trainer to leave weights and optimizers to callbacks, but got "
+                "DeepSpeedStrategy; find the learning rate under another strategy, such as ModelParallelStrategy"
+            )
+        peaks = peak_lrs(trainer.optimizers, _schedules(trainer))
+        attribute = self._attribute(pl_module)
+        held = None if attribute is None else float(lightning_getattr(pl_module, attribute))  # type: ignore[arg-type]
+        named = held is not None and any(math.isclose(lr, held) for group in peaks for lr in group)
+        configured = held if named and held is not None else peaks[0][0]
+        if configured <= 0:
+            raise ValueError(
+                f"Expected the first parameter group to have a positive learning rate, but got {configured}"
+            )
+        ratios = [[peak / configured for peak in group] for group in peaks]
+        report = self._sweep(trainer, ratios) | {"configured_lr": configured, "problem": None}
+        try:
+            lrs, smoothed = trim_curve(
+                report["lrs"], report["losses"], self.smoothing, skip_start=max(1, self.num_steps // 10)
+            )
+            report["suggestions"] = {rule: lr_suggestion(lrs, smoothed, rule) for rule in _RULES}
+        except ValueError as problem:
+            report["problem"] = str(problem)
+            rank_zero_warn(f"LRFinder keeps the configured learning rate {configured:g}. {problem}")
+        else:
+            self.lr = trainer.strategy.broadcast(report["suggestions"][self.suggestion])
+            self._apply(trainer, pl_module, attribute, configured, ratios)
+            rank_zero_info(f"LRFinder: learning rate {self.lr:.3g} in place of {configured:.3g} ({self.suggestion})")
+            self._check_recommended()
+        self._save(trainer, report | {"lr": self.lr})
+
+    def _apply(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        attribute: str | None,
+        configured: float,
+        ratios: list[Any],
+    ) -> None:
+        if attribute is not None:
+            held = float(lightning_getattr(pl_module, attribute))  # type: ignore[arg-type]
+            value = held * wanted / configured
+            lightning_setattr(pl_module, attribute, wanted if held == configured else value)
+            trainer.strategy.setup_optimizers(trainer)
+            _optimizers_to_device(trainer.strategy.optimizers, trainer.strategy.root_device)
+        factors = [
+            [_factor(ratio * wanted, now) for ratio, now in zip(*group, strict=True)]
+            for group in zip(ratios, peak_lrs(trainer.optimizers, _schedules(trainer)), strict=True)
+        ]
+        scale_peak_lrs(trainer.optimizers, _schedules(trainer), factors)
+
+    def _attribute(self, pl_module: L.LightningModule) -> str | None:
+        names = ("lr", "learning_rate") if self.attribute is None else (self.attribute,)
+        for name in names:
+            value = lightning_getattr(pl_module, name) if lightning_hasattr(pl_module, name) else None
+            if isinstance(value, float | int) and value > 0:
+                return name
+        if self.attribute is not None:
+            raise ValueError(
+                f"Expected argument `attribute` to name a positive number of the module or its hparams, but got "
+                f"{self.attribute!r}"
+            )
+        return None
+
+    def _sweep(self, trainer: Any, ratios: list[list[float]]) -> dict[str, Any]:
+        kept = [c for c in trainer.callbacks if {cls.__name__ for cls in type(c).__mro__} & set(self.keep_callbacks)]
+        sweep, file = _Sweep(self, ratios), self._snapshot_file(trainer)
+        val_batches = 0 if self.monitor is None else self.val_batches
+        rehearse(trainer, sweep, kept, max_steps=self.num_steps, val_batches=val_batches, file=file)
+        return {
+            "lrs": sweep.lrs,
+            "losses": sweep.losses,
+            "smoothed": smooth_losses(sweep.losses, self.smoothing).tolist(),
+            "diverged": sweep.diverged,
+            "snapshot": "memory" if file is None else "disk",
+        }
+
+    def _snapshot_file(self, trainer: Any) -> Path | None:
+        available, num_bytes = available_host_memory(), Snapshot.num_bytes(stateful_parts(trainer))
+        processes = trainer.num_devices  # on this machine, each with its own copy
+        fits = available is None or num_bytes * processes < 0.8 * available
+        fits = trainer.strategy.reduce_boolean_decision(fits)
+        in_memory = fits if self.snapshot == "auto" else self.snapshot == "memory"
+        place = "host memory" if in_memory else "a file"
+        rank_zero_info(
+            f"LRFinder: sweep of {self.num_steps} steps, {num_bytes / 2**20:.0f} MiB of state kept in {place}"
+        )
+        if in_memory:
+            return None
+        folder = self._folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f".lr_finder_{trainer.global_rank}.pt"
+
+    def _folder(self, trainer: L.Trainer) -> Path:
+        return Path(self.output_dir if self.output_dir is not None else trainer.default_root_dir)
+
+    def _check_recommended(self) -> None:
+        if self.recommended_range is None or self.lr is None:
+            return
+        low, high = self.recommended_range
+        if not low / 10 <= self.lr <= high * 10:
+            rank_zero_warn(
+                f"LRFinder found the learning rate {self.lr:.3g}, more than 10 times outside the range recommended for "
+                f"the task, {low:g} to {high:g}. Look at lr_finder.png before a long training."
+            )
+
+    @rank_zero_only
+    def _save(self, trainer: L.Trainer, report: dict[str, Any]) -> None:
+        folder = self._folder(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        settings = ("suggestion", "min_lr", "max_lr", "num_steps", "mode", "monitor", "smoothing", "recommended_range")
+        report = {name: getattr(self, name) for name in settings} | report
+        plot_sweep(report).savefig(folder / "lr_finder.png", dpi=120)
+        for name in ("losses", "smoothed"):  # JSON has no NaN
+            report[name] = [loss if math.isfinite(loss) else None for loss in report[name]]
+        (folder / "lr_finder.json").write_text(json.dumps(report, indent=1))
+
+
+def _schedules(trainer: L.Trainer) -> list[Any]:
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def _factor(wanted: float, lr: float) -> float:
+    # A group that is held at zero stays there, and one that has followed already is not moved by a rounding error.
+    return 1.0 if lr == 0 or math.isclose(wanted, lr) else wanted / lr
+
+
+class _Sweep(L.Callback):
+    """Sets the learning rate before each optimizer step and records the loss after it."""
+
+    def __init__(self, finder: LRFinder, ratios: list[list[float]]) -> None:
+        steps = torch.linspace(0, 1, finder.num_steps, dtype=torch.float64)
+        low, high = finder.min_lr, finder.max_lr
+        self.plan = (
+            low * (high / low) ** steps if finder.mode == "exponential" else low + (high - low) * steps
+        ).tolist()
+        self.finder, self.ratios = finder, ratios
+        self.losses: list[float] = []
+        self.diverged = False
+        self._micro_losses: list[Tensor] = []
+        self._average, self._best = 0.0, math.inf
+
+    @property
+    def lrs(self) -> list[float]:
+        return self.plan[: len(self.losses)]
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        for optimizer, ratios in zip(trainer.optimizers, self.ratios, strict=True):
+            for group, ratio in zip(optimizer.param_groups, ratios, strict=True):
+                set_lr(group, ratio * self.plan[len(self.losses)])
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, *_: Any) -> None:
+        if self.finder.monitor is not None:
+            return
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if loss is not None:
+            # Automatic optimization has divided the loss by the number of accumulated batches.
+            parts = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._micro_losses.append(loss.detach() * parts)
+        if not trainer.fit_loop._should_accumulate():
+            skipped = torch.full((), math.nan, device=pl_module.device)
+            self._record(trainer, torch.stack(self._micro_losses).mean() if self._micro_losses else skipped)
+            self._micro_losses = []
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        name = self.finder.monitor
+        if name not in trainer.callback_metrics:
+            raise ValueError(
+                f"Expected argument `monitor` to name a logged metric, but got {name!r}; there are "
+                f"{', '.join(sorted(trainer.callback_metrics)) or 'none'}"
+            )
+        self._record(trainer, trainer.callback_metrics[name])
+
+    def _record(self, trainer: L.Trainer, loss: Tensor) -> None:
+        value = trainer.strategy.reduce(loss.double().to(trainer.strategy.root_device), reduce_op="mean").item()
+        self.losses.append(value)
+        smoothing, limit = self.finder.smoothing, self.finder.divergence
+        self._average = smoothing * self._average + (1 - smoothing) * value
+        smoothed = self._average / (1 - smoothing ** len(self.losses))
+        self._best = min(self._best, smoothed)
+        # For positive losses this is smoothed > limit * best; it also holds its meaning for negative ones.
+        far = limit is not None and smoothed - self._best > (limit - 1) * abs(self._best)
+        self.diverged = far or not math.isfinite(value)
+        trainer.should_stop = self.diverged or len(self.losses) == len(self.plan)
+
+
+def plot_sweep(report: dict[str, Any]) -> Figure:
+    """Draw the curve of a sweep as ``lr_finder.json`` holds it; needs no display.
+
+    Args:
+        report: what ``lr_finder.json`` holds.
+
+    Example:
+        >>> lrs = [10 ** (k / 10 - 5) for k in range(40)]
+        >>> losses = [2 - k / 40 for k in range(40)]
+        >>> report = {"lrs": lrs, "losses": losses, "smoothed": losses, "mode": "exponential", "configured_lr": 1e-3}
+        >>> [axes.get_xlabel() for axes in plot_sweep(report).axes]
+        ['learning rate']
+    """
+    lrs, losses, smoothed = report["lrs"], report["losses"], report["smoothed"]
+    suggestions, chosen = report.get("suggestions", {}), report.get("suggestion")
+    figure = Figure(figsize=(8, 5.5), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(lrs, losses, color="0.75", linewidth=1, label=report.get("monitor") or "training loss")
+    axes.plot(lrs, smoothed, color="C0", linewidth=2, label="smoothed")
+    for (rule, lr), marker in zip(suggestions.items(), "osD^", strict=False):
+        height = torch.tensor(smoothed)[(torch.tensor(lrs) - lr).abs().argmin()].item()
+        size, color = (12, "C3") if rule == chosen else (8, "0.25")
+        text = f"{rule} {lr:.2g}" + (" (taken)" if rule == chosen else "")
+        axes.plot([lr], [height], marker, markersize=size, color=color, markeredgecolor="white", label=text, zorder=3)
+    axes.axvline(
+        report["configured_lr"], color="0.25", linestyle=":", label=f"configured {report['configured_lr']:.2g}"
+    )
+    if report.get("recommended_range"):
+        low, high = report["recommended_range"]
+        axes.axvspan(low, high, color="C2", alpha=0.15, label=f"recommended {low:.2g} to {high:.2g}")
+    curve = torch.tensor(smoothed)
+    if curve.isfinite().any():
+        # Up to its lowest point, where the rules look: the explosion after it would flatten the valley.
+        down = slice(0, int(curve.nan_to_num(math.inf).argmin()) + 1)
+        low, high = torch.tensor(losses)[down].quantile(torch.tensor([0.02, 0.98])).tolist()
+        low, high = min(low, curve[down].min().item()), max(high, curve[down].max().item())
+        margin = 0.1 * (high - low) or 1.0
+        axes.set_ylim(low - margin, high + margin)
+    if report["mode"] == "exponential":
+        axes.set_xscale("log")
+    axes.set(xlabel="learning rate", ylabel="loss", title="Learning-rate range test")
+    if report.get("problem"):
+        axes.set_title("Learning-rate range test: no suggestion")
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
+    return figure
