@@ -192,12 +192,19 @@ class _Blocks(torch.autograd.Function):
                 else:
                     grad_s = mean_t / mean_s.clamp(min=torch.finfo(s.dtype).tiny) * -factor
                 grad_scores = s * (grad_s - (s * grad_s).sum(-1, keepdim=True))
-            grad_scores.nan_to_num_(nan=0.0)
+            if ctx.mask is not None:
+                # A factor of 0 is not enough where a padded token holds NaN.
+                grad_scores.masked_fill_(~ctx.mask[rows, None, queries, None], 0.0)
             with torch.autocast(query.device.type, enabled=False):
                 grad_query[rows, :, queries] = grad_scores @ full_precision(key[rows]) * student.scaling
                 grad_key[rows] += (
                     grad_scores.transpose(-1, -2) @ full_precision(query[rows, :, queries]) * student.scaling
                 )
+        if ctx.mask is not None:
+            padded = ~ctx.mask[:, None, :, None]
+            grad_query.masked_fill_(padded, 0.0)
+            if key.shape[2] == query.shape[2]:
+                grad_key.masked_fill_(padded, 0.0)
         return grad_query.to(query.dtype), grad_key.to(key.dtype), None, None, None, None
 
 

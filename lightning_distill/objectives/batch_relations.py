@@ -4,7 +4,7 @@ The value of a row depends on the other rows of its batch, so these objectives c
 how a batch is split into micro-batches or over ranks.
 """
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ Pooling = Literal["mean", "first", "flatten"]
 class _Rows(FeatureObjective):
     """Compares one vector per row; widths may differ, and no projection is made."""
 
-    shared_dims = 1
+    shared_dims: ClassVar[int | None] = 1
 
     def __init__(
         self,

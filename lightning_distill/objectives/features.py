@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill import functional
+from lightning_distill.functional.reduction import full_precision
 from lightning_distill.layer_map import layer_map
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled
@@ -362,6 +363,7 @@ def pool(feature: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     Returns:
         Shape ``[B, D]``, or ``[B, T * D]`` when flattened.
     """
+    feature = full_precision(feature)
     if feature.ndim == 2:
         return feature
     if pooling == "first":

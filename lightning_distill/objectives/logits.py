@@ -94,7 +94,7 @@ class SoftTarget(_Softened):
 
 
 class TopKSoftTarget(_Softened):
-    """The teacher's k best classes and the mass of its tail, see :func:`lightning_distill.functional.top_k_soft_target`.
+    """The teacher's k best classes and its tail's mass, see :func:`lightning_distill.functional.top_k_soft_target`.
 
     The loss is scaled by the squared temperature.
 
