@@ -1,7 +1,7 @@
 """GPTQ: weights rounded one input after another, each error made good by the inputs that are still to come."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -78,6 +78,7 @@ class QuantizedWeight:
         zeros: uint8 of shape ``[groups, out]``.
         g_idx: int32 of shape ``[in]``: the group of each input.
         bits: Bits of a code.
+        group_size: Inputs that share a scale.
         errors: Per output, the mean square of what its answer on the calibration inputs lost; ``[out]``, float32.
         rounding_errors: The same for rounding to nearest on the same grid.
         powers: Mean square of each output itself, for errors in relative terms.
@@ -89,6 +90,7 @@ class QuantizedWeight:
     zeros: Tensor
     g_idx: Tensor
     bits: int
+    group_size: int
     errors: Tensor
     rounding_errors: Tensor
     powers: Tensor
@@ -103,7 +105,7 @@ class QuantizedWeight:
         """The outputs from ``start`` to ``stop`` alone."""
         per_out = {name: getattr(self, name)[start:stop] for name in ("codes", "errors", "rounding_errors", "powers")}
         grid = {name: getattr(self, name)[:, start:stop] for name in ("scales", "zeros")}
-        return QuantizedWeight(**per_out, **grid, g_idx=self.g_idx, bits=self.bits, damp_percent=self.damp_percent)
+        return replace(self, **per_out, **grid)
 
     @property
     def error(self) -> float:
@@ -298,6 +300,7 @@ def gptq_layer(
         zeros=zeros.to(torch.uint8),
         g_idx=g_idx.to(torch.int32),
         bits=bits,
+        group_size=size,
         errors=errors,
         rounding_errors=rounding_errors,
         powers=powers,
