@@ -185,6 +185,8 @@ class LRFinder(L.Callback):
         configured: float,
         ratios: list[Any],
     ) -> None:
+        wanted = self.lr
+        assert wanted is not None
         if attribute is not None:
             held = float(lightning_getattr(pl_module, attribute))  # type: ignore[arg-type]
             value = held * wanted / configured
