@@ -7,6 +7,9 @@ if __name__ != "lightning_distill.callbacks":
     )
 
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
+from lightning_distill.callbacks.init_policy import InitPolicy
+from lightning_distill.callbacks.loss_advice import LossAdvice
 from lightning_distill.callbacks.lr_finder import LRFinder
+from lightning_distill.callbacks.schedule_free import ScheduleFree
 
-__all__ = ["GradientClipping", "LRFinder"]
+__all__ = ["GradientClipping", "InitPolicy", "LRFinder", "LossAdvice", "ScheduleFree"]

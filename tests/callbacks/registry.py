@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_distill.callbacks import GradientClipping
+from lightning_distill.callbacks import GradientClipping, LossAdvice
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ ROWS = [
     Row(GradientClipping, {"algorithm": "adaptive", "threshold": 0.02}),
     Row(GradientClipping, {"algorithm": "percentile", "threshold": 50.0, "per": "parameter_group", "history": 4}),
     Row(GradientClipping, {"algorithm": "zscore", "threshold": 0.5, "warmup_steps": 2}),
+    Row(LossAdvice, {"window": 2}, bad=({"window": 0}, {"min_fall": 2.0})),
 ]
 
 

@@ -1,0 +1,87 @@
+"""Learning rates commonly recommended, with where they come from."""
+
+import warnings
+from typing import Literal, NamedTuple
+
+from lightning_distill.arguments import between, one_of
+
+_TASKS = {
+    "classification": (1e-5, 3e-5),
+    "regression": (1e-5, 3e-5),
+    "token_classification": (3e-5, 5e-5),
+    "generation": (5e-5, 1e-4),
+}
+_METHODS = {"full": (1e-5, 5e-5), "head": (1e-4, 5e-4), "lora": (1e-3, 1e-2)}
+_SOURCES = {
+    "full": "Devlin et al. 2019, appendix A.3 (2e-5 to 5e-5), and common practice by task",
+    "head": "common practice for a new head on a frozen body",
+    "lora": "commonly given; Hu et al. 2021 used 2e-4 to 4e-3",
+    "sgd": "common practice for fine-tuning with momentum",
+}
+
+
+class LRRange(NamedTuple):
+    """A range of learning rates and its source."""
+
+    low: float
+    high: float
+    source: str
+
+    def warn_if_far(self, lr: float) -> None:
+        """Warn if a learning rate is more than ten times outside.
+
+        Args:
+            lr: The learning rate.
+
+        Example:
+            >>> from lightning_distill.optim import LRRange
+            >>> LRRange(1e-5, 5e-5, "common practice").warn_if_far(2e-4)
+        """
+        if not self.low / 10 <= lr <= self.high * 10:
+            warnings.warn(
+                f"The learning rate {lr:g} is more than ten times outside the recommended range from {self.low:g} to "
+                f"{self.high:g} ({self.source}).",
+                stacklevel=2,
+            )
+
+
+def recommended_lr(
+    task: Literal["classification", "regression", "token_classification", "generation"] = "classification",
+    method: Literal["full", "head", "lora"] = "full",
+    optimizer: str = "adamw",
+    num_examples: int | None = None,
+) -> LRRange:
+    """The range of learning rates commonly recommended for fine-tuning a transformer.
+
+    Args:
+        task: What the model learns; it matters for full fine-tuning.
+        method: Whether all weights, only a head, or LoRA adapters are trained.
+        optimizer: As in :func:`build_optimizer`. For SGD the range is its own; the others share Adam's.
+        num_examples: Size of the training data: below 1,000 the lower half of the range (on a logarithmic scale), above
+            100,000 the upper half.
+
+    Returns:
+        The range.
+
+    Raises:
+        ValueError: If an argument is not one of those listed.
+
+    Example:
+        >>> from lightning_distill.optim import recommended_lr
+        >>> recommended_lr("classification", num_examples=50_000)[:2]
+        (1e-05, 3e-05)
+        >>> recommended_lr("classification", "lora")[:2]
+        (0.001, 0.01)
+    """
+    one_of("task", task, _TASKS)
+    one_of("method", method, _METHODS)
+    if optimizer == "sgd":
+        low, high, source = 1e-3, 1e-2, _SOURCES["sgd"]
+    else:
+        low, high = _TASKS[task] if method == "full" else _METHODS[method]
+        source = _SOURCES[method]
+    if num_examples is not None:
+        between("num_examples", num_examples, 0)
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if num_examples < 1_000 else (middle, high) if num_examples > 100_000 else (low, high)
+    return LRRange(low, high, source)
