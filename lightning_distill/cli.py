@@ -1,5 +1,6 @@
 """What every recipe's command line has in common: the flags, the trainer they describe, errors in one line."""
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,17 @@ from torch.optim import Optimizer
 from lightning_distill.data import TextClassificationData
 
 # One entry a message: what Lightning says to everybody and a recipe has already decided.
+_EXPECTED_MESSAGES = (
+    "GPU available: False",
+    "TPU available: False",
+    "\U0001f4a1 Tip:",
+    "Loading `train_dataloader` to estimate number of stepping batches",
+    "Restoring states from the checkpoint path",
+    "Loaded model weights from the checkpoint",
+)
 _EXPECTED_WARNINGS = (
+    "`isinstance.treespec, LeafSpec.` is deprecated",
+    "The number of training batches .* is smaller than the logging interval",
     "The '.*_dataloader' does not have many workers",
     "Checkpoint directory .* exists and is not empty",
     "Experiment logs directory .* exists and is not empty",
@@ -78,13 +89,13 @@ def make_trainer(
     Returns:
         The trainer.
     """
-    arguments = dict(parser.instantiate_classes(config).trainer.as_dict())
+    arguments = dict(parser.instantiate(config).trainer.as_dict())
     asked = arguments.pop("callbacks") or []
     loggers = arguments.pop("logger")
     loggers = (
         [] if isinstance(loggers, bool) or loggers is None else loggers if isinstance(loggers, list) else [loggers]
     )
-    csv_logger = CSVLogger(config.output_dir, name="logs", version=phase)
+    csv_logger = CSVLogger(config.output_dir / "logs", name=phase, version="")
     arguments |= {
         "default_root_dir": config.output_dir,
         "logger": [csv_logger, *loggers],
@@ -138,7 +149,13 @@ def one_line_errors(program: str) -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-def ignore_expected_warnings() -> None:
-    """Silence, by name, the hints of Lightning that a recipe has already answered."""
+def quiet() -> None:
+    """Silence, by name, what libraries say to everybody, so that what a recipe says is seen."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_EXPECTED_MESSAGES)

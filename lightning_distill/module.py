@@ -101,7 +101,7 @@ class DistillationModule(L.LightningModule):
         self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task
         self.tokenizer = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._label_order = None
+        self._label_order: Tensor | None = None
         self._checked: set[str] = set()
 
         if objectives is None:
@@ -222,7 +222,7 @@ class DistillationModule(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Logits of the student."""
-        return self(batch)  # type: ignore[no-any-return]
+        return self(batch)
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         self._check_batch(batch)
@@ -240,8 +240,9 @@ class DistillationModule(L.LightningModule):
             self._log_agreement(student, teacher, metrics["agreement"], stage)
         if student.labels is not None:
             scores = metrics["scores"]
+            assert isinstance(scores, MetricCollection)
             scores.update(*tasks.flatten(self.task, student.logits, student.labels, student.mask))
-            self.log_dict(scores, prog_bar=True)  # type: ignore[arg-type]
+            self.log_dict(scores, prog_bar=True)
 
     def _log_agreement(self, student: Signals, teacher: Signals, metric: nn.Module, stage: str) -> None:
         assert isinstance(metric, Metric)
@@ -298,7 +299,7 @@ class DistillationModule(L.LightningModule):
     def train(self, mode: bool = True) -> "DistillationModule":
         """Set the mode of everything but the teacher, which stays in eval."""
         super().train(mode)
-        if getattr(self, "teacher", None) is not None:
+        if self.teacher is not None:
             self.teacher.eval()
         return self
 
@@ -310,7 +311,8 @@ class DistillationModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged."""
-        if (self.global_step + 1) % max(1, self.trainer.log_every_n_steps) == 0:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if every and (self.global_step + 1) % every == 0:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
 

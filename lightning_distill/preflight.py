@@ -30,10 +30,10 @@ def check_pair(student: nn.Module, teacher: nn.Module, task: tasks.Task) -> Tens
         _check_equal("vocab_size", student_config, teacher_config, "Give the student the teacher's tokenizer.")
         return None
     _check_equal("num_labels", student_config, teacher_config, "Load both with the same number of classes.")
-    labels = [getattr(config, "label2id", None) for config in (student_config, teacher_config)]
-    if task == "regression" or not all(labels):
+    student_labels, teacher_labels = (getattr(config, "label2id", None) for config in (student_config, teacher_config))
+    if task == "regression" or not student_labels or not teacher_labels:
         return None
-    return align_labels(labels[0], labels[1])
+    return align_labels(student_labels, teacher_labels)
 
 
 def check_not_shared(student: nn.Module, teacher: nn.Module) -> None:

@@ -77,7 +77,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if hasattr(model, "save_pretrained"):
+    if isinstance(model, transformers.PreTrainedModel):
         model.save_pretrained(folder)
     else:
         safetensors.torch.save_model(model, str(folder / "model.safetensors"))

@@ -55,7 +55,7 @@ def print_table(rows: Mapping[str, Mapping[str, Any]], *, reference: str, title:
         title: What stands above the table.
     """
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     name = rows[reference]["metric_name"]
     for column in ("parameters", "on disk", f"{name} (test)", "agreement", "batch 1", "batch 32"):
         table.add_column(column, justify="right")
@@ -85,7 +85,7 @@ def print_table(rows: Mapping[str, Mapping[str, Any]], *, reference: str, title:
             )
     # A log file or a pipe has no width of its own, and a wrapped number cannot be read.
     console = Console()
-    Console(width=max(console.width, 110)).print(table)
+    Console(width=max(console.width, 120)).print(table)
 
 
 def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> None:

@@ -22,10 +22,10 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning_distill import DistillationModule, student_from_teacher
 from lightning_distill.cli import (
     best_checkpoint,
-    ignore_expected_warnings,
     linear_warmup,
     make_trainer,
     one_line_errors,
+    quiet,
     recipe_parser,
 )
 from lightning_distill.data import TextClassificationData
@@ -35,8 +35,9 @@ from lightning_distill.pretrained import has_head, load_pretrained
 from lightning_distill.report import plot_curves, print_table, ratios, read_curves, versions, write_summary
 from lightning_distill.teacher import has_placeholder_labels
 
-# Small models from scratch want a higher learning rate than a pretrained one.
-EMBEDDED_LR, PRETRAINED_LR, EPOCHS = 1e-3, 8e-5, 3
+# Small models from scratch want a higher learning rate than pretrained ones, and a teacher wants to be trained out.
+LR, EPOCHS, TEACHER_EPOCHS = 8e-5, 3, 3
+EMBEDDED = {"rows_per_class": 700, "lr": 1e-3, "epochs": 2, "teacher_epochs": 4}
 
 
 def make_parser() -> ArgumentParser:
@@ -49,7 +50,7 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--model.layers", type=str, default="uniform", help="layers kept: uniform, last, first, skip")
     parser.add_argument("--model.init", type=str, default="teacher", help="weights to begin with: teacher or random")
     parser.add_argument("--model.finetune_teacher", type=bool, default=False, help="fine-tune the teacher first")
-    parser.add_argument("--model.teacher_epochs", type=int, default=EPOCHS, help="epochs of a teacher trained here")
+    parser.add_argument("--model.teacher_epochs", type=int | None, help="epochs of a teacher trained here")
     parser.add_argument("--model.baseline", type=bool, default=False, help="train a student on the labels alone, too")
     parser.add_argument("--objectives", type=list[Objective] | None, help="what the student learns from (see README)")
     return parser
@@ -57,7 +58,9 @@ def make_parser() -> ArgumentParser:
 
 def embedded(config: Namespace) -> tuple[TextClassificationData, transformers.PreTrainedModel]:
     """Text of the installed packages, and an untrained small BERT for it."""
-    data = TextClassificationData.embedded(batch_size=config.data.batch_size, seed=config.seed)
+    data = TextClassificationData.embedded(
+        max_rows_per_class=EMBEDDED["rows_per_class"], batch_size=config.data.batch_size, seed=config.seed
+    )
     bert = transformers.BertConfig(
         vocab_size=len(data.tokenizer),
         hidden_size=192,
@@ -143,7 +146,7 @@ def train(
     trainer.fit(module, datamodule=data)
     best = checkpoint.best_model_path or None
     (scores,) = trainer.test(module, datamodule=data, ckpt_path=best, weights_only=True, verbose=False)
-    if trainer.is_global_zero and phase != "teacher_test":
+    if trainer.is_global_zero:
         module.export(config.output_dir / phase)
     return trainer, dict(scores)
 
@@ -156,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
     config = parser.parse_args(argv)
     started = time.perf_counter()
-    ignore_expected_warnings()
+    quiet()
     L.seed_everything(config.seed, workers=True, verbose=False)
 
     # What can be wrong with the input is found here, before the first step and before anything is written.
@@ -165,13 +168,15 @@ def main(argv: list[str] | None = None) -> None:
         data, teacher = embedded(config) if on_the_spot else given(config)
         data.setup()
         make_student(config, teacher)
-        objectives = parser.instantiate_classes(config).objectives
-    lr = config.optimizer.lr or (EMBEDDED_LR if on_the_spot else PRETRAINED_LR)
-    epochs = config.trainer.max_epochs or EPOCHS
+        objectives = parser.instantiate(config).objectives
+    default = EMBEDDED if on_the_spot else {"lr": LR, "epochs": EPOCHS, "teacher_epochs": TEACHER_EPOCHS}
+    lr = config.optimizer.lr or default["lr"]
+    epochs = config.trainer.max_epochs or default["epochs"]
+    teacher_epochs = config.model.teacher_epochs or default["teacher_epochs"]
 
     scores: dict[str, dict[str, float]] = {}
     if on_the_spot or config.model.finetune_teacher:
-        print(f"\nTraining the teacher first, for {config.model.teacher_epochs} epochs: {describe(teacher)}")
+        print(f"\nTraining the teacher first, for {teacher_epochs} epochs: {describe(teacher)}")
         _, scores["teacher"] = train(
             parser,
             config,
@@ -180,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
             student=teacher,
             teacher=None,
             objectives=None,
-            epochs=config.model.teacher_epochs,
+            epochs=teacher_epochs,
             lr=lr,
         )
     else:

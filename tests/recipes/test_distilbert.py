@@ -1,0 +1,168 @@
+"""The recipe: what it writes, what it says of wrong input, which flags reach the Trainer."""
+
+import json
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from tests.helpers.models import bert
+from tests.helpers.text import write_sentiment, write_tokenizer
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "distilbert.py"
+
+# A recipe says what is expected by name; these are about data of a few rows.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
+]
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], None]:
+    return runpy.run_path(str(RECIPE))["main"]
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """A fine-tuned teacher of four layers and its data, as flags of a run of one epoch."""
+    tokenizer = write_tokenizer(tmp_path / "teacher")
+    names = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    bert(layers=4, vocab_size=len(tokenizer), max_position_embeddings=64, **names).save_pretrained(tmp_path / "teacher")
+    flags = [f"--model.teacher={tmp_path / 'teacher'}", f"--output_dir={tmp_path / 'out'}", "--trainer.max_epochs=1"]
+    for index, split in enumerate(("train", "val", "test")):
+        flags.append(f"--data.{split}_file={write_sentiment(tmp_path / f'{split}.tsv', seed=index)}")
+    return [*flags, "--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+
+
+def summary(tmp_path: Path) -> dict[str, Any]:
+    return json.loads((tmp_path / "out" / "summary.json").read_text())
+
+
+def test_summary_student_and_curves(main: Any, files: list[str], tmp_path: Path, capsys: Any) -> None:
+    main([*files, "--model.baseline=true"])
+    found = summary(tmp_path)
+    keys = {"parameters", "bytes", "metric_name", "metric", "agreement", "latency_ms_batch1", "latency_ms_batch32"}
+    for model in ("teacher", "student", "student_without_distillation"):
+        assert set(found[model]) == keys
+    assert found["teacher"]["agreement"] == 1.0
+    ratios, student, teacher = found["ratios"], found["student"], found["teacher"]
+    assert ratios["parameters"] == pytest.approx(student["parameters"] / teacher["parameters"], abs=1e-4)
+    assert ratios["metric_retained"] == pytest.approx(student["metric"] / teacher["metric"], abs=1e-4)
+    assert {"bytes", "latency_batch1"} <= set(ratios)
+    assert found["seed"] == 0
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["seconds"] > 0
+
+    folder = tmp_path / "out" / "student"
+    student = transformers.AutoModelForSequenceClassification.from_pretrained(folder)
+    assert student.config.num_hidden_layers == 2
+    assert student.config.label2id == {"negative": 0, "positive": 1}
+    assert sum(p.numel() for p in student.parameters()) == found["student"]["parameters"]
+    assert (folder / "model.safetensors").stat().st_size == found["student"]["bytes"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert student(**tokenizer("a warm film", return_tensors="pt")).logits.shape == (1, 2)
+    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "student without distillation / teacher" in capsys.readouterr().out
+
+
+def test_the_same_seed_gives_the_same_student(main: Any, files: list[str], tmp_path: Path) -> None:
+    weights = []
+    for _ in range(2):
+        main(files)
+        weights.append((tmp_path / "out" / "student" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+def test_embedded_default_runs_without_any_file(main: Any, tmp_path: Path, capsys: Any) -> None:
+    flags = [f"--output_dir={tmp_path / 'out'}", "--model.teacher_epochs=1", "--trainer.max_epochs=1"]
+    flags += [f"--trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
+    main([*flags, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    found = summary(tmp_path)
+    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    assert "Training the teacher first" in capsys.readouterr().out
+
+
+def test_a_teacher_without_a_head_is_fine_tuned_and_that_is_said(
+    main: Any, files: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    body = bert(layers=4, vocab_size=80, max_position_embeddings=64).bert
+    body.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(SystemExit, match="2"):
+        main(files)
+    assert "--model.finetune_teacher true" in capsys.readouterr().err
+    main([*files, "--model.finetune_teacher=true", "--model.teacher_epochs=1"])
+    assert "Training the teacher first" in capsys.readouterr().out
+    assert summary(tmp_path)["student"]["metric_name"] == "accuracy"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("train", "text\tlabel\na film\t1\n", r"train.tsv:1: .*sentence"),
+        ("train", "", r"train.tsv"),
+        ("train", "sentence\tlabel\na film\t1\nno label here\n", r"train.tsv:3: "),
+        ("train", "sentence\tlabel\na film\t1\nanother\t1\n", r"train.tsv.*expected two labels"),
+        ("test", "sentence\tlabel\na film\t1\nanother\t7\n", r"test.tsv:3: .*7"),
+    ],
+)
+def test_wrong_files_are_one_line_and_exit_code_2(
+    main: Any, files: list[str], tmp_path: Path, capsys: Any, name: str, content: str, message: str
+) -> None:
+    (tmp_path / f"{name}.tsv").write_text(content)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "summary.json").write_text("earlier")
+    with pytest.raises(SystemExit, match="2"):
+        main(files)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.count("error:") == 1
+    assert re.search(message, error), error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["summary.json"]
+    assert (tmp_path / "out" / "summary.json").read_text() == "earlier"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model.num_layers=9"], "num_layers"),
+        (["--model.width=0.3"], "width"),
+        (["--data.val_file=nowhere.tsv"], "nowhere.tsv"),
+        (["--trainer.max_epochs=many"], "max_epochs"),
+        (["--model.nonsense=1"], "nonsense"),
+    ],
+)
+def test_wrong_flags_exit_with_2(
+    main: Any, files: list[str], tmp_path: Path, capsys: Any, flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*files, *flags])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_objectives_and_a_config_file_from_the_command_line(main: Any, files: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "objectives:\n"
+        "- class_path: lightning_distill.objectives.SoftTarget\n  init_args: {temperature: 4.0, weight: 0.3}\n"
+        "- class_path: lightning_distill.objectives.HiddenState\n  init_args: {layers: last, weight: 0.2}\n"
+        "model: {width: 0.5}\n"
+    )
+    main([f"--config={config}", *files, "--trainer.precision=bf16-mixed", "--trainer.log_every_n_steps=1"])
+    header = (tmp_path / "out" / "logs" / "student" / "metrics.csv").read_text().splitlines()[0]
+    assert {"train_hidden_state", "train_soft_target"} <= set(header.split(","))
+    student = transformers.AutoConfig.from_pretrained(tmp_path / "out" / "student")
+    assert student.hidden_size == 8
+
+
+def test_help_and_print_config(main: Any, capsys: Any) -> None:
+    for flag, expected in (("--help", "--trainer.precision"), ("--print_config", "max_epochs")):
+        with pytest.raises(SystemExit, match="0"):
+            main([flag])
+        assert expected in capsys.readouterr().out

@@ -1,0 +1,64 @@
+"""README is true: its Python runs, its YAML trains through Lightning's own CLI, its commands parse."""
+
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from lightning.pytorch.cli import LightningCLI
+
+from lightning_distill import DistillationModule
+from tests.helpers.models import bert
+from tests.helpers.text import write_sentiment, write_tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+# README's examples train without validation and in a folder of their own.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed"),
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+@pytest.mark.parametrize("code", [code for code in blocks("python") if "LightningCLI" not in code])
+def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    compiled = compile(code, "README.md", "exec")
+    exec(compiled, {"__name__": "readme"})
+
+
+def test_the_subclass_is_fifteen_lines() -> None:
+    (code,) = [code for code in blocks("python") if "class MyDistillation" in code]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+def test_yaml_trains_through_lightning_cli(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "path" / "to" / "teacher"
+    tokenizer = write_tokenizer(folder)
+    bert(layers=4, vocab_size=len(tokenizer), max_position_embeddings=64).save_pretrained(folder)
+    for name in ("train.tsv", "dev.tsv"):
+        write_sentiment(tmp_path / name)
+    (tmp_path / "distill.yaml").write_text(blocks("yaml")[0])
+    flags = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    cli = LightningCLI(DistillationModule, args=["fit", "--config", "distill.yaml", "--seed_everything=0", *flags])
+    assert cli.model.student.config.num_hidden_layers == 3
+    assert cli.model.objectives["soft_target"].temperature == 4.0
+    assert "val_agreement" in cli.trainer.callback_metrics
+
+
+def test_commands_parse() -> None:
+    parser = runpy.run_path(str(ROOT / "recipes" / "distilbert.py"))["make_parser"]()
+    commands = [shlex.split(code.replace("\\\n", " ")) for code in blocks("bash")]
+    recipes = [command[command.index("recipes/distilbert.py") + 1 :] for command in commands if "pip" not in command]
+    assert recipes
+    for arguments in recipes:
+        parser.parse_args(arguments)
