@@ -1,0 +1,163 @@
+"""Against the released peers of benchmarks/requirements.txt: where they agree and differ (docs/peers.md)."""
+
+import importlib
+import importlib.util
+import sys
+import types
+from types import ModuleType
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lightning_distill import functional
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+def peer(name: str) -> ModuleType:
+    """A module of a peer; the test skips where it is absent or does not import here."""
+    try:
+        return importlib.import_module(name)
+    except Exception as error:
+        pytest.skip(f"needs `{name}` of benchmarks/requirements.txt: {type(error).__name__}: {error}")
+
+
+def textbrewer_losses() -> ModuleType:
+    """textbrewer's losses without its package, whose trainers import tensorboard."""
+    spec = importlib.util.find_spec("textbrewer")
+    if spec is None or spec.submodule_search_locations is None:
+        pytest.skip("needs `textbrewer` of benchmarks/requirements.txt, which is absent")
+    package = types.ModuleType("textbrewer")
+    package.__path__ = list(spec.submodule_search_locations)
+    sys.modules["textbrewer"] = package
+    try:
+        return importlib.import_module("textbrewer.losses")
+    finally:
+        for name in [name for name in sys.modules if name.split(".")[0] == "textbrewer"]:
+            del sys.modules[name]
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+
+
+@pytest.mark.parametrize("beta", [0.1, 0.5])
+def test_trl_generalized_jsd(beta: float) -> None:
+    trainer = peer("trl.experimental.gkd.gkd_trainer").GKDTrainer
+    student, teacher = normal(2, 4, 9), normal(2, 4, 9, seed=1)
+    labels = torch.where(MASK, 1, -100)
+    theirs = trainer.generalized_jsd_loss(student, teacher, labels, beta=beta, temperature=1.0)
+    ours = functional.soft_target(student, teacher, divergence="js", beta=beta, mask=MASK)
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    # At another temperature theirs lacks its square.
+    theirs = trainer.generalized_jsd_loss(student, teacher, labels, beta=beta, temperature=3.0)
+    ours = functional.soft_target(student, teacher, divergence="js", beta=beta, mask=MASK, temperature=3.0)
+    torch.testing.assert_close(ours, 9 * theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_liger_jsd() -> None:
+    jsd = peer("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDFunction
+    student, teacher = normal(8, 9), normal(8, 9, seed=1)
+    theirs = jsd.distillation_loss_fn(student, teacher, beta=0.3)
+    ours = functional.soft_target(student, teacher, divergence="js", beta=0.3, reduction="sum")
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_torchdistill_kd_drops_the_squared_temperature_without_labels() -> None:
+    losses = peer("torchdistill.losses.mid_level")
+    student, teacher = normal(4, 5), normal(4, 5, seed=1)
+    theirs = losses.KDLoss("m", "o", "m", "o", temperature=4.0, beta=1.0)
+    theirs = theirs({"m": {"o": student}}, {"m": {"o": teacher}})
+    ours = functional.soft_target(student, teacher, temperature=4.0)
+    torch.testing.assert_close(ours, 16 * theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_torchdistill_kd_normalises_tokens_over_the_wrong_dimension() -> None:
+    losses = peer("torchdistill.losses.mid_level")
+    student, teacher = normal(2, 4, 5), normal(2, 4, 5, seed=1)
+    theirs = losses.KDLoss("m", "o", "m", "o", temperature=1.0, beta=1.0)
+    theirs = theirs({"m": {"o": student}}, {"m": {"o": teacher}})
+    over_tokens = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    torch.testing.assert_close(theirs, over_tokens)
+    assert (functional.soft_target(student, teacher) - theirs).abs() > 0.1
+
+
+def test_torchdistill_relations_and_transfer() -> None:
+    losses = peer("torchdistill.losses.mid_level")
+    student, teacher = normal(5, 6), normal(5, 8, seed=1)
+    for distance, angle, ours in ((1.0, 0.0, functional.relational_distance), (0.0, 1.0, functional.relational_angle)):
+        rkd = losses.RKDLoss("m", "m", distance, angle, "mean")
+        theirs = rkd({"m": {"output": student}}, {"m": {"output": teacher}})
+        torch.testing.assert_close(ours(student, teacher), theirs, rtol=1e-5, atol=1e-6)
+    student, teacher = normal(3, 6, 4, 4), normal(3, 8, 4, 4, seed=1)
+    ends = {"io": "output", "path": "m"}
+    at = losses.ATLoss({"pair": {"student": ends, "teacher": ends}}, mode="code")
+    theirs = at({"m": {"output": student}}, {"m": {"output": teacher}})
+    s, t = (x.flatten(2).transpose(1, 2) for x in (student, teacher))
+    torch.testing.assert_close(functional.attention_transfer(s, t), theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_torchdistill_similarities_are_divided_by_their_sum_instead_of_their_length() -> None:
+    losses = peer("torchdistill.losses.mid_level")
+    student, teacher = normal(5, 6), normal(5, 8, seed=1)
+    theirs = losses.SPKDLoss("m", "m", "batchmean")({"m": {"output": student}}, {"m": {"output": teacher}})
+    grams = [x @ x.T for x in (student, teacher)]
+    by_sum = [gram / gram.abs().sum(1, keepdim=True) for gram in grams]
+    torch.testing.assert_close(theirs, (by_sum[0] - by_sum[1]).square().mean())
+    # The paper's equation 1: each row has Euclidean length 1.
+    by_length = [gram / gram.square().sum(1, keepdim=True).sqrt() for gram in grams]
+    paper = (by_length[0] - by_length[1]).square().mean()
+    torch.testing.assert_close(functional.similarity_preserving(student, teacher), paper)
+    assert paper > 2 * theirs
+
+
+def test_textbrewer_features() -> None:
+    losses = textbrewer_losses()
+    student, teacher = normal(2, 4, 6), normal(2, 4, 6, seed=1)
+    second = normal(2, 4, 6, seed=2), normal(2, 4, 6, seed=3)
+    for ours, theirs in (
+        (functional.hidden_state_mse(student, teacher, mask=MASK), losses.hid_mse_loss(student, teacher, MASK)),
+        (functional.hidden_state_cosine(student, teacher, mask=MASK), losses.cos_loss(student, teacher, MASK)),
+        (functional.normalized_mse(student[:, 0], teacher[:, 0]), losses.pkd_loss(student, teacher)),
+        (functional.logits_mse(student, teacher), losses.kd_mse_loss(student, teacher)),
+        (
+            functional.flow(student, second[0], teacher, second[1], mask=MASK),
+            losses.fsp_loss([student, second[0]], [teacher, second[1]], MASK),
+        ),
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def test_textbrewer_cross_entropy_is_not_zero_where_student_equals_teacher() -> None:
+    losses = textbrewer_losses()
+    student, teacher = normal(4, 5), normal(4, 5, seed=1)
+    log_p = (teacher / 2).log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1).mean()
+    theirs = losses.kd_ce_loss(student, teacher, temperature=2)
+    torch.testing.assert_close(functional.soft_target(student, teacher, temperature=2.0), 4 * (theirs - entropy))
+    torch.testing.assert_close(losses.kd_ce_loss(teacher, teacher, temperature=2), entropy)
+
+
+def test_textbrewer_attention_mse() -> None:
+    losses = textbrewer_losses()
+    student, teacher = (normal(2, 3, 4, 4, seed=seed).softmax(-1) for seed in (0, 1))
+    torch.testing.assert_close(functional.attention_map(student, teacher), losses.att_mse_loss(student, teacher))
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    ours = functional.attention_map(student, teacher, mask=everything)
+    torch.testing.assert_close(ours, losses.att_mse_loss(student, teacher, everything))
+
+
+def test_textbrewer_nst_changes_when_a_mask_that_masks_nothing_is_given() -> None:
+    losses = textbrewer_losses()
+    student, teacher = normal(2, 4, 6), normal(2, 4, 6, seed=1)
+    without = losses.mmd_loss([student, student], [teacher, teacher])
+    with_mask = losses.mmd_loss([student, student], [teacher, teacher], torch.ones(2, 4))
+    # Divided by the length (4) squared in place of the width (6) squared.
+    torch.testing.assert_close(with_mask, without * (6 / 4) ** 2)
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    ours = functional.neuron_selectivity(student, teacher)
+    torch.testing.assert_close(functional.neuron_selectivity(student, teacher, mask=everything), ours)
