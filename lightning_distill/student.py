@@ -238,8 +238,8 @@ class _Carry:
         # ModernBERT's first layer has no norm before its attention, so the norm of another layer has no place there.
         if self.teacher.config.model_type == "modernbert" and self.pairs[0] != 0:
             warnings.warn(
-                f"The student's first layer is the teacher's layer {self.pairs[0]} without its `attn_norm`, which a first "
-                "layer of ModernBERT does not have. Pass `layers='skip'` or `layers='first'` to begin with layer 0.",
+                f"The student's first layer is the teacher's layer {self.pairs[0]} without its `attn_norm`, which the "
+                "first layer of a ModernBERT lacks. Pass `layers='skip'` or `layers='first'` to begin with layer 0.",
                 stacklevel=3,
             )
 

@@ -141,7 +141,7 @@ def permuted(teacher: nn.Module) -> nn.Module:
                 parameter.copy_(parameter.index_select(axis, channels))
         for layer in find_layers(model):
             neurons = torch.randperm(32, generator=generator)
-            for name, parameter in layer.named_parameters():
+            for parameter in layer.parameters():
                 for axis, size in enumerate(parameter.shape):
                     if size == 32:
                         parameter.copy_(parameter.index_select(axis, neurons))

@@ -34,7 +34,7 @@ _SOURCES = {
     "adamw_8bit": _Source("bitsandbytes.optim", "AdamW8bit", ("betas", "eps")),
     "paged_adamw_8bit": _Source("bitsandbytes.optim", "PagedAdamW8bit", ("betas", "eps")),
 }
-_EXTRAS = {"pytorch_optimizer": "pytorch-optimizer", "schedulefree": "schedulefree", "bitsandbytes": "bitsandbytes"}
+_EXTRAS = {"pytorch_optimizer": "optim", "schedulefree": "optim", "bitsandbytes": "bitsandbytes"}
 Name = Literal[
     "sgd",
     "adam",
@@ -147,7 +147,9 @@ def _load(source: _Source) -> Any:
     try:
         return getattr(importlib.import_module(source.library), source.name)
     except ModuleNotFoundError as error:
-        raise ImportError(f"{source.name} comes from {package}: pip install {_EXTRAS.get(package, package)}") from error
+        raise ImportError(
+            f'{source.name} comes from {package}: pip install "lightning-distill[{_EXTRAS[package]}]"'
+        ) from error
 
 
 def _split_for_muon(module: nn.Module, groups: list[dict[str, Any]], adamw_lr: float | None) -> list[dict[str, Any]]:

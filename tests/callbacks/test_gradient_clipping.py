@@ -40,8 +40,8 @@ pytestmark = [
 def timm_agc() -> Any:
     """timm's own function, from its file: importing the package would need torchvision."""
     package = importlib.util.find_spec("timm")
-    assert package is not None
-    assert package.origin is not None
+    if package is None or package.origin is None:
+        pytest.skip("needs `timm` of benchmarks/requirements.txt, which is absent")
     spec = importlib.util.spec_from_file_location("timm_agc", Path(package.origin).parent / "utils" / "agc.py")
     assert spec is not None
     assert spec.loader is not None
