@@ -1,5 +1,6 @@
 """Every callback of the library, one row each, and the small run they are all put through."""
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_distill.callbacks import GradientClipping, LossAdvice
+from lightning_distill.callbacks import GradientClipping, InitPolicy, LossAdvice
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ ROWS = [
     Row(GradientClipping, {"algorithm": "percentile", "threshold": 50.0, "per": "parameter_group", "history": 4}),
     Row(GradientClipping, {"algorithm": "zscore", "threshold": 0.5, "warmup_steps": 2}),
     Row(LossAdvice, {"window": 2}, bad=({"window": 0}, {"min_fall": 2.0})),
+    Row(
+        InitPolicy,
+        {"policy": "auto", "output_dir": tempfile.mkdtemp()},
+        bad=({"policy": "magic"}, {"std": 0.0}, {"only": []}),
+    ),
 ]
 
 
