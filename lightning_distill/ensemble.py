@@ -1,0 +1,69 @@
+"""Several teachers as one."""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_distill.functional import combine_teachers
+
+How = Literal["logits", "probabilities", "sample"]
+
+
+class TeacherEnsemble(nn.Module):
+    """A committee of teachers that gives the logits of one.
+
+    Teachers may have any widths and depths, as long as they read the same inputs and answer the same classes. Their
+    inner signals are reached by module path, such as ``"teachers.0.bert.encoder.layer.2"``.
+
+    Args:
+        teachers: The teachers.
+        how: ``"logits"``: the mean of the logits; ``"probabilities"``: logits of the mean prediction at
+            ``temperature``; ``"sample"``: one teacher, drawn anew for each batch from PyTorch's global generator.
+        weights: One number per teacher, at least 0: its share in the mean, or how often it is drawn. Equal where None.
+        temperature: Used by ``"probabilities"``: that of the objective that reads the logits.
+
+    Raises:
+        ValueError: If there are no teachers, or an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_distill.ensemble import TeacherEnsemble
+        >>> ensemble = TeacherEnsemble([nn.Identity(), nn.Linear(2, 2)], weights=[1.0, 0.0])
+        >>> ensemble(torch.tensor([[1.0, 2.0]])).tolist()
+        [[1.0, 2.0]]
+
+    Source: You et al., "Learning from Multiple Teacher Networks", 2017 (mean); Fukuda et al., "Efficient Knowledge
+    Distillation from an Ensemble of Teachers", 2017 (one drawn per batch).
+    """
+
+    def __init__(
+        self,
+        teachers: list[nn.Module],
+        how: How = "logits",
+        *,
+        weights: list[float] | None = None,
+        temperature: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if how not in get_args(How):
+            raise ValueError(f"Expected argument `how` to be one of {get_args(How)}, but got {how!r}.")
+        self.teachers = nn.ModuleList(teachers)
+        self.how, self.weights, self.temperature = how, weights or [1.0] * len(teachers), temperature
+        # Says now what would be wrong at the first batch.
+        combine_teachers([torch.zeros(1, 2)] * len(teachers), weights=self.weights, temperature=temperature)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Logits of the committee for the inputs that each teacher takes."""
+        if self.how == "sample":
+            drawn = int(torch.multinomial(torch.tensor(self.weights), 1))
+            return _logits(self.teachers[drawn](*args, **kwargs))
+        logits = [_logits(teacher(*args, **kwargs)) for teacher in self.teachers]
+        return combine_teachers(logits, how=self.how, weights=self.weights, temperature=self.temperature)
+
+
+def _logits(output: Any) -> Tensor:
+    logits = output if isinstance(output, Tensor) else output.logits
+    assert isinstance(logits, Tensor)
+    return logits

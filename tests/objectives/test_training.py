@@ -1,0 +1,151 @@
+"""Objectives inside DistillationModule and a Trainer, on real models and real images."""
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_distill import DistillationModule, functional
+from lightning_distill.ensemble import TeacherEnsemble
+from lightning_distill.objectives import (
+    AttentionMap,
+    AttentionRelation,
+    AttentionTransfer,
+    Flow,
+    HardLabel,
+    HiddenState,
+    HiddenStateCosine,
+    NeuronSelectivity,
+    PatientHiddenState,
+    RelationalDistance,
+    SimilarityPreserving,
+    SoftTarget,
+)
+from tests.helpers import models
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.` is deprecated.*"),
+]
+
+
+def fit(module: L.LightningModule, loader: DataLoader, **flags: object) -> L.Trainer:
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = L.Trainer(accelerator="cpu", **quiet, **flags)
+    trainer.fit(module, loader)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_the_combined_loss_is_one_line_for_any_heads_and_width(kind: str) -> None:
+    make = models.bert if kind == "bert" else models.llama
+    teacher = make(layers=4, hidden_size=32, num_attention_heads=4)
+    student = make(layers=2)
+    module = DistillationModule(
+        teacher,
+        student,
+        [SoftTarget(weight=0.3), HardLabel(weight=0.3), AttentionMap(weight=0.2), HiddenState(weight=0.2)],
+    )
+    losses = module.losses(models.batch("classification" if kind == "bert" else "causal_lm"))
+    assert list(losses) == ["soft_target", "hard_label", "attention_map", "hidden_state"]
+    module.total_loss(losses).backward()
+    assert all(loss > 0 for loss in losses.values())
+    assert module.objectives["hidden_state"].projections[0].weight.grad.abs().sum() > 0
+    assert sum("projections" in key for key in module.state_dict()) == 4
+
+
+def test_relations_take_any_heads_and_width() -> None:
+    teacher, student = models.bert(layers=3, hidden_size=48, num_attention_heads=6), models.bert(layers=2)
+    module = DistillationModule(teacher, student, [AttentionRelation(), AttentionRelation(("qk",), name="qk")])
+    losses = module.losses(models.batch("classification"))
+    module.total_loss(losses).backward()
+    assert student.bert.encoder.layer[1].attention.self.value.weight.grad.abs().sum() > 0
+    module.teardown("fit")
+    assert not student.bert.encoder.layer[1]._forward_hooks
+    assert student.config._attn_implementation == "sdpa"
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    datasets = pytest.importorskip("sklearn.datasets")
+    images, labels = datasets.load_digits(return_X_y=True)
+    return torch.tensor(images / 16, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels)
+
+
+def cnn(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(4 * width, 10),
+    )
+
+
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
+    with torch.no_grad():
+        return (model.eval()(images).argmax(-1) == labels).float().mean().item()
+
+
+def test_a_cnn_learns_digits_from_another_through_module_paths() -> None:
+    images, labels = digits()
+    train, test = slice(0, 1400), slice(1400, None)
+    L.seed_everything(0, verbose=False)
+    teacher, student = cnn(24), cnn(12)
+    loader = DataLoader(TensorDataset(images[train], labels[train]), batch_size=64, shuffle=True)
+    adam = lambda parameters: torch.optim.Adam(parameters, lr=1e-2)  # noqa: E731
+    fit(DistillationModule(None, teacher, [HardLabel()], optimizer=adam), loader, max_epochs=6)
+    convolutions = [("0", "0"), ("2", "2")]
+    # No label at all: everything that the student knows comes from the teacher.
+    objectives = [
+        SoftTarget(temperature=2.0),
+        HiddenState(convolutions),
+        HiddenStateCosine(convolutions),
+        AttentionTransfer(convolutions),
+        NeuronSelectivity(convolutions, weight=0.1),
+        SimilarityPreserving(convolutions),
+        RelationalDistance(convolutions),
+        Flow(convolutions),
+        PatientHiddenState([("6", "6")]),
+    ]
+    module = DistillationModule(teacher, student, objectives, optimizer=adam)
+    trainer = fit(module, loader, max_epochs=6)
+    assert accuracy(teacher, images[test], labels[test]) > 0.85
+    assert accuracy(student, images[test], labels[test]) > 0.8
+    assert all(f"train_{objective.name}" in trainer.callback_metrics for objective in objectives)
+
+
+def test_combined_teachers() -> None:
+    logits = [torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    shares = torch.tensor([0.2, 0.3, 0.5])[:, None, None]
+    mean = functional.combine_teachers(logits, weights=[2.0, 3.0, 5.0])
+    torch.testing.assert_close(mean, (shares * torch.stack(logits)).sum(0))
+    combined = functional.combine_teachers(logits, how="probabilities", weights=[2.0, 3.0, 5.0], temperature=3.0)
+    expected = (shares * (torch.stack(logits) / 3).softmax(-1)).sum(0)
+    torch.testing.assert_close((combined / 3).softmax(-1), expected)
+    with pytest.raises(ValueError, match=r"`weights`.*2 teachers"):
+        functional.combine_teachers(logits[:2], weights=[1.0, -1.0])
+    with pytest.raises(ValueError, match="`weights`"):
+        TeacherEnsemble([nn.Linear(2, 2)], weights=[0.0])
+
+
+def test_an_ensemble_of_teachers_of_different_widths_teaches() -> None:
+    torch.manual_seed(0)
+    teachers = [nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3)) for width in (8, 16)]
+    student = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = torch.randn(5, 4)
+    for how in ("logits", "probabilities", "sample"):
+        ensemble = TeacherEnsemble(teachers, how)
+        module = DistillationModule(ensemble, student, [SoftTarget(), HiddenState([("0", "teachers.1.0")])])
+        if how != "sample":
+            losses = module.losses((x, torch.zeros(5, dtype=torch.long)))
+            assert losses["soft_target"] > 0
+    drawn = {tuple(TeacherEnsemble(teachers, "sample")(x)[0].tolist()) for _ in range(20)}
+    assert drawn == {tuple(teacher(x)[0].tolist()) for teacher in teachers}
