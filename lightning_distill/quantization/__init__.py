@@ -1,6 +1,18 @@
-"""Post-training quantisation: GPTQ for any linear layer, row-wise embeddings, int8, in the format everybody loads."""
+"""Post-training quantisation: GPTQ for any linear layer, row-wise embeddings, in the format everybody loads."""
 
+from lightning_distill.quantization.checkpoint import load, save
 from lightning_distill.quantization.gptq import Hessian, QuantizedWeight, gptq_layer
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear
+from lightning_distill.quantization.model import LayerReport, quantize
 
-__all__ = ["Hessian", "QuantEmbedding", "QuantLinear", "QuantizedWeight", "gptq_layer"]
+__all__ = [
+    "Hessian",
+    "LayerReport",
+    "QuantEmbedding",
+    "QuantLinear",
+    "QuantizedWeight",
+    "gptq_layer",
+    "load",
+    "quantize",
+    "save",
+]

@@ -38,6 +38,7 @@ class QuantLinear(nn.Module):
         (torch.Size([1, 32]), torch.Size([8, 32]))
     """
 
+    weight: None = None  # there is none; T5 looks at its dtype where it is a tensor
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor

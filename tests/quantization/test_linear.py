@@ -92,8 +92,8 @@ def test_embedding_rows_are_within_half_a_step(bits: int) -> None:
     layer = QuantEmbedding.from_embedding(embedding, bits)
     indices = torch.randint(0, 20, (3, 7))
     left = (layer(indices) - embedding(indices)).abs()
-    # The symmetric grid's top is half a step below the largest weight.
-    assert (left <= 0.51 * layer.scales.float()[indices][..., None] + 1e-6).all()
+    # The symmetric grid's top is half a step below the largest weight, and float16 moves it by 127 * 2^-11 steps.
+    assert (left <= 0.6 * layer.scales.float()[indices][..., None] + 1e-6).all()
     assert (layer(torch.tensor([0])) == 0).all()
     assert layer.to(torch.bfloat16)(indices).dtype == torch.bfloat16
     assert layer.scales.dtype == torch.float16

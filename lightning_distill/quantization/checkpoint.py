@@ -1,0 +1,214 @@
+"""The common GPTQ checkpoint: a folder with safetensors, config.json and quantize_config.json."""
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lightning_distill.pretrained import export
+from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear
+from lightning_distill.quantization.packing import pack, unpack_zeros
+
+
+def quantization_config(model: nn.Module) -> dict[str, Any]:
+    """What config.json and quantize_config.json say of a quantised model; nothing of the calibration data.
+
+    Args:
+        model: A model with :class:`QuantLinear` layers.
+
+    Returns:
+        The dictionary; bits and group size are those of most layers, others are listed under ``dynamic``.
+
+    Raises:
+        ValueError: If the model has no quantised layer.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    if not layers:
+        raise ValueError("Expected argument `model` to have quantised layers, but it has none; call `quantize` first.")
+    settings = [(layer.bits, layer.group_size) for layer in layers.values()]
+    bits, group_size = max(sorted(set(settings)), key=settings.count)
+    middle = {b: 2 ** (b - 1) for b in (2, 3, 4, 8)}
+    sym = all(bool((unpack_zeros(layer.qzeros, layer.bits) == middle[layer.bits]).all()) for layer in layers.values())
+    ordered = any(bool((layer.g_idx.diff() < 0).any()) for layer in layers.values())
+    config: dict[str, Any] = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "bits": bits,
+        "group_size": group_size,
+        "sym": sym,
+        "desc_act": ordered,
+        "lm_head": False,
+    }
+    others = {name: setting for name, setting in zip(layers, settings, strict=True) if setting != (bits, group_size)}
+    if others:
+        config["dynamic"] = {name: {"bits": b, "group_size": size} for name, (b, size) in others.items()}
+    embeddings = [module.bits for module in model.modules() if isinstance(module, QuantEmbedding)]
+    if embeddings:
+        config["embedding_bits"] = embeddings[0]
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    blocks = [block for block in lists if any(name.startswith(block + ".") for name in layers)]
+    if blocks:
+        config["block_name_to_quantize"] = blocks[0]
+        inside = {name.removeprefix(blocks[0] + ".").partition(".")[2] for name in layers if name.startswith(blocks[0])}
+        config["modules_in_block_to_quantize"] = [sorted(inside)]
+    return config
+
+
+def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
+    """Write a quantised model in the format that transformers, gptqmodel and vLLM load.
+
+    The folder appears whole or not at all.
+
+    Args:
+        model: A model from ``quantize``.
+        folder: Where to write; must not exist or be replaced by this call.
+        tokenizer: A transformers tokenizer to save beside it.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: If the model has no quantised layer.
+        OSError: If the disk has no room for it.
+    """
+    folder = Path(folder)
+    config = quantization_config(model)
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if tensor.numel() and key in seen:
+            continue  # tied
+        seen.add(key)
+        state[name] = tensor.detach().cpu().contiguous()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values()) + 2**20
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        raise OSError(f"Expected room for {needed:,} bytes at {folder.parent}, but {free:,} are free; free some.")
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        if hasattr(model, "save_pretrained"):
+            model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
+            model.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
+        else:
+            export(model, temporary)
+        safetensors.torch.save_file(state, temporary / "model.safetensors", {"format": "pt"})
+        described = json.loads((temporary / "config.json").read_text())
+        described["quantization_config"] = config
+        (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (temporary / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.replace(folder)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    return folder
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
+    """Load a GPTQ checkpoint, ours or another tool's, into packed layers on the CPU.
+
+    Args:
+        folder: A folder with config.json and one or more safetensors files.
+        model: A float model of the right shape to fill, for a module that cannot be built from config.json.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ValueError: If the folder holds no GPTQ checkpoint, or one that does not fit the model.
+    """
+    folder = Path(folder)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"Expected argument `folder` to hold a readable config.json, but got {folder}: {error}"
+        ) from error
+    described = config.get("quantization_config")
+    if not described and (folder / "quantize_config.json").exists():
+        described = {"quant_method": "gptq", **json.loads((folder / "quantize_config.json").read_text())}
+    method = (described or {}).get("quant_method")
+    version = (described or {}).get("checkpoint_format", "gptq")
+    if method != "gptq" or version not in ("gptq", "gptq_v2"):
+        raise ValueError(
+            f"Expected argument `folder` to hold a GPTQ checkpoint (`gptq` or `gptq_v2`), but {folder} says "
+            f"quant_method={method!r}, checkpoint_format={version!r}."
+        )
+    state: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        state.update(safetensors.torch.load_file(path))
+    model = _build(folder, config) if model is None else model
+    for key in [key for key in state if key.endswith(".qweight")]:
+        name = key.removesuffix(".qweight")
+        module = model.get_submodule(name)
+        if isinstance(module, nn.Embedding):
+            bits = state[key].shape[1] * 32 // module.embedding_dim
+            new: nn.Module = QuantEmbedding(module.num_embeddings, module.embedding_dim, bits, module.padding_idx)
+        else:
+            new = _empty_linear(module, name, state, version)
+        model.set_submodule(name, new)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()  # type: ignore[operator]
+        tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+        missing = [key for key in missing if key not in tied]
+    if missing or unexpected:
+        raise ValueError(
+            f"Expected the checkpoint at {folder} to fit {type(model).__name__}, but {missing[:3]} are missing and "
+            f"{unexpected[:3]} are not its own."
+        )
+    return model.eval()
+
+
+def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
+    if "class_path" in config:
+        module, _, name = config["class_path"].rpartition(".")
+        try:
+            built: nn.Module = getattr(importlib.import_module(module), name)(**config["init_args"])
+        except (ImportError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"Expected config.json to say how to build {config['class_path']}, but it failed: {error}. Pass a "
+                "float model of the same shape as `model`."
+            ) from error
+        return built
+    settings = transformers.AutoConfig.from_pretrained(folder)
+    if hasattr(settings, "quantization_config"):
+        del settings.quantization_config
+    architecture: Any = getattr(transformers, (settings.architectures or [""])[0], None)
+    if architecture is None:
+        raise ValueError(f"Expected config.json to name a class of transformers, but got {settings.architectures}.")
+    model: nn.Module = architecture(settings)
+    return model
+
+
+def _empty_linear(module: nn.Module, name: str, state: dict[str, Tensor], version: str) -> QuantLinear:
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        raise ValueError(f"Expected `{name}` to be a linear layer, but it is {type(module).__name__}.")
+    rows, columns = module.weight.shape
+    in_features, out_features = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
+    bits = state[f"{name}.qweight"].shape[0] * 32 // in_features
+    g_idx = state[f"{name}.g_idx"]
+    group_size = int((g_idx == g_idx[0]).sum())
+    if version == "gptq_v2":
+        zeros = unpack_zeros(state[f"{name}.qzeros"], bits, version=2)
+        state[f"{name}.qzeros"] = pack(((zeros - 1) % 2**bits).T, bits).T.contiguous()
+    state[f"{name}.scales"] = state[f"{name}.scales"].half()
+    layer = QuantLinear(in_features, out_features, bits, group_size, f"{name}.bias" in state)
+    if layer.bias is not None:
+        layer.bias = layer.bias.to(state[f"{name}.bias"].dtype)
+    return layer

@@ -1,0 +1,64 @@
+"""``lightning-distill quantize``: a folder in, a GPTQ folder out."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import transformers
+
+from lightning_distill.pretrained import load_pretrained
+from lightning_distill.quantization.checkpoint import save
+from lightning_distill.quantization.model import quantize
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Quantise a transformers folder by GPTQ, calibrated on the lines of a text file.
+
+    Args:
+        argv: Arguments; None for those of the shell.
+
+    Raises:
+        ValueError: If the model or the data cannot be read, or an option is outside its set.
+    """
+    parser = argparse.ArgumentParser(prog="lightning-distill quantize", description=main.__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder of a transformers model with its tokenizer")
+    parser.add_argument("--data", required=True, type=Path, help="text file; each line calibrates, up to its first tab")
+    parser.add_argument("--output", type=Path, help="folder to write; default: the model's with -gptq")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--embedding-bits", type=int)
+    parser.add_argument("--num-samples", type=int, default=256)
+    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=8)
+    arguments = parser.parse_args(argv)
+    if not arguments.data.is_file():
+        raise ValueError(f"Expected argument `--data` to be a text file, but got {arguments.data}.")
+    lines = [line.split("\t")[0].strip() for line in arguments.data.read_text().splitlines()]
+    lines = [line for line in lines if line][: arguments.num_samples]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    encoded = [
+        dict(
+            tokenizer(
+                lines[start : start + arguments.batch_size],
+                padding=True, truncation=True, max_length=arguments.max_length, return_tensors="pt",
+            )
+        )
+        for start in range(0, len(lines), arguments.batch_size)
+    ]  # fmt: skip
+    model = load_pretrained(arguments.model, "--model")
+    quantized, report = quantize(
+        model,
+        encoded,
+        bits=arguments.bits,
+        group_size=arguments.group_size,
+        embedding_bits=arguments.embedding_bits,
+        num_samples=arguments.num_samples,
+        on_layer=lambda layer: print(
+            f"{layer.name}: error {layer.error:.2%}, rounding {layer.rounding_error:.2%} {layer.note}"
+        ),
+    )
+    output = arguments.output or Path(f"{arguments.model.rstrip('/')}-gptq")
+    save(quantized, output, tokenizer)
+    print(f"{sum(layer.bits > 0 for layer in report)} layers quantised, written to {output}")
