@@ -81,7 +81,8 @@ def test_every_architecture_is_quantised_saved_and_loaded(build, tmp_path: Path)
     assert len(report) >= 8
     assert sum(layer.error for layer in report) < sum(layer.rounding_error for layer in report)
     assert not any(layer.note for layer in report)
-    torch.testing.assert_close(logits(quantized, data[0]), logits(model, data[0]), atol=0.3, rtol=0.3)
+    float_logits = logits(model, data[0])
+    assert 0 < (logits(quantized, data[0]) - float_logits).norm() < 0.25 * float_logits.norm()
 
     loaded = load(save(quantized, tmp_path / "model"))
     assert type(loaded) is type(model)
