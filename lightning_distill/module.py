@@ -309,6 +309,13 @@ class DistillationModule(L.LightningModule):
         if self.teacher is not None and resting == sum(1 for _ in self.teacher.modules()):
             warnings.filterwarnings("ignore", rf"Found {resting} module\(s\) in eval mode at the start of training")
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell the objectives how much of the training is done, for their schedules."""
+        # Read from the step, not counted here, so that a resumed run stands where it stood.
+        steps = self.trainer.estimated_stepping_batches
+        for objective in self._each_objective().values():
+            objective.set_progress(min(1.0, self.global_step / steps) if steps else 0.0)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -335,6 +342,10 @@ class DistillationModule(L.LightningModule):
 def _named(objectives: Objectives) -> dict[str, Objective]:
     if not objectives:
         raise ValueError("Expected argument `objectives` to have at least one objective, but got none.")
+    values = list(objectives.values() if isinstance(objectives, Mapping) else objectives)
+    constant = [value.constant_weight for value in values]
+    if not any(weight is None or weight > 0 for weight in constant):
+        raise ValueError(f"Expected argument `objectives` to have a weight above 0, but got the weights {constant}.")
     if isinstance(objectives, Mapping):
         return dict(objectives)
     names = [objective.name for objective in objectives]

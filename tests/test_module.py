@@ -250,6 +250,18 @@ def test_the_teacher_rests_where_no_objective_needs_it(tmp_path: Path) -> None:
     assert calls == 3
 
 
+def test_schedules_follow_the_training(tmp_path: Path) -> None:
+    weights: list[float] = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            weights.append(module.objectives["soft_target"].weight)
+
+    module = DistillationModule(net(16), net(8), [SoftTarget(weight=lambda progress: 1.0 - progress), HardLabel()])
+    trainer(tmp_path, max_epochs=2, callbacks=[Watch()]).fit(module, points())
+    assert weights == pytest.approx([1.0, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
 class _Broken(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) * float("nan")
@@ -272,6 +284,8 @@ def test_preflight_at_construction() -> None:
         DistillationModule(net(8), net(4), [HardLabel(), HardLabel()])
     with pytest.raises(ValueError, match="at least one objective"):
         DistillationModule(net(8), net(4), [])
+    with pytest.raises(ValueError, match="a weight above 0"):
+        DistillationModule(net(8), net(4), [SoftTarget(weight=0.0), HardLabel(weight=0.0)])
     with pytest.raises(ValueError, match="to have a head"):
         DistillationModule(bert("SequenceClassification"), bert("MultipleChoice"))
     with pytest.raises(TypeError, match=r"Expected argument `student` to be an nn\.Module"):

@@ -87,6 +87,11 @@ class Objective(nn.Module):
         """Factor of the loss in the total at the current progress."""
         return value_at(self._weight, self._progress)
 
+    @property
+    def constant_weight(self) -> float | None:
+        """The weight where it is a number, None where it follows the progress."""
+        return None if callable(self._weight) else float(self._weight)
+
     def set_progress(self, progress: float) -> None:
         """Say how much of the training is done, which schedules depend on.
 
