@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If the model or the data cannot be read, or an option is outside its set.
     """
-    parser = argparse.ArgumentParser(prog="lightning-distill quantize", description="Quantise a transformers folder by GPTQ.")
+    parser = argparse.ArgumentParser("lightning-distill quantize", description="Quantise a folder by GPTQ.")
     parser.add_argument("--model", required=True, help="folder of a transformers model with its tokenizer")
     parser.add_argument("--data", required=True, type=Path, help="text file; each line calibrates, up to its first tab")
     parser.add_argument("--output", type=Path, help="folder to write; default: the model's with -gptq")
