@@ -49,9 +49,12 @@ def test_yaml_trains_through_lightning_cli(tmp_path: Path, monkeypatch: pytest.M
     for name in ("train.tsv", "dev.tsv"):
         write_sentiment(tmp_path / name)
     (tmp_path / "distill.yaml").write_text(blocks("yaml")[0])
-    flags = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    flags = [f"--trainer.{flag}=false" for flag in ("logger", "enable_progress_bar", "enable_model_summary")]
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    cli = LightningCLI(DistillationModule, args=["fit", "--config", "distill.yaml", "--seed_everything=0", *flags])
+    cli = LightningCLI(
+        DistillationModule,
+        args=["fit", "--config", "distill.yaml", "--seed_everything=0", "--trainer.accelerator=cpu", *flags],
+    )
     assert cli.model.student.config.num_hidden_layers == 3
     assert cli.model.objectives["soft_target"].temperature == 4.0
     assert "val_agreement" in cli.trainer.callback_metrics
