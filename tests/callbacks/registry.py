@@ -29,6 +29,9 @@ class Row:
         return "-".join([self.callback.__name__, *(str(v) for v in self.arguments.values() if isinstance(v, str))])
 
 
+# Not beside the checkpoints, whose folder must be empty; always the same, as it is part of the tests' names.
+AUDIT = str(Path(tempfile.gettempdir()) / "lightning-distill-audit")
+
 ROWS = [
     Row(
         GradientClipping,
@@ -55,7 +58,7 @@ ROWS = [
     Row(LossAdvice, {"window": 2}, bad=({"window": 0}, {"min_fall": 2.0})),
     Row(
         InitPolicy,
-        {"policy": "auto", "output_dir": tempfile.mkdtemp()},
+        {"policy": "auto", "output_dir": AUDIT},
         bad=({"policy": "magic"}, {"std": 0.0}, {"only": []}),
     ),
 ]
