@@ -1,5 +1,6 @@
 """Fixtures every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,15 @@ import torch
 # Models of a few hundred parameters: a second thread costs more than it gives.
 torch.set_num_threads(1)
 
+# Two processes of a test talk over the loopback, whatever the name of the machine resolves to.
+os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests that fork first: a fork inherits the locks of its parent's threads but not the threads."""
+    items.sort(key=lambda item: item.get_closest_marker("forks") is None)
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,10 @@ from lightning_distill.objectives import HardLabel, HiddenState, SoftTarget
 from tests.helpers.models import batch, bert, llama
 
 # Forking is what keeps this test short; torch says of it what multiprocessing says of every fork.
-pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.forks,
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning"),
+]
 
 
 class Rows(L.LightningDataModule):

@@ -16,6 +16,7 @@ from lightning_distill.callbacks import GradientClipping
 from tests.callbacks.registry import Regression, same, trainer
 
 pytestmark = [
+    pytest.mark.forks,
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
 ]

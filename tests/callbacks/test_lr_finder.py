@@ -376,7 +376,7 @@ class Distributed(Net):
         torch.save([self.lr, self.rates[-1]], self.out / f"{self.trainer.global_rank}.pt")
 
 
-@pytest.mark.parametrize("strategy", ["ddp_fork", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp_fork", marks=pytest.mark.forks), "fsdp2"])
 def test_two_processes_agree_with_one(tmp_path: Path, strategy: str) -> None:
     finder = LRFinder("steepest", num_steps=64, smoothing=0.8, min_lr=1.3e-6)
     if strategy == "fsdp2":

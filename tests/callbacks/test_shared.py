@@ -54,6 +54,7 @@ def test_a_run_stopped_after_any_step_and_resumed_equals_the_run_without_a_break
         assert same(without_folders(resumed["callbacks"]), without_folders(whole["callbacks"]))
 
 
+@pytest.mark.forks
 @every_row
 def test_two_processes_equal_one(row: Row, tmp_path: Path) -> None:
     trainer(tmp_path / "one", row.build()).fit(Regression())

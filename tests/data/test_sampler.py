@@ -236,6 +236,7 @@ class Eval(Recorder):
         self.seen.append([-1, *batch.tolist()])
 
 
+@pytest.mark.forks
 def test_two_processes_see_each_sample_once(tmp_path: Path) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     trainer = make_trainer(tmp_path, strategy="ddp_fork", devices=2, max_epochs=2, callbacks=[Dump(tmp_path)])

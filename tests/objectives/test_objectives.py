@@ -170,6 +170,7 @@ def scaled(source: Signals, scale: Tensor) -> Signals:
     return changed(source, lambda x: x * scale[0] + x.square() * scale[1], lambda mask: mask)
 
 
+@pytest.mark.forks
 def test_two_processes_give_the_gradient_of_one() -> None:
     student, teacher = signals(5, seed=1), signals(5, seed=2)
     scales = torch.tensor([0.9, 0.1], dtype=torch.float64)
