@@ -146,11 +146,12 @@ def plot_curves(
     for index, (title, metrics) in enumerate(panels.items()):
         axes = figure.add_subplot(1, len(panels), index + 1)
         for metric in metrics:
-            for run, curves in runs.items():
+            for number, (run, curves) in enumerate(runs.items()):
                 if metric in curves:
                     steps, values = curves[metric]
                     marker = "o" if len(steps) < 12 else None
-                    axes.plot(steps, values, label=f"{run}: {metric}", marker=marker, markersize=4, linewidth=1.4)
+                    style: dict[str, Any] = {"color": f"C{number}", "marker": marker, "markersize": 4, "linewidth": 1.4}
+                    axes.plot(steps, values, label=f"{run}: {metric}", **style)
         for name, value in (lines or {}).get(title, {}).items():
             axes.axhline(value, linestyle="--", linewidth=1, color="0.4", label=f"{name}: {value:.3f}")
         axes.set(title=title, xlabel="optimizer step")

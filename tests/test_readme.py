@@ -5,6 +5,7 @@ import runpy
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from lightning.pytorch.cli import LightningCLI
@@ -30,8 +31,13 @@ def blocks(language: str) -> list[str]:
 @pytest.mark.parametrize("code", [code for code in blocks("python") if "LightningCLI" not in code])
 def test_python_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    compiled = compile(code, "README.md", "exec")
-    exec(compiled, {"__name__": "readme"})
+    names: dict[str, Any] = {"__name__": "readme"}
+    exec(compile(code, "README.md", "exec"), names)
+    if "objectives" in names:
+        assert sum(objective.weight for objective in names["objectives"]) == pytest.approx(1.0)
+    else:
+        small, large = (sum(p.numel() for p in names[model].parameters()) for model in ("student", "teacher"))
+        assert small < large
 
 
 def test_the_subclass_is_fifteen_lines() -> None:
