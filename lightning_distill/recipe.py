@@ -9,6 +9,7 @@ import lightning as L
 import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_distill.cli import best_checkpoint, linear_warmup, make_trainer, one_line_errors, quiet, recipe_parser
 from lightning_distill.data import TextClassificationData
@@ -24,6 +25,7 @@ from lightning_distill.teacher import has_placeholder_labels
 GIVEN = {"lr": 8e-5, "epochs": 3, "teacher_epochs": 3}
 EMBEDDED = {"lr": 1e-3, "epochs": 2, "teacher_epochs": 4}
 EMBEDDED_ROWS_PER_CLASS = 700
+_say = rank_zero_only(print)
 BASELINE = "student_without_distillation"
 
 
@@ -65,6 +67,7 @@ class TextRun:
         started: When the run began, as :func:`time.perf_counter` says it.
         models: The models to report, by phase.
         scores: What each was logged with on the test rows, by phase.
+        trainer: That of the last phase.
     """
 
     parser: ArgumentParser
@@ -75,6 +78,7 @@ class TextRun:
     started: float
     models: dict[str, transformers.PreTrainedModel] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    trainer: L.Trainer | None = None
 
     @classmethod
     def start(cls, parser: ArgumentParser, argv: list[str] | None = None) -> "TextRun":
@@ -116,7 +120,7 @@ class TextRun:
                 DistillationModule(self.teacher, self.new_student(), copy.deepcopy(objectives))
         if self.config.model.finetune_teacher or not self.config.model.teacher:
             epochs = self.config.model.teacher_epochs or self.defaults["teacher_epochs"]
-            print(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
+            _say(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
             self.teacher.requires_grad_(True)  # the modules above froze it
             self._fit("teacher", self.teacher, teacher=None, objectives=None, epochs=epochs)
         else:
@@ -179,7 +183,7 @@ class TextRun:
             report: Whether the student as it is now has a row in the report; a later phase may train it on.
         """
         epochs = epochs or self.epochs
-        print(f"\nTraining {phase.replace('_', ' ')}, for {epochs} epochs: {_describe(student)}")
+        _say(f"\nTraining {phase.replace('_', ' ')}, for {epochs} epochs: {_describe(student)}")
         self._fit(phase, student, self.teacher, objectives, epochs, monitor)
         if report:
             self.models[phase] = student
@@ -214,14 +218,14 @@ class TextRun:
         trainer.fit(module, datamodule=self.data)
         best = checkpoint.best_model_path or None
         (scores,) = trainer.test(module, datamodule=self.data, ckpt_path=best, weights_only=True, verbose=False)
-        self.scores[phase] = dict(scores)
+        self.trainer, self.scores[phase] = trainer, dict(scores)
         if trainer.is_global_zero:
             module.export(config.output_dir / phase)
 
     def report(self) -> None:
         """Measure the models side by side on rank 0; print the table, write ``summary.json`` and ``curves.png``."""
-        trainer = make_trainer(self.parser, self.config, "report", logger=False)
-        if not trainer.is_global_zero:
+        assert self.trainer is not None
+        if not self.trainer.is_global_zero:
             return
         config, data, models, metric = self.config, self.data, self.models, self.metric
         seconds = time.perf_counter() - self.started
@@ -233,7 +237,7 @@ class TextRun:
             count = min(count, limit) if isinstance(limit, int) and limit > 0 else count
             groups = [range(i, min(i + size, len(rows_of_test))) for i in range(0, len(rows_of_test), size)][:count]
             batches = [data.collate([rows_of_test[row] for row in group]) for group in groups]
-            latency[size] = latency_ms(models, batches, device=trainer.strategy.root_device)
+            latency[size] = latency_ms(models, batches, device=self.trainer.strategy.root_device)
         rows = {
             name: {
                 "parameters": count_parameters(model),

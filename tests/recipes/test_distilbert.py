@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 
+from lightning_distill import student_from_teacher
+from lightning_distill.report import read_curves
 from tests.helpers.models import bert
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
 
@@ -141,3 +143,16 @@ def test_help_and_print_config(main: Any, capsys: Any) -> None:
         with pytest.raises(SystemExit, match="0"):
             main([flag])
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_two_processes_by_flag(main: Any, files: list[str], tmp_path: Path) -> None:
+    main([*files, "--trainer.strategy=ddp_fork", "--trainer.devices=2", "--trainer.precision=bf16-mixed"])
+    found = summary(tmp_path)
+    steps, _ = read_curves(tmp_path / "out" / "logs" / "student" / "metrics.csv")["val_loss"]
+    assert steps == [1]  # 24 rows are two steps of 8 in each of two processes
+    assert found["student"]["metric"] >= 0.5
+    student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    start = student_from_teacher(str(tmp_path / "teacher"), num_layers=2)
+    assert not torch.equal(student.classifier.weight, start.classifier.weight)
