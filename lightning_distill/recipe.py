@@ -17,7 +17,7 @@ from lightning_distill.measure import count_bytes, count_parameters, latency_ms
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
 from lightning_distill.pretrained import has_head, load_pretrained
-from lightning_distill.report import plot_curves, print_table, ratios, read_curves, versions, write_summary
+from lightning_distill.report import Curves, plot_curves, print_table, ratios, read_curves, versions, write_summary
 from lightning_distill.student import student_from_teacher
 from lightning_distill.teacher import has_placeholder_labels
 
@@ -67,7 +67,8 @@ class TextRun:
         started: When the run began, as :func:`time.perf_counter` says it.
         models: The models to report, by phase.
         scores: What each was logged with on the test rows, by phase.
-        trainer: That of the last phase.
+        curves: What each phase of training logged, on rank 0.
+        trainer: The one that tested the last phase.
     """
 
     parser: ArgumentParser
@@ -78,6 +79,7 @@ class TextRun:
     started: float
     models: dict[str, transformers.PreTrainedModel] = field(default_factory=dict)
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
+    curves: dict[str, Curves] = field(default_factory=dict)
     trainer: L.Trainer | None = None
 
     @classmethod
@@ -124,9 +126,7 @@ class TextRun:
             self.teacher.requires_grad_(True)  # the modules above froze it
             self._fit("teacher", self.teacher, teacher=None, objectives=None, epochs=epochs)
         else:
-            tester = make_trainer(self.parser, self.config, "teacher")
-            (scores,) = tester.test(DistillationModule(None, self.teacher), datamodule=self.data, verbose=False)
-            self.scores["teacher"] = dict(scores)
+            self._test("teacher", DistillationModule(None, self.teacher))
         self.models["teacher"] = self.teacher
 
     @property
@@ -216,11 +216,18 @@ class TextRun:
             tokenizer=self.data.tokenizer,
         )
         trainer.fit(module, datamodule=self.data)
-        best = checkpoint.best_model_path or None
-        (scores,) = trainer.test(module, datamodule=self.data, ckpt_path=best, weights_only=True, verbose=False)
-        self.trainer, self.scores[phase] = trainer, dict(scores)
+        if checkpoint.best_model_path:
+            module.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
+        self._test(phase, module)
         if trainer.is_global_zero:
             module.export(config.output_dir / phase)
+            self.curves[phase] = read_curves(config.output_dir / "logs" / phase / "metrics.csv")
+
+    def _test(self, phase: str, module: DistillationModule) -> None:
+        # Without a logger: in forked processes a second CSVLogger of one folder would begin its file anew.
+        self.trainer = make_trainer(self.parser, self.config, phase, logger=False)
+        (scores,) = self.trainer.test(module, datamodule=self.data, verbose=False)
+        self.scores[phase] = dict(scores)
 
     def report(self) -> None:
         """Measure the models side by side on rank 0; print the table, write ``summary.json`` and ``curves.png``."""
@@ -257,13 +264,12 @@ class TextRun:
             "seconds": round(seconds, 1),
         }
         write_summary(config.output_dir / "summary.json", summary)
-        curves = {name: read_curves(config.output_dir / "logs" / name / "metrics.csv") for name in self.scores}
         panels = {
             "training loss": ["train_loss"],
             f"validation {metric}": [f"val_{metric}"],
             "agreement": ["val_agreement"],
         }
-        plot_curves(config.output_dir / "curves.png", curves, panels=panels)
+        plot_curves(config.output_dir / "curves.png", self.curves, panels=panels)
         title = f"{len(rows_of_test)} test rows, seed {config.seed}, {seconds:.0f} s"
         print()
         print_table(rows, reference="teacher", title=title)
