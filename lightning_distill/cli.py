@@ -50,7 +50,7 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
     parser.add_argument("--config", action="config", help="a YAML file with any of these flags")
     parser.add_argument("--output_dir", type=Path, default=output_dir, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_class_arguments(TextClassificationData, "data", instantiate=False, skip={"tokenizer"})
+    parser.add_class_arguments(TextClassificationData, "data", instantiate=False, skip={"tokenizer", "seed"})
     parser.add_argument("--optimizer.lr", type=float, help="highest learning rate of AdamW")
     parser.add_argument("--optimizer.weight_decay", type=float, default=0.01, help="decoupled weight decay")
     parser.add_argument("--optimizer.warmup", type=float, default=0.06, help="share of the steps that warm up")
