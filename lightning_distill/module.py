@@ -17,7 +17,7 @@ from torchmetrics.regression import PearsonCorrCoef
 from lightning_distill import preflight, tasks
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.pretrained import export, load_pretrained
-from lightning_distill.signals import Recorder, Request, Signals, describe
+from lightning_distill.signals import Recorder, Request, Signals, describe, find_decoder
 from lightning_distill.teacher import freeze, keep_out_of_checkpoints
 
 Objectives = Sequence[Objective] | Mapping[str, Objective]
@@ -283,7 +283,10 @@ class DistillationModule(L.LightningModule):
         logits = tasks.logits_of(tasks.call_model(model, batch))
         captured = recorder.take()
         logits, labels, mask = tasks.align(self.task, logits, batch)
-        return Signals(logits=logits, labels=labels, mask=mask, token_mask=tasks.token_mask(batch), **captured)
+        masks = {"token_mask": tasks.token_mask(batch)}
+        if (decoder := find_decoder(model)) is not None:
+            masks["decoder_token_mask"] = tasks.decoder_token_mask(batch)
+        return Signals(logits=logits, labels=labels, mask=mask, decoder=decoder, **masks, **captured)
 
     def _reduce(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
         """Each objective's mean over what counts, and how much counts for each, shape ``[objectives]``."""
