@@ -112,7 +112,7 @@ def token_mask(batch: Any) -> Tensor | None:
 
 
 def decoder_token_mask(batch: Any) -> Tensor | None:
-    """Bool mask ``[B, T]`` of the real tokens that the decoder of an encoder-decoder reads, by its mask or the labels."""
+    """Bool mask ``[B, T]`` of the real tokens that the decoder of an encoder-decoder reads; None where nothing says."""
     if not isinstance(batch, Mapping):
         return None
     mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
