@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.regression import PearsonCorrCoef
 
 from lightning_distill import preflight, tasks
+from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.pretrained import export, load_pretrained
 from lightning_distill.signals import Recorder, Request, Signals, describe
@@ -317,9 +318,10 @@ class DistillationModule(L.LightningModule):
             objective.set_progress(min(1.0, self.global_step / steps) if steps else 0.0)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradient on the steps that are logged."""
+        """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
+        clips = any(isinstance(callback, GradientClipping) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if not clips and every and (self.global_step + 1) % every == 0:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
 

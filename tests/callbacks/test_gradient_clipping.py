@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_distill.callbacks import GradientClipping
 from lightning_distill.functional.clipping import (
+    all_finite,
     clip_adaptively_,
     clip_by_value_,
     group_tensors,
@@ -138,6 +139,19 @@ class TestNumerics:
     def test_half_precision_norms_do_not_overflow(self) -> None:
         gradient = torch.full((4,), 60000.0, dtype=torch.float16)
         assert total_norm([[gradient]]).item() == pytest.approx(120000, rel=1e-3)
+
+    @given(
+        st.lists(st.floats(width=16), min_size=1, max_size=6),
+        st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    )
+    @settings(deadline=None, max_examples=50)
+    def test_all_finite_says_what_isfinite_says_and_changes_nothing(
+        self, values: list[float], dtype: torch.dtype
+    ) -> None:
+        tensor = torch.tensor(values, dtype=dtype)
+        copy = tensor.clone()
+        assert all_finite([[torch.ones(3, 2, dtype=dtype), tensor], [torch.ones(1)]]) == tensor.isfinite().all()
+        assert torch.equal(tensor.view(torch.uint8), copy.view(torch.uint8))
 
     def test_gradients_of_several_types_count_as_one_vector(self) -> None:
         groups = group_tensors([torch.tensor([3.0]), torch.tensor([4.0], dtype=torch.float64)])
@@ -350,6 +364,21 @@ class TestAroundTheStep:
         names = [name for name, _ in Regression().named_parameters()]
         assert dict(zip(names, kept, strict=True)) == {n: n.startswith("head") or n.endswith("bias") for n in names}
 
+    def test_by_value_looks_at_the_norm_on_logged_steps_and_clips_on_all(self, tmp_path: Path) -> None:
+        recorded, every = Recorded("value", 0.01, patience=4), Recorded("value", 0.01)
+        for number, (callback, steps) in enumerate(((recorded, 2), (every, 1))):
+            trainer(tmp_path / str(number), callback, log_every_n_steps=steps).fit(Regression())
+        for some, all_ in zip(recorded.gradients, every.gradients, strict=True):
+            assert all(torch.equal(a, b) and a.abs().max() <= 0.01 for a, b in zip(some, all_, strict=True))  # type: ignore[arg-type, union-attr]
+        statistics = recorded.state_dict()["statistics"][0]
+        assert (statistics["steps"], statistics["count"].item(), statistics["clipped"].item()) == (5, 2, 2)
+
+    def test_by_value_leaves_out_a_step_between_two_logged_ones(self, tmp_path: Path) -> None:
+        clipping, witness = GradientClipping("value"), Witness()
+        trainer(tmp_path, witness, clipping, log_every_n_steps=4).fit(Broken(optimizers()["sgd"], broken=(2,)))
+        assert [unchanged(witness, step) for step in range(5)] == [False, False, True, False, False]
+        assert clipping.state_dict()["statistics"][0]["nonfinite"] == 1
+
     def test_a_pattern_that_matches_nothing_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=r"`exclude` to match names of parameters, but got 'classifier\.\*'"):
             trainer(tmp_path, GradientClipping("adaptive", exclude="classifier.*")).fit(Regression())
@@ -360,7 +389,7 @@ class TestAroundTheStep:
         run.fit(Regression())
         trainer(tmp_path, untouched, max_steps=1).fit(Regression())
         norm = total_norm([untouched.gradients[0]])  # type: ignore[list-item]
-        assert run.callback_metrics["grad_norm_before_clipping"].item() == pytest.approx(norm.item())
+        assert run.callback_metrics["grad_norm"].item() == pytest.approx(norm.item())
         assert run.callback_metrics["clip_coefficient"].item() == pytest.approx(0.3 / norm.item(), rel=1e-4)
         assert run.callback_metrics["clipped_share"] == 1
         assert run.callback_metrics["nonfinite_steps"] == 0
