@@ -76,8 +76,9 @@ ROWS = [
     Row(
         InitPolicy,
         {"policy": "auto", "output_dir": AUDIT},
-        bad=({"policy": "magic"}, {"std": 0.0}, {"only": []}),
+        bad=({"policy": "magic"}, {"std": 0.0}, {"only": []}, {"residual": "resnet"}, {"teacher": "somewhere"}),
     ),
+    Row(InitPolicy, {"policy": "orthogonal", "only": "all", "seed": 3, "output_dir": AUDIT}),
 ]
 
 
