@@ -189,9 +189,8 @@ class DistillationModule(L.LightningModule):
             optimizer: Optimizer = torch.optim.AdamW(parameters, lr=lr)
         else:
             optimizer = self._optimizer(parameters)
-        if self._lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+        schedule = None if self._lr_scheduler is None else self._lr_scheduler(optimizer)
+        return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
