@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
 from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -245,10 +246,11 @@ class InitPolicy(L.Callback):
     def _report(self, trainer: L.Trainer) -> None:
         lines = [line.as_dict() for line in self.audit]
         self._write(trainer, {"policy": self.policy, "weights": lines, "left_alone": sorted(self._left)}, new=True)
-        table = Table(*Initialized.__dataclass_fields__, title=f"InitPolicy {self.policy}")
+        table = Table(*lines[0], title=f"InitPolicy {self.policy}", box=SIMPLE)
         for line in lines:
             table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()))
-        Console(stderr=True).print(table)
+        # Wider than a narrow terminal: a name that is cut off says nothing.
+        Console(stderr=True, width=max(Console(stderr=True).width, 140)).print(table)
         rank_zero_info(
             f"InitPolicy: {len(lines)} weights initialised, {len(self._left)} parameters left alone, all of them in "
             f"{self._folder(trainer) / 'init_policy.json'}"
@@ -308,7 +310,7 @@ def plot_variances(variances: list[dict[str, Any]], title: str = "InitPolicy") -
         >>> [axes.get_ylabel() for axes in figure.axes]
         ['activation', 'gradient']
     """
-    figure = Figure(figsize=(max(7.0, min(16.0, 3 + 0.22 * len(variances))), 6.5), layout="constrained")
+    figure = Figure(figsize=(max(8.0, min(16.0, 3 + 0.22 * len(variances))), 5.5), layout="constrained")
     panels = figure.subplots(2, 1, sharex=True)
     places, labels = range(len(variances)), _short([line["layer"] for line in variances])
     for axes, quantity, color in zip(panels, ("activation", "gradient"), ("C0", "C1"), strict=True):
@@ -327,14 +329,15 @@ def plot_variances(variances: list[dict[str, Any]], title: str = "InitPolicy") -
     step = max(1, len(variances) // 40)
     panels[1].set_xticks(list(places)[::step], labels[::step], rotation=90, fontsize=8)
     panels[0].set_title(
-        f"{title}: mean square of each layer's output and of the gradient at it, first batch; flat is good", fontsize=10
+        f"{title}\nmean square of each layer's output and of the gradient at it, first batch: flat is good"
     )
     return figure
 
 
 def _short(names: list[str]) -> list[str]:
-    """Names without the parts that all of them begin with."""
-    parts = [name.split(".") for name in names]
-    while len(parts) > 1 and all(len(p) > 1 for p in parts) and len({p[0] for p in parts}) == 1:
-        parts = [p[1:] for p in parts]
-    return [".".join(p) for p in parts]
+    """The last parts of each name, as many as tell them all apart, and four where there are so many."""
+    for count in range(4, 1 + max((name.count(".") for name in names), default=0)):
+        short = [".".join(name.split(".")[-count:]) for name in names]
+        if len(set(short)) == len(names):
+            return short
+    return names
