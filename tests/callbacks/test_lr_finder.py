@@ -336,6 +336,26 @@ def test_an_error_in_the_sweep_leaves_no_trace_either(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+NORMS: list[float] = []
+
+
+class Noted(GradientClipping):
+    """Notes, outside of what the finder puts back, the norm of the clipped gradient of every step."""
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        NORMS.append(torch.nn.utils.get_total_norm([p.grad for p in pl_module.parameters()]).item())
+
+
+@pytest.mark.parametrize("kept", [("GradientClipping",), ()])
+def test_clipping_stays_active_in_the_sweep_unless_told_otherwise(tmp_path: Path, kept: tuple[str, ...]) -> None:
+    NORMS.clear()
+    finder = LRFinder(num_steps=64, smoothing=0.8, keep_callbacks=kept, divergence=None, max_lr=0.1)
+    run(tmp_path, finder, Noted("norm", 1e-3))
+    assert len(NORMS) == 16 + (64 if kept else 0)
+    assert max(NORMS) == pytest.approx(1e-3, rel=1e-2)
+
+
 def test_nothing_of_the_sweep_reaches_the_logger(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="csv")
     run(tmp_path, LRFinder(num_steps=64, smoothing=0.8), logger=logger, log_every_n_steps=1)
