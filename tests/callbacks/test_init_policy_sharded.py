@@ -4,6 +4,7 @@ import os
 import socket
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -38,18 +39,44 @@ class Sharded(Regression):
         fully_shard(self.body, mesh=self.device_mesh["data_parallel"])
 
 
+class AsBefore(L.Callback):
+    """Compares the weights after a checkpoint was loaded with those that were saved."""
+
+    def __init__(self, weights: dict[str, torch.Tensor]) -> None:
+        self.weights, self.looked = weights, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.looked = True
+        for name, weight in pl_module.named_parameters():
+            assert torch.equal(weight.full_tensor(), self.weights[name]), name
+
+
+def strategy() -> ModelParallelStrategy:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
 def process(rank: int, port: int, folder: Path) -> None:
     elastic = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     elastic |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {name: str(value) for name, value in elastic.items()}
     torch.set_num_threads(1)
     for where in PLACES:
-        strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
         policy, module = InitPolicy(output_dir=folder / where), Sharded(where)
-        trainer(folder, callbacks=[policy], enable_checkpointing=False, devices=2, strategy=strategy).fit(module)
+        run = trainer(folder, callbacks=[policy], enable_checkpointing=False, devices=2, strategy=strategy())
+        run.fit(module)
         weights = {name: weight.full_tensor().detach().clone() for name, weight in module.named_parameters()}
         if rank == 0:
             torch.save(weights, folder / f"{where}.pt")
+    # Where the checkpoint is loaded after the last draw: its weights hold, and nothing is said of a draw.
+    run.save_checkpoint(folder / "sharded.ckpt")
+    policy, look = InitPolicy(output_dir=folder / "resumed"), AsBefore(weights)
+    again = trainer(
+        folder, callbacks=[look, policy], enable_checkpointing=False, devices=2, strategy=strategy(), max_steps=6
+    )
+    again.fit(Sharded(where), ckpt_path=folder / "sharded.ckpt")
+    assert look.looked
+    assert policy.audit == []
+    assert not (folder / "resumed").exists()
 
 
 @pytest.mark.forks
