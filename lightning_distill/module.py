@@ -51,8 +51,8 @@ class DistillationModule(L.LightningModule):
             models' inputs and ``labels``, or a pair ``(inputs, labels)``.
         optimizer: Called with the trainable parameters. Default: AdamW with learning rate 5e-5 for a transformers
             student and 1e-3 for any other.
-        lr_scheduler: Called with the optimizer; returns a scheduler (stepped once an epoch) or Lightning's dictionary
-            of scheduler, interval and monitor.
+        lr_scheduler: Called with the optimizer; returns a scheduler (stepped once an epoch), Lightning's dictionary
+            of scheduler, interval and monitor, or None for no schedule.
         metrics: torchmetrics called with logits and labels of the items that count. Default: accuracy, perplexity for
             language models, Pearson correlation for regression.
         tokenizer: Saved beside the student by :meth:`export`.
