@@ -1,10 +1,13 @@
 """The snippets of the guides to optimization and callbacks run, those of one guide one after the other."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lightning_distill.recipe import text_parser
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -28,6 +31,15 @@ def test_optimization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = names["L"].Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(names["Model"]())
     assert trainer.lr_scheduler_configs[0].interval == "step"
+
+
+def test_commands_parse() -> None:
+    (block,) = re.findall(
+        r"^```bash\n(.*?)^```", (DOCS / "optimization.md").read_text(), flags=re.MULTILINE | re.DOTALL
+    )
+    config = text_parser(None, output_dir="runs").parse_args(shlex.split(block.replace("\\\n", " "))[2:])
+    assert (config.optimizer.name, config.lr_scheduler.name, config.init_policy.policy) == ("lion", "cosine", "auto")
+    assert config.trainer.gradient_clip_val is None
 
 
 def test_callbacks_make_the_pictures_of_the_guides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
