@@ -37,10 +37,10 @@ def following_activations(model: nn.Module) -> dict[str, Following]:
 
     A model of transformers says in its config which activation it has. Where that is GELU or SiLU every layer counts as
     followed by it, as such models are initialised by one rule; otherwise those that open a feed-forward part do, and
-    the others are linear. Anything else is traced with ``torch.fx``, and each layer's output is
-    followed through whatever lies between; of what cannot be traced as a whole the parts are, and between them counts
-    the order in which they were registered. ``"linear"`` is a layer that meets another layer, or the end, first;
-    ``"unknown"`` one of which neither can be told, or whose activation has no rule of its own.
+    the others are linear. Anything else (a ResNet of transformers too) is traced with ``torch.fx``, and each layer's
+    output is followed through whatever lies between; of what cannot be traced as a whole the parts are, and between
+    them counts the order in which they were registered. ``"linear"`` is a layer that meets another layer, or the end,
+    first; ``"unknown"`` one of which neither can be told, or whose activation has no rule of its own.
 
     Args:
         model: any module.
@@ -61,8 +61,10 @@ def _of_part(model: nn.Module, *, whole: bool) -> dict[str, Following]:
     names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
     if isinstance(model, PreTrainedModel):
         activation = _of_config(model.config)
-        everywhere = activation in ("gelu", "silu")
-        return {name: (activation if everywhere or OPENS.search(f".{name}") else "linear", 0.0) for name in names}
+        if activation in ("gelu", "silu"):
+            return dict.fromkeys(names, (activation, 0.0))
+        if any(OPENS.search(f".{name}") for name in names):
+            return {name: (activation if OPENS.search(f".{name}") else "linear", 0.0) for name in names}
     traced = _by_tracing(model)
     if traced is not None and whole:
         return {name: traced.get(name) or ("linear", 0.0) for name in names}

@@ -38,8 +38,10 @@ _AUTO = {
 }
 # Layers of a numbered block that write to its residual stream and that make values, by the names they have in torch,
 # transformers and timm.
-_WRITES = re.compile(r"\.\d+\.(.*\.)?(output\.dense|out_proj|o_proj|c_proj|Wo|wo|out_lin|lin2|down_proj|linear2|fc2)$")
-_VALUES = re.compile(r"\.\d+\.(.*\.)?(value|v_proj|v_lin)$")
+_WRITES = re.compile(
+    r"\.\d+\.(.*\.)?(output\.dense|out_proj|o_proj|c_proj|Wo|wo|out_lin|lin2|down_proj|linear2|fc2|o)$"
+)
+_VALUES = re.compile(r"\.\d+\.(.*\.)?(value|v_proj|v_lin|v)$")
 _JOINT = re.compile(r"\.\d+\.(.*\.)?(c_attn|Wqkv|qkv)$")
 
 
@@ -278,7 +280,8 @@ def materialize(model: nn.Module) -> None:
             part.initialize_weights()
     for name, module in model.named_modules():
         if any(tensor.is_meta for tensor in _tensors(module, recurse=False)):
-            if not callable(reset := getattr(module, "reset_parameters", None)):
+            reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
+            if not callable(reset):
                 raise ValueError(
                     f"Expected the modules of argument `model` on the meta device to have `reset_parameters`, but got "
                     f"{name!r}, a `{type(module).__name__}`; build it with memory."

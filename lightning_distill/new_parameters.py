@@ -1,10 +1,13 @@
 """Tell parameters that are as their layer drew them from those that were loaded, copied or trained."""
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_distill.following_activation import LAYERS
 from lightning_distill.initialization import NORMS
+
+_STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
 
 def new_parameters(model: nn.Module) -> set[str]:
@@ -28,31 +31,43 @@ def new_parameters(model: nn.Module) -> set[str]:
         f"{name}." if name else "": part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)
     }
     trained = tuple(prefix for prefix, part in parts.items() if _has_trained_norm(part))
+    stacks = {f"{name}.": part for name, part in model.named_modules() if isinstance(part, _STACKS)}
+    clones = tuple(prefix.removeprefix(".") for prefix, part in stacks.items() if _are_equal(list(part.layers)))
     new, weights = set[str](), set[int]()
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         if not isinstance(module, (*LAYERS, *NORMS, nn.Embedding)) or (trained and prefix.startswith(trained)):
             continue
-        drawn = _versions(module, bool(parts) and prefix.startswith(tuple(parts)))
+        of_transformers = bool(parts) and prefix.startswith(tuple(parts))
         weight = module.weight
         for kind, parameter in module.named_parameters(recurse=False):
             free = parameter.requires_grad and not getattr(parameter, "_is_hf_initialized", False)
             # A weight that is tied to a new one is new, whatever this layer would have written to it.
-            untouched = weight is None or weight._version in drawn or id(weight) in weights
+            untouched = weight is None or _is_as_drawn(module, weight, of_transformers) or id(weight) in weights
+            untouched = untouched or prefix.startswith(clones)
             if free and (parameter.is_meta or untouched):
                 new.add(f"{prefix}{kind}")
                 weights.add(id(parameter))
     return new
 
 
-def _versions(module: nn.Module, in_transformers: bool) -> tuple[int, ...]:
-    """How often the constructor writes to a weight in place, which torch counts: a copy starts at 0 again.
+def _are_equal(layers: list[nn.Module]) -> bool:
+    """Torch's stacks hold copies of one layer, which differ from the first step on."""
+    first, *others = ([p.detach() for p in layer.parameters()] for layer in layers)
+    if not others or any(parameter.is_meta for parameter in first):
+        return False
+    return all(all(map(torch.equal, first, other)) for other in others)
 
-    Once, and once more for a padding row. Transformers does it a second time, and a third time where a model has a
-    rule of its own for some weights, except for what a checkpoint lacked, which it draws on the meta device first.
+
+def _is_as_drawn(module: nn.Module, weight: Tensor, of_transformers: bool) -> bool:
+    """Whether a weight was written to in place as often as its constructor does, which torch counts.
+
+    That is once, and once more for a padding row; a copy starts at 0 again. In transformers the model draws a second
+    time, in steps that differ from model to model, so there only a copy can be told; its norms tell the rest.
     """
-    once = 2 if isinstance(module, nn.Embedding) and module.padding_idx is not None else 1
-    return (once, 2 * once, 2 * once + 1) if in_transformers else (once,)
+    if of_transformers:
+        return weight._version > 0
+    return weight._version == (2 if isinstance(module, nn.Embedding) and module.padding_idx is not None else 1)
 
 
 def _has_trained_norm(model: nn.Module) -> bool:

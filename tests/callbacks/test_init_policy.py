@@ -14,8 +14,9 @@ from torch import nn
 
 from lightning_distill import student_from_teacher
 from lightning_distill.callbacks import InitPolicy
-from lightning_distill.following_activation import following_activations
-from lightning_distill.initialization import generator_for, initialize
+from lightning_distill.following_activation import LAYERS, following_activations
+from lightning_distill.initialization import generator_for, initialize, materialize, residual_factors
+from lightning_distill.new_parameters import new_parameters
 from tests.callbacks.registry import Batches, Regression, trainer
 from tests.helpers.models import bert, llama
 
@@ -212,6 +213,50 @@ def test_new_leaves_alone_what_was_loaded_copied_trained_or_frozen(tmp_path: Pat
     assert setup(InitPolicy(), module) == ["loaded.classifier.weight", "head.weight"]
     kept = [name for name in before if not name.startswith(("loaded.classifier", "head"))]
     assert all(torch.equal(module.state_dict()[name], before[name]) for name in kept)
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+MODELS: dict[str, Any] = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=1)
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    ),
+    "modernbert": lambda: transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(
+            **SIZES, pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+        )
+    ),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(**SIZES, head_dim=8, num_key_value_heads=2)
+    ),
+    "resnet": lambda: transformers.ResNetForImageClassification(
+        transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1])
+    ),
+    "torch": lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32), 2, enable_nested_tensor=False),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_architectures_are_new_follow_their_activation_and_scale_their_residual(name: str) -> None:
+    model = MODELS[name]()
+    layers = [layer for layer, module in model.named_modules() if isinstance(module, LAYERS)]
+    found = {activation for activation, _ in following_activations(model).values()}
+    expected = {"gpt2": {"gelu"}, "modernbert": {"gelu"}, "qwen3": {"silu"}, "t5": {"relu", "linear"}}
+    assert found == expected.get(name, {"relu", "unknown"})
+    parameters = {parameter for parameter, _ in model.named_parameters()}
+    assert {f"{layer}.weight" for layer in layers} & parameters <= new_parameters(model)
+    with torch.device("meta"):
+        meta = MODELS[name]()
+    assert new_parameters(meta) >= {f"{layer}.weight" for layer in layers} & parameters
+    materialize(meta)
+    assert all(value.isfinite().all() for value in meta.state_dict().values())
+    if name != "resnet":
+        # Two layers of two residual branches; T5's decoder has three, and so has its encoder two.
+        count = 10 if name == "t5" else 4
+        assert len(residual_factors(model, "gpt2")) == count
+        assert residual_factors(model, "gpt2").popitem()[1] == (count**-0.5, 1.0)
 
 
 @pytest.mark.parametrize("policy", ["auto", "from_teacher"])
