@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.arguments import between, one_of
 from lightning_distill.following_activation import LAYERS, following_activations
-from lightning_distill.initialization import Initialized, Policy, Residual, initialize, materialize
+from lightning_distill.initialization import Initialized, Policy, Residual, initialize, materialize, whole
 from lightning_distill.layer_map import Layers
 from lightning_distill.new_parameters import new_parameters
 from lightning_distill.pretrained import load_pretrained
@@ -233,7 +233,7 @@ class InitPolicy(L.Callback):
             if weight.ndim > 1:
                 fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
                 activation = activations.get(name.rpartition(".")[0], ("linear", 0.0))[0]
-                std = weight.detach().float().std().item()
+                std = whole(weight).float().std().item()
                 self.audit.append(
                     Initialized(f"{prefix}{name}", activation, "from_teacher", fan_in, fan_out, None, std)
                 )

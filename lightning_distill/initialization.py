@@ -250,6 +250,11 @@ def fill_(parameter: Tensor, value: Tensor) -> None:
     parameter.detach().copy_(value)
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter's whole value, joined where processes hold shards of it, which is a collective call."""
+    return parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
+
+
 @torch.no_grad()
 def materialize(model: nn.Module) -> None:
     """Give parameters and buffers on the meta device memory on the CPU, with what their classes begin with.

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_distill.following_activation import LAYERS
-from lightning_distill.initialization import NORMS
+from lightning_distill.initialization import NORMS, whole
 
 _STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
@@ -53,9 +53,9 @@ def new_parameters(model: nn.Module) -> set[str]:
 
 def _are_equal(layers: list[nn.Module]) -> bool:
     """Torch's stacks hold copies of one layer, which differ from the first step on."""
-    first, *others = ([p.detach() for p in layer.parameters()] for layer in layers)
-    if not others or any(parameter.is_meta for parameter in first):
+    if len(layers) < 2 or any(parameter.is_meta for parameter in layers[0].parameters()):
         return False
+    first, *others = ([whole(parameter) for parameter in layer.parameters()] for layer in layers)
     return all(all(map(torch.equal, first, other)) for other in others)
 
 
@@ -75,4 +75,4 @@ def _has_trained_norm(model: nn.Module) -> bool:
     weights = [getattr(module, "weight", None) for module in model.modules() if "Norm" in type(module).__name__]
     # What is marked says so itself, and may be only a part of the model.
     judged = [w for w in weights if w is not None and not w.is_meta and not getattr(w, "_is_hf_initialized", False)]
-    return any(bool((weight != weight.flatten()[0]).any()) for weight in judged)
+    return any(bool((weight != weight.flatten()[0]).any()) for weight in map(whole, judged))
