@@ -56,7 +56,7 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
     parser.add_argument("--config", action="config", help="a YAML file with any of these flags")
     parser.add_argument("--output_dir", type=Path, default=output_dir, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_class_arguments(TextClassificationData, "data", instantiate=False, skip={"tokenizer"})
+    parser.add_class_arguments(TextClassificationData, "data", instantiate=False, skip={"tokenizer", "seed"})
     parser.add_function_arguments(build_optimizer, "optimizer", skip={"module"})
     parser.add_function_arguments(build_lr_scheduler, "lr_scheduler", skip={"module", "optimizer"})
     parser.add_class_arguments(GradientClipping, "gradient_clipping", instantiate=False)

@@ -333,7 +333,7 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
     teacher: Any
     if path is None or not (config.data.train_file or config.data.hub_dataset):
         raise ValueError("--model.teacher and --data.train_file (or --data.hub_dataset) go together; one is missing")
-    arguments = config.data.as_dict() | {"tokenizer": path}
+    arguments = config.data.as_dict() | {"tokenizer": path, "seed": config.seed}
     if config.model.finetune_teacher:
         data = TextClassificationData(**arguments)
         names = {"id2label": data.id2label, "label2id": data.label2id} if data.label_names else {}
