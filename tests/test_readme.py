@@ -66,7 +66,10 @@ def test_yaml_trains_through_lightning_cli(tmp_path: Path, monkeypatch: pytest.M
     assert "val_agreement" in cli.trainer.callback_metrics
 
 
-def test_commands_parse() -> None:
+def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for code in blocks("yaml"):
+        Path(code.splitlines()[0].removeprefix("# ")).write_text(code)
     parser = text_parser(None, output_dir="runs")
     lines = "\n".join(code.replace("\\\n", " ") for code in blocks("bash")).splitlines()
     commands = [shlex.split(line) for line in lines]
