@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_distill.pretrained import export
+from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear
 from lightning_distill.quantization.packing import pack, unpack_zeros
 
@@ -153,6 +154,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     for path in sorted(folder.glob("*.safetensors")):
         state.update(safetensors.torch.load_file(path))
     model = _build(folder, config) if model is None else model
+    separate_experts(model, {key.partition(".experts.")[0] + ".experts" for key in state if ".experts.0." in key})
     for key in [key for key in state if key.endswith(".qweight")]:
         name = key.removesuffix(".qweight")
         module = model.get_submodule(name)

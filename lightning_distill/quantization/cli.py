@@ -8,7 +8,7 @@ import transformers
 
 from lightning_distill.pretrained import load_pretrained
 from lightning_distill.quantization.checkpoint import save
-from lightning_distill.quantization.model import quantize
+from lightning_distill.quantization.model import LayerReport, quantize
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,10 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         group_size=arguments.group_size,
         embedding_bits=arguments.embedding_bits,
         num_samples=arguments.num_samples,
-        on_layer=lambda layer: print(
-            f"{layer.name}: error {layer.error:.2%}, rounding {layer.rounding_error:.2%} {layer.note}"
-        ),
+        on_layer=_say,
     )
     output = arguments.output or Path(f"{arguments.model.rstrip('/')}-gptq")
     save(quantized, output, tokenizer)
     print(f"{sum(layer.bits > 0 for layer in report)} layers quantised, written to {output}")
+
+
+def _say(layer: LayerReport, total: int) -> None:
+    print(f"{layer.name}: error {layer.error:.2%}, rounding {layer.rounding_error:.2%} {layer.note}", flush=True)
