@@ -363,7 +363,7 @@ def _linear_layers(
         # A subclass may compute something else, and out_proj of nn.MultiheadAttention is never called as a module.
         if type(module) not in (nn.Linear, Conv1D) or id(module.weight) in held:
             continue
-        if not _matches(name, include) or _matches(name, exclude):
+        if not matches(name, include) or matches(name, exclude):
             continue
         owner = first.setdefault(id(module.weight), name)
         aliases.setdefault(owner, []).append(name)
@@ -385,13 +385,14 @@ def _quantize_embeddings(model: nn.Module, bits: int) -> None:
         model.set_submodule(name, done.setdefault(id(module), QuantEmbedding.from_embedding(module, bits)))
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern of ``fnmatch`` fits a layer's whole name or one part of it between dots."""
     parts = (name, *name.split("."))
     return any(fnmatchcase(part, pattern) for pattern in patterns for part in parts)
 
 
 def _by_pattern(name: str, values: Mapping[str, int] | None, default: int) -> int:
-    return next((value for pattern, value in (values or {}).items() if _matches(name, (pattern,))), default)
+    return next((value for pattern, value in (values or {}).items() if matches(name, (pattern,))), default)
 
 
 def _weight(layer: nn.Module) -> Tensor:
