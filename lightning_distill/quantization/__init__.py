@@ -3,7 +3,7 @@
 from lightning_distill.quantization.checkpoint import load, save
 from lightning_distill.quantization.gptq import Hessian, QuantizedWeight, gptq_layer
 from lightning_distill.quantization.int8 import export_onnx_int8, load_in_4bit, load_in_8bit, quantize_int8
-from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear
+from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, use_kernels
 from lightning_distill.quantization.mixed import most_sensitive, sensitivity
 from lightning_distill.quantization.model import LayerReport, quantize
 
@@ -23,4 +23,5 @@ __all__ = [
     "quantize_int8",
     "save",
     "sensitivity",
+    "use_kernels",
 ]
