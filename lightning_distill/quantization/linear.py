@@ -161,8 +161,12 @@ class QuantLinear(nn.Module):
         self._look_at_order()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
-        self._kernel_weight = self._kernel_grid = None  # a form for the CPU alone
-        return _apply_but_keep_scales(self, super()._apply, fn, recurse)
+        # The kernel's form is for the CPU alone, and no cast is meant for it.
+        kernel, self._kernel_weight, self._kernel_grid = (self._kernel_weight, self._kernel_grid), None, None
+        _apply_but_keep_scales(self, super()._apply, fn, recurse)
+        if self.qweight.device.type == "cpu":
+            self._kernel_weight, self._kernel_grid = kernel
+        return self
 
     def extra_repr(self) -> str:
         """Widths, bits and group size."""

@@ -74,6 +74,7 @@ def test_kernel_gives_the_answer_in_bfloat16_and_says_when_it_cannot(sym: bool) 
     assert not torch.equal(fast[0], expected)
     assert (fast[0] - expected).norm() < 0.01 * expected.norm()
     assert "_kernel_weight" not in layer.state_dict()
+    assert torch.equal(layer.to("cpu").float()(inputs[:5]), fast[0])
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(inputs[:5]).dtype == torch.bfloat16
     layer.load_state_dict(quantized(4, sym=sym)[1].state_dict())  # other numbers: exact again
