@@ -1,6 +1,7 @@
 """Quantise the student when training ends, and measure what it cost."""
 
 import json
+import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -35,9 +36,9 @@ _OPTIONS = (
 class GPTQ(L.Callback):
     """Turns the student into a 4-, 3-, 2- or 8-bit model on fit end, or after ``trainer.validate``; once.
 
-    The float student is saved first, to ``<folder>/float``. Finished layers are kept until the end, so that after a
+    The float student is saved first, to ``<folder>/student``. Finished layers are kept until the end, so that after a
     kill a fit from the last checkpoint, which has nothing left to train, goes on where quantising stopped. The
-    quantised student goes to ``<folder>/gptq``, the report to ``<folder>/gptq.json`` and ``gptq.png``.
+    quantised student goes to ``<folder>/student-gptq``, and with it the report, ``gptq.json`` and ``gptq.png``.
 
     ``monitor`` is measured with the float student and again with the quantised one; loggers get
     ``gptq_<monitor>`` and ``gptq_drop``. Where more than ``max_drop`` is lost, the layers that hurt most are named.
@@ -72,8 +73,8 @@ class GPTQ(L.Callback):
         sensitive_layers: How many layers may have more bits when too much is lost.
         sensitive_bits: Their bits, 8, or 0 for floating point.
         budget_bytes: Bytes the safetensors file may have then; None for any.
-        attribute: Name of the submodule to quantise.
-        folder: Where to write; default ``<default_root_dir>/gptq``.
+        attribute: Name of the submodule to quantise, and of what is written.
+        folder: Where to write; default ``default_root_dir``.
 
     Raises:
         ValueError: If an option is outside its set, ``monitor`` was not logged, or the strategy shards the model.
@@ -185,10 +186,11 @@ class GPTQ(L.Callback):
         student: nn.Module = getattr(pl_module, self.attribute)
         if any(isinstance(module, QuantLinear) for module in student.modules()):
             return
-        folder = Path(self.folder or Path(trainer.default_root_dir) / "gptq")
+        parent = Path(self.folder or trainer.default_root_dir)
+        folder = parent / f"{self.attribute}-gptq"
         tokenizer = getattr(pl_module, "tokenizer", None)
         if trainer.is_global_zero:
-            export(student, folder / "float", tokenizer)
+            export(student, parent / self.attribute, tokenizer)
         # The strategy has put everything back on the CPU by now.
         pl_module.to(trainer.strategy.root_device)
         started = time.perf_counter()
@@ -197,7 +199,7 @@ class GPTQ(L.Callback):
         quantized, after = self._attempt(trainer, pl_module, student, folder, {})
         kept, sensitive = self._is_good(before, after), []
         if not kept and (self.sensitive_layers is not None or self.budget_bytes is not None):
-            sensitive = self._sensitive(trainer, pl_module, student, quantized, folder / "gptq")
+            sensitive = self._sensitive(trainer, pl_module, student, quantized, folder)
             if sensitive:
                 bits = dict.fromkeys(sensitive, self.sensitive_bits) | dict(self.bits_by_pattern or {})
                 quantized, after = self._attempt(trainer, pl_module, student, folder, {"bits_by_pattern": bits})
@@ -209,7 +211,7 @@ class GPTQ(L.Callback):
         self.summary = {
             "bits": self.bits,
             "group_size": self.group_size,
-            "bytes": _bytes(folder / "gptq") if trainer.is_global_zero else None,
+            "bytes": _bytes(folder) if trainer.is_global_zero else None,
             "metric": after,
             "metric_before": before,
             "seconds": time.perf_counter() - started - measured,
@@ -234,8 +236,8 @@ class GPTQ(L.Callback):
         quantized: nn.Module | None = None
         if trainer.is_global_zero:
             try:
-                quantized = self._quantize(trainer, pl_module, student, folder / "layers", changes)
-                save(quantized, folder / "gptq", getattr(pl_module, "tokenizer", None))
+                quantized = self._quantize(trainer, pl_module, student, _layers(folder), changes)
+                save(quantized, folder, getattr(pl_module, "tokenizer", None))
             except Exception as error:  # the other ranks wait for an answer
                 outcome = error
         if trainer.world_size > 1:
@@ -333,9 +335,7 @@ class GPTQ(L.Callback):
         described = {**self.summary, "layers": [asdict(layer) for layer in self.report]}
         (folder / "gptq.json").write_text(json.dumps(described, indent=2) + "\n")
         _plot(self.report, folder / "gptq.png")
-        for path in (folder / "layers").glob("*.safetensors"):
-            path.unlink()
-        (folder / "layers").rmdir()
+        shutil.rmtree(_layers(folder))
         drop = _drop(before, after, self.mode)
         if after is not None and drop is not None:
             for logger in trainer.loggers:
@@ -358,6 +358,10 @@ def _drop(before: float | None, after: float | None, mode: str) -> float | None:
     if before is None or after is None:
         return None
     return before - after if mode == "max" else after - before
+
+
+def _layers(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}-layers")
 
 
 def _bytes(folder: Path) -> int:

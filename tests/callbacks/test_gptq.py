@@ -67,7 +67,7 @@ def fit(folder: Path, callback: GPTQ, **arguments: Any) -> Module:
 
 
 def written(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "gptq" / "gptq.json").read_text())
+    return json.loads((folder / "student-gptq" / "gptq.json").read_text())
 
 
 @pytest.mark.forks
@@ -80,7 +80,7 @@ def test_two_processes_quantise_one_student_and_both_validate_it(tmp_path: Path)
     # The process that called fit gets weights alone back, so its student stays as it is.
     assert isinstance(module.student[0], nn.Linear)
     inputs, labels = module.train_dataloader().dataset.tensors
-    answers = load(tmp_path / "gptq" / "gptq", Module().student)(inputs)
+    answers = load(tmp_path / "student-gptq", Module().student)(inputs)
     assert found["metric"] == pytest.approx(float((answers.argmax(1) == labels).float().mean()), abs=1e-6)
 
 
@@ -93,7 +93,7 @@ class Fails(GPTQ):
 def test_what_fails_on_rank_0_ends_all_processes(tmp_path: Path) -> None:
     with pytest.raises(Exception, match="no quantised student today"):
         fit(tmp_path, Fails(group_size=32), strategy="ddp_fork", devices=2)
-    assert (tmp_path / "gptq" / "float" / "model.safetensors").exists()
+    assert (tmp_path / "student" / "model.safetensors").exists()
 
 
 @pytest.mark.forks
@@ -117,14 +117,14 @@ def test_a_kill_in_the_middle_loses_nothing(tmp_path: Path, monkeypatch: pytest.
         )
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
-    assert [path.name for path in (tmp_path / "gptq" / "layers").glob("*.safetensors")] == ["0.safetensors"]
-    assert (tmp_path / "gptq" / "float" / "model.safetensors").exists()
+    assert [path.name for path in (tmp_path / "student-gptq-layers").glob("*.safetensors")] == ["0.safetensors"]
+    assert (tmp_path / "student" / "model.safetensors").exists()
     module = Module()
     trainer(tmp_path, GPTQ(group_size=32)).fit(module, ckpt_path=folder / "last.ckpt")
     assert saved == ["2"]
     assert isinstance(module.student[0], QuantLinear)
     assert [layer["name"] for layer in written(tmp_path)["layers"]] == ["0", "2"]
-    assert not (tmp_path / "gptq" / "layers").exists()
+    assert not (tmp_path / "student-gptq-layers").exists()
 
 
 def test_student_is_quantised_measured_and_written(tmp_path: Path) -> None:
@@ -135,9 +135,9 @@ def test_student_is_quantised_measured_and_written(tmp_path: Path) -> None:
     assert found["metric_before"] > 0.5
     assert found["metric_before"] - found["metric"] <= 0.5
     assert [layer["name"] for layer in found["layers"]] == ["0", "2"]
-    assert found["bytes"] == (tmp_path / "gptq" / "gptq" / "model.safetensors").stat().st_size
-    assert (tmp_path / "gptq" / "gptq.png").stat().st_size > 5000
-    loaded = load(tmp_path / "gptq" / "gptq", Module().student)
+    assert found["bytes"] == (tmp_path / "student-gptq" / "model.safetensors").stat().st_size
+    assert (tmp_path / "student-gptq" / "gptq.png").stat().st_size > 5000
+    loaded = load(tmp_path / "student-gptq", Module().student)
     assert torch.equal(loaded(torch.ones(1, 32)), module.student(torch.ones(1, 32)))
     header, *rows = (tmp_path / "logs" / "metrics.csv").read_text().splitlines()
     assert {"gptq_val_accuracy", "gptq_drop"} <= set(header.split(","))
@@ -203,7 +203,7 @@ def test_distillation_with_captured_signals(tmp_path: Path) -> None:
     query = module.student.bert.encoder.layer[0].attention.self.query
     assert isinstance(query, QuantLinear)
     assert isinstance(module.teacher.bert.encoder.layer[0].attention.self.query, nn.Linear)
-    loaded = load(tmp_path / "gptq" / "gptq")
+    loaded = load(tmp_path / "student-gptq")
     inputs = {key: value for key, value in data[0].items() if key != "labels"}
     assert torch.equal(loaded(**inputs).logits, module.student.eval()(**inputs).logits)
     assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in module.student.modules())
@@ -228,7 +228,7 @@ def test_bad_arguments(arguments: dict, message: str) -> None:
 def test_a_metric_that_is_not_logged_is_said_after_the_first_validation(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="val_accuracy"):
         fit(tmp_path, GPTQ(monitor="val_f1"))
-    assert not (tmp_path / "gptq").exists()
+    assert not (tmp_path / "student").exists()
     with pytest.raises(ValueError, match="without validation"):
         fit(tmp_path, GPTQ(), limit_val_batches=0)
 
