@@ -35,7 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"Expected argument `--data` to be a text file, but got {arguments.data}.")
     lines = [line.split("\t")[0].strip() for line in arguments.data.read_text().splitlines()]
     lines = [line for line in lines if line][: arguments.num_samples]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    transformers.utils.logging.disable_progress_bar()
+    model = load_pretrained(arguments.model, "--model")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected argument `--model` to hold a tokenizer, but got {arguments.model}: {str(error).splitlines()[0]}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = [
@@ -47,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for start in range(0, len(lines), arguments.batch_size)
     ]  # fmt: skip
-    model = load_pretrained(arguments.model, "--model")
     quantized, report = quantize(
         model,
         encoded,

@@ -145,6 +145,22 @@ def test_student_is_quantised_measured_and_written(tmp_path: Path) -> None:
     assert sum(bool(row.split(",")[place]) for row in rows) == 3  # one an epoch: what training looked like
 
 
+def test_progress_over_layers(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    fit(tmp_path, GPTQ(group_size=32, max_drop=None), enable_progress_bar=True, max_epochs=1)
+    assert "GPTQ: 100%" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu(tmp_path: Path) -> None:
+    callback = GPTQ(group_size=32, max_drop=0.5)
+    module = fit(tmp_path, callback, accelerator="gpu", devices=1)
+    assert isinstance(module.student[0], QuantLinear)
+    inputs = torch.randn(8, 32)
+    expected = module.student(inputs)
+    torch.testing.assert_close(module.student.cuda()(inputs.cuda()).cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_validate_quantises_once(tmp_path: Path) -> None:
     module = Module()
     trainer(tmp_path).fit(module)

@@ -54,11 +54,20 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def bart() -> nn.Module:
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=300, max_position_embeddings=64,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
 def vit() -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=16, patch_size=4))
 
 
-MODELS = [bert, distilbert, roberta, llama, gpt2, t5, vit]
+MODELS = [bert, distilbert, roberta, llama, gpt2, t5, bart, vit]
 
 
 def batches(model: nn.Module, count: int = 4) -> list:
@@ -68,7 +77,7 @@ def batches(model: nn.Module, count: int = 4) -> list:
     for _ in range(count):
         batch = {"input_ids": torch.randint(5, 300, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
         batch["attention_mask"][1, 8:] = 0
-        if isinstance(model, transformers.T5ForConditionalGeneration):
+        if model.config.is_encoder_decoder:
             batch["labels"] = torch.randint(5, 300, (4, 7))
         result.append(batch)
     return result
