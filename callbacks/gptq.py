@@ -191,6 +191,9 @@ class GPTQ(L.Callback):
         tokenizer = getattr(pl_module, "tokenizer", None)
         if trainer.is_global_zero:
             export(student, parent / self.attribute, tokenizer)
+        if trainer.progress_bar_callback is not None:
+            # A live display draws from a thread of its own, and would draw over the bar of the layers.
+            trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
         # The strategy has put everything back on the CPU by now.
         pl_module.to(trainer.strategy.root_device)
         started = time.perf_counter()
