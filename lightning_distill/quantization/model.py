@@ -342,9 +342,10 @@ def _inputs(
     both = calibrate(twin, {name: twin.get_submodule(name) for name in layers}, batches, forward)
     floats: dict[str, list[Tensor]] = {}
     for names, inputs in calibrate(model, layers, batches, forward):
-        # Same order in both, but for experts: what the twin met on the way waits until it is asked for.
+        # Same order in both, but for experts: what the twin met on the way waits until it is asked for, and it may
+        # never meet one that is met here.
         while names[0] not in floats:
-            met, rows = next(both)
+            met, rows = next(both, (names, []))
             floats.update(dict.fromkeys(met, rows))
         yield names, inputs, floats[names[0]]
         for name in names:

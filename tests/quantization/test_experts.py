@@ -99,6 +99,15 @@ def test_an_expert_that_the_first_batch_passes_by_is_calibrated_in_its_place() -
     assert blocks == sorted(blocks)
 
 
+def test_asymmetric_where_the_float_model_sends_other_tokens_is_plain_and_that_is_said() -> None:
+    model, data = mixtral(), batches(count=8)
+    _, report = quantize(model, data, bits=2, group_size=32, asymmetric=True)
+    notes = {layer.name: layer.note for layer in report}
+    assert not any(note for name, note in notes.items() if "self_attn" in name)
+    assert any("not asymmetric" in note for name, note in notes.items() if ".experts." in name)
+    assert all(layer.error <= layer.rounding_error for layer in report)
+
+
 def test_experts_in_a_layout_of_their_own_stay_and_that_is_said() -> None:
     model, data = mixtral(), batches()
     fused = model.model.layers[0].mlp.experts
