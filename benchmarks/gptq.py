@@ -176,7 +176,7 @@ def quality(options: argparse.Namespace) -> None:
     for title, (folder, group, skip) in models.items():
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        calibration, held_out = windows(tokenizer, text[:split], 64), windows(tokenizer, text[split:], 64)
+        calibration, held_out = windows(tokenizer, text[:split], 64), windows(tokenizer, text[split:], 32)
         data = [{"input_ids": torch.stack(calibration[i : i + 8])} for i in range(0, 64, 8)]
         rows.append({"model": title, "bits": 32, "method": "float", "error %": 0.0,
                      "perplexity": perplexity(model, held_out)})  # fmt: skip
@@ -191,7 +191,6 @@ def quality(options: argparse.Namespace) -> None:
                 "rounding": quantize(model, None, **settings)[0],
                 "the paper's, float64": by_paper(model, names, data, bits, group),
                 "ours": ours,
-                "ours, no order of activation": quantize(model, data, desc_act=False, **settings)[0],
                 "ours, asymmetric": quantize(model, data, asymmetric=True, **settings)[0],
             }
             with quiet():
@@ -201,6 +200,7 @@ def quality(options: argparse.Namespace) -> None:
                 error = 100 * mean_error(model, quantized, names, data)
                 rows.append({"model": title, "bits": bits, "method": method, "error %": error,
                              "perplexity": perplexity(quantized, held_out)})  # fmt: skip
+                print(rows[-1], flush=True)
     write(options, "quality", rows)
     table("Mean error of the layers on calibration inputs, and perplexity on held-out text", rows)
 
