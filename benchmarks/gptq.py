@@ -7,8 +7,8 @@
     python benchmarks/gptq.py student --student <folder>   accuracy, bytes, latency on SST-2
     python benchmarks/gptq.py plot       docs/images/gptq.png from what the others wrote
 
-Each writes its numbers to --output (json). One process per command, one thread unless --threads says otherwise; timed
-things take turns.
+Each writes its numbers to --output (json). One process per command, one thread unless --threads says otherwise.
+Latencies are of models in turns; `layers` and `model` count CPU seconds, which a busy machine changes least.
 """
 
 import argparse
@@ -170,10 +170,11 @@ def quality(options: argparse.Namespace) -> None:
     # The feed-forward layers of stories260k are 172 wide, which the format cannot hold.
     models = {
         "stories260k, attention": (SHARED / "data" / "stories260k", 32, ".*mlp.*"),
-        "text llama": (text_llama(options.cache / "text-llama", options.steps), 64, None),
+        "text llama": (lambda: text_llama(options.cache / "text-llama", options.steps), 64, None),
     }
     rows = []
     for title, (folder, group, skip) in models.items():
+        folder = folder() if callable(folder) else folder
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         calibration, held_out = windows(tokenizer, text[:split], 64), windows(tokenizer, text[split:], 32)
@@ -201,7 +202,7 @@ def quality(options: argparse.Namespace) -> None:
                 rows.append({"model": title, "bits": bits, "method": method, "error %": error,
                              "perplexity": perplexity(quantized, held_out)})  # fmt: skip
                 print(rows[-1], flush=True)
-    write(options, "quality", rows)
+        write(options, "quality", rows)
     table("Mean error of the layers on calibration inputs, and perplexity on held-out text", rows)
 
 
@@ -212,16 +213,16 @@ MATRIX_WORK = ("mm", "addmm", "addmm_", "addmv", "bmm", "mv", "cholesky", "trian
 
 def matrix_share(call: Callable[[], object]) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        started = time.perf_counter()
+        started = time.process_time()
         call()
-        wall = time.perf_counter() - started
+        total = time.process_time() - started
     names = tuple(f"aten::{name}" for name in MATRIX_WORK)
     busy = sum(
         event.self_cpu_time_total
         for event in profile.key_averages()
         if event.key in names or "cholesky" in event.key or "triangular" in event.key
     )
-    return busy / 1e6 / wall
+    return busy / 1e6 / total
 
 
 def layers(options: argparse.Namespace) -> None:
@@ -229,7 +230,8 @@ def layers(options: argparse.Namespace) -> None:
 
     settings = QuantizeConfig(bits=4, group_size=128, desc_act=False, sym=True)
     rows = []
-    for width, out in ((768, 768), (768, 3072), (3072, 768), (4096, 4096)):
+    sizes = ((768, 768), (768, 3072), (3072, 768), (4096, 4096))
+    for width, out in [size for size in sizes if max(size) <= options.largest]:
         torch.manual_seed(0)
         linear = nn.Linear(width, out, bias=False)
         inputs = torch.randn(4, 2048, width) * torch.rand(width).mul(2).exp()
@@ -252,10 +254,10 @@ def layers(options: argparse.Namespace) -> None:
         times: dict[str, list[float]] = {"ours": [], "gptqmodel": []}
         for _ in range(options.rounds):
             for name, call in (("ours", ours), ("gptqmodel", theirs)):
-                started = time.perf_counter()
+                started = time.process_time()
                 with quiet():
                     call()
-                times[name].append(time.perf_counter() - started)
+                times[name].append(time.process_time() - started)
         seconds = {name: statistics.median(values) for name, values in times.items()}
         rows.append({"inputs": width, "outputs": out, "ours s": seconds["ours"], "gptqmodel s": seconds["gptqmodel"],
                      "ours / gptqmodel": seconds["ours"] / seconds["gptqmodel"],
@@ -294,10 +296,10 @@ def model(options: argparse.Namespace) -> None:
     }
     seconds = {}
     for name, call in calls.items():
-        started = time.perf_counter()
+        started = time.process_time()
         with quiet():
             call()
-        seconds[name] = time.perf_counter() - started
+        seconds[name] = time.process_time() - started
         print(f"{name}: {seconds[name]:.1f} s", flush=True)
     share = matrix_share(lambda: quantize(fresh, data[:1], num_samples=8)) if options.share else None
     found = [{"tool": name, "s": value, "ours / it": seconds["ours"] / value} for name, value in seconds.items()]
@@ -417,6 +419,7 @@ def main() -> None:
     parser.add_argument("command", choices=commands)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3, help="of `layers`")
+    parser.add_argument("--largest", type=int, default=4096, help="width of `layers`")
     parser.add_argument("--steps", type=int, default=600, help="to train the Llama of `quality`")
     parser.add_argument("--width", type=int, default=768, help="of `model`")
     parser.add_argument("--samples", type=int, default=32, help="of `model`, 256 tokens each")
