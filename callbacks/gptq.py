@@ -18,7 +18,6 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_distill.arguments import one_of
-from lightning_distill.module import DistillationModule
 from lightning_distill.pretrained import export
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.linear import QuantLinear
@@ -255,9 +254,10 @@ class GPTQ(L.Callback):
         return quantized, self._validate(trainer, pl_module)
 
     def _put(self, pl_module: L.LightningModule, student: nn.Module) -> None:
-        # Hooks that record signals would be copied, or stay behind on a model that nobody calls.
-        if isinstance(pl_module, DistillationModule):
-            pl_module.release_hooks()
+        # DistillationModule's hooks that record signals would be copied, or stay behind on a model that nobody calls.
+        release_hooks = getattr(pl_module, "release_hooks", None)
+        if callable(release_hooks):
+            release_hooks()
         setattr(pl_module, self.attribute, student)
 
     def _quantize(

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.arguments import between, one_of
 from lightning_distill.functional.clipping import (
+    all_finite,
     clip_adaptively_,
     clip_by_value_,
     group_tensors,
@@ -28,6 +29,8 @@ from lightning_distill.functional.clipping import (
 )
 
 _DEFAULT_THRESHOLDS = {"norm": 1.0, "value": 0.5, "adaptive": 0.01, "percentile": 10.0, "zscore": 2.5}
+_LOOK_EVERY = 50
+"""How often ``value`` looks at the norm where nothing is logged: as often as Lightning logs by default."""
 _Units = list[list[list[nn.Parameter]]]
 """Parameters by unit (the model or one parameter group), and within a unit by kind (device, type, mesh)."""
 
@@ -49,9 +52,12 @@ class GradientClipping(L.Callback):
     ``ModelParallelStrategy`` (FSDP2), and unscaled under ``precision="16-mixed"``, fused optimizers included (they get
     their gradients unscaled here rather than in their step). It works in manual optimization too.
 
-    Logged every ``log_every_n_steps`` steps: ``grad_norm_before_clipping``, ``clip_coefficient`` (the norm
+    Logged every ``log_every_n_steps`` steps: ``grad_norm`` (before clipping), ``clip_coefficient`` (the norm
     after over the norm before), ``clipped_share`` (of all finite steps so far), ``nonfinite_steps`` and, with
     ``reduce_lr``, ``lr_factor``; with ``per="parameter_group"`` one each per group.
+
+    One norm is computed a step. ``value`` needs none, so there it is computed on the logged steps only: the share of
+    clipped steps is that of the logged ones, and ``warn_norm`` looks at those.
 
     No step waits for the device if the optimizer is a fused Adam or AdamW. Any other one can only be told by the host
     to leave a step out, so there one flag per step is read back.
@@ -170,11 +176,11 @@ class GradientClipping(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Clip the optimizer's gradients, or leave the step out."""
         self._hook(optimizer)
-        units = [
-            [[parameter for parameter in kind if parameter.grad is not None] for kind in unit]
-            for unit in self._units_of(pl_module, optimizer)
+        units = self._units_of(pl_module, optimizer)
+        gradients = [
+            [[gradient for parameter in kind if (gradient := parameter.grad) is not None] for kind in unit]
+            for unit in units
         ]
-        gradients = [[[parameter.grad for parameter in kind] for kind in unit] for unit in units]
         first = next((gradient for unit in gradients for kind in unit for gradient in kind), None)
         if first is None:
             return
@@ -182,26 +188,33 @@ class GradientClipping(L.Callback):
         if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
             scaler.unscale_(optimizer)
 
-        norm = torch.stack([total_norm(unit).to(first.device) for unit in gradients])  # type: ignore[arg-type]
-        finite = norm.isfinite().all()
-        statistics = self._statistics_of(trainer, optimizer, norm)
+        statistics = self._statistics_of(trainer, optimizer, len(units), first)
         statistics["steps"] += 1
-        coefficient = torch.zeros_like(norm)
+        every = trainer.log_every_n_steps or _LOOK_EVERY  # type: ignore[attr-defined]
+        looks = self.algorithm != "value" or statistics["steps"] % every == 0
+        norm = coefficient = None
+        if looks:
+            norm = torch.stack([total_norm(unit).to(first.device) for unit in gradients])
+            coefficient = torch.zeros_like(norm)
+        finite = all_finite([kind for unit in gradients for kind in unit]) if norm is None else norm.isfinite().all()
         on_device = self._skips_on_device(optimizer)
         if on_device and scaler is None:
             optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
             self._flagged.add(optimizer)
         if on_device or bool(finite):
             coefficient, clipped = self._clip(units, gradients, norm, finite, statistics)
-            self._count(statistics, norm, clipped, finite)
+            statistics["nonfinite"] += ~finite
+            if norm is not None and clipped is not None:
+                self._count(statistics, norm, clipped, finite, 1 if self.algorithm != "value" else every)
         else:
             statistics["nonfinite"] += 1
             self._leave_out(trainer, pl_module, optimizer, scaler)
         self._watch(statistics)
-        every = trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and statistics["steps"] % every == 0:
+        if trainer.log_every_n_steps and statistics["steps"] % every == 0:  # type: ignore[attr-defined]
             share = statistics["clipped"] / statistics["count"].clamp(min=1)
-            logged = {"grad_norm_before_clipping": norm, "clip_coefficient": coefficient, "clipped_share": share}
+            assert norm is not None
+            assert coefficient is not None
+            logged = {"grad_norm": norm, "clip_coefficient": coefficient, "clipped_share": share}
             self._log(trainer, pl_module, optimizer, logged)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -225,13 +238,24 @@ class GradientClipping(L.Callback):
         self.lr_factor, self._statistics = state_dict["lr_factor"], copy.deepcopy(state_dict["statistics"])
 
     def _clip(
-        self, units: _Units, gradients: list[Any], norm: Tensor, finite: Tensor, statistics: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
+        self,
+        units: _Units,
+        gradients: list[list[list[Tensor]]],
+        norm: Tensor | None,
+        finite: Tensor,
+        statistics: dict[str, Any],
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Clip in place; by unit, the norm after over the norm before, and whether anything was clipped."""
+        if norm is None:
+            for unit in gradients:
+                clip_by_value_(unit, self.threshold)
+            return None, None
         if self.algorithm in ("value", "adaptive"):
             if self.algorithm == "adaptive":
-                for unit in units:
-                    chosen = [[parameter for parameter in kind if id(parameter) not in self._excluded] for kind in unit]
+                for parameters in units:
+                    chosen = [
+                        [p for p in kind if p.grad is not None and id(p) not in self._excluded] for kind in parameters
+                    ]
                     clip_adaptively_(chosen, self.threshold, self.eps)
             elif not _known(norm <= self.threshold):  # no entry is larger than the norm
                 for unit in gradients:
@@ -264,15 +288,15 @@ class GradientClipping(L.Callback):
             old.copy_(torch.where(finite, value, old))
         return max_norm
 
-    def _count(self, statistics: dict[str, Any], norm: Tensor, clipped: Tensor, finite: Tensor) -> None:
+    def _count(self, statistics: dict[str, Any], norm: Tensor, clipped: Tensor, finite: Tensor, steps: int) -> None:
+        """Take one norm into the statistics; it stands for that many steps."""
         statistics["count"] += finite
-        statistics["nonfinite"] += ~finite
         statistics["clipped"] += clipped & finite
         if self.warn_norm is not None:
             smoothed = statistics["smoothed"]
             new = torch.where(smoothed.isnan(), norm, torch.lerp(norm, smoothed, self.decay))
             smoothed.copy_(torch.where(finite, new, smoothed))
-            statistics["above"].add_(finite).mul_(smoothed > self.warn_norm)
+            statistics["above"].add_(finite * steps).mul_(smoothed > self.warn_norm)
 
     def _skips_on_device(self, optimizer: Optimizer) -> bool:
         # These read `found_inf` in their kernel. Fused SGD does too, but leaves its momentum uninitialised if the very
@@ -352,19 +376,19 @@ class GradientClipping(L.Callback):
                 )
         return {id(p) for name, p in named.items() if any(fnmatchcase(name, pattern) for pattern in self.exclude)}
 
-    def _statistics_of(self, trainer: L.Trainer, optimizer: Optimizer, norm: Tensor) -> dict[str, Any]:
+    def _statistics_of(self, trainer: L.Trainer, optimizer: Optimizer, units: int, like: Tensor) -> dict[str, Any]:
         index = _index(trainer, optimizer)
         if index not in self._statistics:
-            zeros = torch.zeros_like(norm)
+            zeros = torch.zeros(units, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
             new: dict[str, Any] = {"steps": 0, "count": zeros[0].long(), "nonfinite": zeros[0].long()}
             new |= {"clipped": zeros.long(), "above": zeros.long(), "smoothed": zeros + math.nan}
             new |= {"mean": zeros.clone(), "variance": zeros.clone()} if self.algorithm == "zscore" else {}
             if self.algorithm == "percentile":
-                new["history"] = norm.new_full((self.history, len(norm)), math.nan)
+                new["history"] = zeros.new_full((self.history, units), math.nan)
             self._statistics[index] = new
         statistics = self._statistics[index]
-        if statistics["count"].device != norm.device:
-            statistics |= {name: v.to(norm.device) for name, v in statistics.items() if isinstance(v, Tensor)}
+        if statistics["count"].device != like.device:
+            statistics |= {name: v.to(like.device) for name, v in statistics.items() if isinstance(v, Tensor)}
         return statistics
 
     def _log(

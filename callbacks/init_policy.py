@@ -2,39 +2,70 @@
 
 import json
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import get_args
+from typing import Any, Literal, get_args
 
 import lightning as L
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only, rank_zero_warn
+from matplotlib.figure import Figure
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lightning_distill.initialization import Initialized, Policy, initialize
+from lightning_distill.arguments import between, one_of
+from lightning_distill.following_activation import LAYERS, following_activations
+from lightning_distill.initialization import Initialized, Policy, Residual, initialize, materialize, whole
+from lightning_distill.layer_map import Layers
+from lightning_distill.new_parameters import new_parameters
+from lightning_distill.pretrained import load_pretrained
+from lightning_distill.student import copy_from_teacher
 
 
 class InitPolicy(L.Callback):
-    """Initialises the weights of a module at ``setup``, and writes an audit of it to ``init_policy.json``.
+    """Initialises weights before training, and writes an audit of it to ``init_policy.json`` and ``init_policy.png``.
 
-    ``setup`` comes before ``configure_model``, so before FSDP2 shards, and before every strategy loads a checkpoint: a
-    resumed run ends up with the checkpoint's weights. Modules that are only built later, in the module's own ``setup``
-    or ``configure_model``, are not seen. The seed alone decides the numbers, so every process draws the same.
+    It acts at ``setup``: before ``configure_model``, so before FSDP2 shards, and before a checkpoint is loaded, whose
+    weights a resumed run has from then on. What is on the meta device gets memory there, or where
+    ``ModelParallelStrategy`` gives it some; that, and what only ``configure_model`` builds, is drawn at
+    ``on_fit_start``, each process filling its shards. A second ``fit`` is left alone. Seed and name alone decide a
+    parameter's numbers, so every process draws the same.
+
+    ``"auto"`` takes Xavier where tanh or sigmoid follows a layer (with gain), He for ReLU and leaky ReLU (with its
+    slope), LeCun for SELU, the truncated normal of transformers for GELU and SiLU, Xavier with gain 1 where another
+    layer or the end follows, and He when unsure. Biases become zero, norms one, padding rows zero; tied weights are
+    drawn once. ``"from_teacher"`` copies from the teacher as :func:`~lightning_distill.student.student_from_teacher`
+    does (layers by the map, width by slices, heads kept whole), and takes ``"auto"`` for what has no teacher.
+
+    ``init_policy.png`` shows how large the output of each layer and the gradient at it are, in the first batch that is
+    trained on anyway: flat is good.
 
     Args:
-        policy: ``"auto"`` or the name of one rule, see :func:`lightning_distill.initialization.init_weight_`.
-        only: ``"new"`` leaves alone what lies in a transformers model that came from ``from_pretrained``; ``"all"``
-            touches everything; or patterns on names of modules, such as ``["student.classifier*"]``. Transformers does
-            not note which weights a checkpoint lacked, so name a new head on a loaded model by its pattern.
-        std: standard deviation for embeddings and the truncated normal of transformers.
+        policy: ``"auto"``, ``"from_teacher"``, or one rule for all layers, see
+            :func:`lightning_distill.initialization.init_weight_`.
+        only: ``"new"`` leaves alone what was loaded, copied, trained or frozen, see
+            :func:`lightning_distill.new_parameters.new_parameters`; ``"all"`` touches every trainable parameter; or
+            patterns on names of modules, such as ``["student.classifier*"]``.
+        residual: scaling by depth, ``"gpt2"`` or ``"deepnorm"``, see
+            :func:`lightning_distill.initialization.initialize`.
+        std: standard deviation for embeddings and the truncated normal; None takes the ``initializer_range`` of the
+            transformers config around, or 0.02.
+        teacher: for ``"from_teacher"``: a model, folder or hub id; None takes the module's own ``teacher``.
+        layers: for ``"from_teacher"``: which of the teacher's layers, see
+            :func:`lightning_distill.layer_map.layer_map`.
         seed: seed of the random numbers.
-        output_dir: folder of the audit; by default the Trainer's ``default_root_dir``.
+        output_dir: folder of audit and picture; by default the Trainer's ``default_root_dir``.
 
     Attributes:
-        audit: one line for each weight drawn.
+        audit: one line for each weight drawn or copied.
 
     Raises:
-        ValueError: an argument is out of its range, a pattern matches nothing, or a parameter is on the meta device.
+        ValueError: an argument is out of its range, a pattern matches nothing, ``residual`` finds no blocks, there is
+            no teacher or no student like it, or a module on the meta device cannot reset itself.
 
     Example:
         >>> InitPolicy("kaiming_normal", only=["head*"]).policy
@@ -45,51 +76,268 @@ class InitPolicy(L.Callback):
 
     def __init__(
         self,
-        policy: Policy = "auto",
+        policy: Policy | Literal["from_teacher"] = "auto",
         *,
         only: str | Sequence[str] = "new",
-        std: float = 0.02,
+        residual: Residual | None = None,
+        std: float | None = None,
+        teacher: nn.Module | str | None = None,
+        layers: Layers = "uniform",
         seed: int = 0,
         output_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        if policy not in get_args(Policy):
-            raise ValueError(
-                f"Expected argument `policy` to be one of {', '.join(get_args(Policy))}, but got {policy!r}"
-            )
-        if std <= 0:
-            raise ValueError(f"Expected argument `std` to be positive, but got {std}")
+        one_of("policy", policy, [*get_args(Policy), "from_teacher"])
+        if residual is not None:
+            one_of("residual", residual, get_args(Residual))
+        if std is not None:
+            between("std", std, 0)
         if not only:
-            raise ValueError(f"Expected argument `only` to be 'new', 'all' or patterns, but got {only!r}")
-        self.policy: Policy = policy
-        self.only, self.std, self.seed, self.output_dir = only, std, seed, output_dir
+            raise ValueError(f"Expected argument `only` to be 'new', 'all' or patterns, but got {only!r}.")
+        if teacher is not None and policy != "from_teacher":
+            raise ValueError(f"Expected argument `teacher` to be left out for policy {policy!r}, but got one.")
+        self.policy: Policy | Literal["from_teacher"] = policy
+        self.only: str | list[str] = only if isinstance(only, str) else list(only)
+        self.residual, self.std, self.teacher, self.layers = residual, std, teacher, layers
+        self.seed, self.output_dir = seed, output_dir
         self.audit: list[Initialized] = []
+        self._left: set[str] = set()
+        self._seen: set[str] | None = None  # None: this run is not to be touched
+        self._waiting: set[str] = set()
+        self._watches = False
+        self._watch: _Watch | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Initialise, unless the module has been trained already."""
+        """Initialise what there is, unless the module has been trained already."""
+        self.audit, self._left, self._seen = [], set(), None
         if stage != "fit" or trainer.global_step > 0 or trainer.ckpt_path is not None:
             return
-        if self.only == "all":
-            patterns = None
-        elif self.only == "new":
-            loaded = [name for name, module in pl_module.named_modules() if _is_loaded(module)]
-            names = [name for name, _ in pl_module.named_modules()]
-            patterns = [n for n in names if not any(not f or n == f or n.startswith(f"{f}.") for f in loaded)]
+        chosen = self._chosen(pl_module)
+        names = dict(pl_module.named_parameters(remove_duplicate=False))
+        self._waiting = {name for name in chosen if names[name].is_meta}
+        if self._waiting and not isinstance(trainer.strategy, (ModelParallelStrategy, FSDPStrategy, DeepSpeedStrategy)):
+            materialize(pl_module)
+            self._waiting = set()
+        self._seen = set(names)
+        self._left = {name for name, _ in pl_module.named_parameters()} - chosen
+        self._draw(pl_module, chosen - self._waiting)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Initialise what there was not at ``setup``."""
+        if self._seen is None or isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy)):
+            return  # these two flatten what they shard
+        names = {name for name, _ in pl_module.named_parameters(remove_duplicate=False)}
+        chosen = (self._chosen(pl_module) - self._seen) | (self._waiting & names)
+        self._left |= names - self._seen - chosen
+        self._draw(pl_module, chosen)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Stop here: the weights are the checkpoint's. That there is one is not known at ``setup``."""
+        self.audit, self._seen = [], None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say what was done."""
+        if self._seen is None:
+            return
+        self._seen = None
+        self._check_patterns(pl_module)
+        self._watches = bool(self.audit)
+        if self.audit:
+            self._report(trainer)
         else:
-            patterns = [self.only] if isinstance(self.only, str) else list(self.only)
-        self.audit = initialize(pl_module, self.policy, patterns, std=self.std, seed=self.seed)
-        self._report(trainer)
+            rank_zero_warn(
+                "InitPolicy has left everything alone: nothing in the module is new. Name what to initialise, as in "
+                f"only=['head*'], or take only='all' (it is {self.only!r})."
+            )
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Watch the first batch."""
+        if self._watches and trainer.is_global_zero:
+            self._watch = _Watch(pl_module)
+        self._watches = False
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw the picture after the first backward."""
+        if self._watch is None:
+            return
+        variances = self._watch.take(getattr(trainer.precision_plugin, "scaler", None))
+        self._watch = None
+        if variances:
+            self._write(trainer, {"variances": variances})
+            plot_variances(variances, f"InitPolicy {self.policy}").savefig(
+                self._folder(trainer) / "init_policy.png", dpi=120
+            )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take off the hooks, if no batch came."""
+        if self._watch is not None:
+            self._watch.take(None)
+            self._watch = None
+
+    def _chosen(self, pl_module: L.LightningModule) -> set[str]:
+        if self.only == "new":
+            return new_parameters(pl_module)
+        if self.only == "all":
+            return {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+        return {
+            name
+            for name, _ in pl_module.named_parameters()
+            if any(fnmatchcase(name.rpartition(".")[0], pattern) for pattern in self._patterns())
+        }
+
+    def _patterns(self) -> list[str]:
+        if self.only in ("new", "all"):
+            return []
+        return [self.only] if isinstance(self.only, str) else self.only
+
+    def _check_patterns(self, pl_module: L.LightningModule) -> None:
+        for pattern in self._patterns():
+            if not any(fnmatchcase(name, pattern) for name, _ in pl_module.named_modules()):
+                raise ValueError(
+                    f"Expected argument `only` to match names of modules, but {pattern!r} matches none; they look like "
+                    f"{[name for name, _ in pl_module.named_modules()][1:4]}."
+                )
+
+    def _draw(self, pl_module: L.LightningModule, names: set[str]) -> None:
+        if not names:
+            return
+        policy = self.policy
+        if policy == "from_teacher":
+            copied = self._copy(pl_module, names)
+            names, policy = names - copied, "auto"
+        self.audit += initialize(pl_module, policy, names, std=self.std, residual=self.residual, seed=self.seed)
+
+    def _copy(self, pl_module: L.LightningModule, names: set[str]) -> set[str]:
+        own = getattr(pl_module, "teacher", None)
+        teacher = own if self.teacher is None else load_pretrained(self.teacher, "teacher")
+        if not isinstance(teacher, nn.Module):
+            raise ValueError(
+                "Expected argument `teacher` to be a model, a folder or a hub id for a module without a `teacher` of "
+                f"its own, but got {self.teacher!r}."
+            )
+        alike = ((n, m) for n, m in pl_module.named_modules() if type(m) is type(teacher) and m not in (own, teacher))
+        path, student = next(alike, (None, None))
+        if student is None:
+            raise ValueError(
+                f"Expected a student of the teacher's class in the module, but there is no other "
+                f"`{type(teacher).__name__}`; see argument `policy`."
+            )
+        prefix = f"{path}." if path else ""
+        wanted = {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+        copied = copy_from_teacher(student, teacher, self.layers, wanted)
+        activations, parameters = following_activations(student), dict(student.named_parameters())
+        for name in copied:
+            weight = parameters[name]
+            if weight.ndim > 1:
+                fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
+                activation = activations.get(name.rpartition(".")[0], ("linear", 0.0))[0]
+                std = whole(weight).float().std().item()
+                self.audit.append(
+                    Initialized(f"{prefix}{name}", activation, "from_teacher", fan_in, fan_out, None, std)
+                )
+        return {f"{prefix}{name}" for name in copied}
+
+    def _folder(self, trainer: L.Trainer) -> Path:
+        return Path(self.output_dir if self.output_dir is not None else trainer.default_root_dir)
 
     @rank_zero_only
     def _report(self, trainer: L.Trainer) -> None:
-        folder = Path(self.output_dir if self.output_dir is not None else trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "init_policy.json").write_text(json.dumps([line.as_dict() for line in self.audit], indent=1))
-        table = Table(*Initialized.__dataclass_fields__, title=f"InitPolicy {self.policy}")
-        for line in self.audit:
-            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.as_dict().values()))
-        Console(stderr=True).print(table)
+        lines = [line.as_dict() for line in self.audit]
+        self._write(trainer, {"policy": self.policy, "weights": lines, "left_alone": sorted(self._left)}, new=True)
+        table = Table(*lines[0], title=f"InitPolicy {self.policy}", box=SIMPLE)
+        for line in lines:
+            table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()))
+        # Wider than a narrow terminal: a name that is cut off says nothing.
+        Console(stderr=True, width=max(Console(stderr=True).width, 140)).print(table)
+        rank_zero_info(
+            f"InitPolicy: {len(lines)} weights initialised, {len(self._left)} parameters left alone, all of them in "
+            f"{self._folder(trainer) / 'init_policy.json'}"
+        )
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, part: dict[str, Any], *, new: bool = False) -> None:
+        file = self._folder(trainer) / "init_policy.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        before = {} if new else json.loads(file.read_text())
+        file.write_text(json.dumps(before | part, indent=1))
 
 
-def _is_loaded(module: nn.Module) -> bool:
-    return bool(getattr(module, "name_or_path", "")) and hasattr(module, "config")
+class _Watch:
+    """Notes the mean squares of each trained layer's output and of the gradient at it, in one forward and backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._outputs: dict[str, Tensor] = {}
+        self._gradients: dict[str, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        for name, module in model.named_modules():
+            if isinstance(module, LAYERS) and module.weight.requires_grad:
+                self._handles.append(module.register_forward_hook(self._hook(name)))
+
+    def _hook(self, name: str) -> Any:
+        def keep_gradient(gradient: Tensor) -> None:
+            self._gradients[name] = gradient.detach().float().square().mean()
+
+        def keep_output(module: nn.Module, args: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and output.requires_grad:
+                self._outputs.setdefault(name, output.detach().float().square().mean())
+                output.register_hook(keep_gradient)
+
+        return keep_output
+
+    def take(self, scaler: Any) -> list[dict[str, Any]]:
+        """Take the hooks off; by layer, in the order of the forward, what was noted."""
+        for handle in self._handles:
+            handle.remove()
+        scale = 1.0 if scaler is None else float(scaler.get_scale())
+        names = [name for name in self._outputs if name in self._gradients]
+        return [
+            {"layer": n, "activation": float(self._outputs[n]), "gradient": float(self._gradients[n]) / scale**2}
+            for n in names
+        ]
+
+
+def plot_variances(variances: list[dict[str, Any]], title: str = "InitPolicy") -> Figure:
+    """Draw the variance of activation and gradient by layer, on logarithmic axes; needs no display.
+
+    Args:
+        variances: for each layer, in the order of the forward, ``layer``, ``activation`` and ``gradient``.
+        title: the title.
+
+    Example:
+        >>> figure = plot_variances([{"layer": "0", "activation": 1.0, "gradient": 0.1}])
+        >>> [axes.get_ylabel() for axes in figure.axes]
+        ['activation', 'gradient']
+    """
+    figure = Figure(figsize=(max(8.0, min(16.0, 3 + 0.22 * len(variances))), 5.5), layout="constrained")
+    panels = figure.subplots(2, 1, sharex=True)
+    places, labels = range(len(variances)), _short([line["layer"] for line in variances])
+    for axes, quantity, color in zip(panels, ("activation", "gradient"), ("C0", "C1"), strict=True):
+        values = torch.tensor([line[quantity] for line in variances])
+        axes.plot(places, values, "o-", color=color, markersize=4, linewidth=1.5)
+        axes.set_ylabel(quantity)
+        positive = values[values > 0]
+        if len(positive):
+            axes.set_yscale("log")
+            middle = positive.log().mean().exp().item()
+            # At least three decades, or a flat curve would fill the panel with its noise.
+            axes.set_ylim(
+                min(middle / 10**1.5, positive.min().item() / 2), max(middle * 10**1.5, positive.max().item() * 2)
+            )
+        axes.grid(alpha=0.3)
+    step = max(1, len(variances) // 40)
+    panels[1].set_xticks(list(places)[::step], labels[::step], rotation=90, fontsize=8)
+    panels[0].set_title(
+        f"{title}\nmean square of each layer's output and of the gradient at it, first batch: flat is good"
+    )
+    return figure
+
+
+def _short(names: list[str]) -> list[str]:
+    """The last parts of each name, as many as tell them all apart, and four where there are so many."""
+    for count in range(4, 1 + max((name.count(".") for name in names), default=0)):
+        short = [".".join(name.split(".")[-count:]) for name in names]
+        if len(set(short)) == len(names):
+            return short
+    return names

@@ -15,8 +15,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from lightning_distill.arguments import between, one_of
 from lightning_distill.functional.lr_suggestion import Suggestion, lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.learning_rates import peak_lrs, scale_peak_lrs, set_lr
+from lightning_distill.optim.recommended import LRRange
 from lightning_distill.rehearsal import rehearse, stateful_parts
 from lightning_distill.snapshot import Snapshot, available_host_memory
 
@@ -55,8 +57,9 @@ class LRFinder(L.Callback):
         divergence: the sweep stops when the smoothed loss is this many times the best one; None never stops it.
         attribute: where the module keeps its learning rate, if it is neither ``lr`` nor ``learning_rate``.
         keep_callbacks: class names of callbacks that stay active in the sweep, since they change the step.
-        recommended_range: learning rates commonly recommended for the task; shaded in the picture, and a warning is
-            given if the one found is more than 10 times outside.
+        recommended_range: learning rates commonly recommended for the task, lowest and highest, or what
+            :func:`lightning_distill.optim.recommended_lr` returns; shaded in the picture, and a warning is given if the
+            one found is more than 10 times outside.
         snapshot: where the state is kept meanwhile; ``"auto"`` takes host memory if the model fits there a second time,
             and otherwise a file in ``output_dir`` for as long as the sweep lasts.
         output_dir: folder for the picture and the numbers; by default the Trainer's ``default_root_dir``.
@@ -91,45 +94,36 @@ class LRFinder(L.Callback):
         divergence: float | None = 4.0,
         attribute: str | None = None,
         keep_callbacks: Sequence[str] = ("GradientClipping",),
-        recommended_range: tuple[float, float] | None = None,
+        recommended_range: tuple[float, float] | LRRange | None = None,
         snapshot: Literal["auto", "memory", "disk"] = "auto",
         output_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        for name, value, choices in (
-            ("suggestion", suggestion, _RULES),
-            ("mode", mode, ("exponential", "linear")),
-            ("snapshot", snapshot, ("auto", "memory", "disk")),
-        ):
-            if value not in choices:
-                raise ValueError(f"Expected argument `{name}` to be one of {', '.join(choices)}, but got {value!r}")
-        if not 0 < min_lr < max_lr:
-            raise ValueError(
-                f"Expected arguments `min_lr` and `max_lr` to be positive and rising, but got {min_lr} and {max_lr}"
-            )
-        if num_steps < 32:
-            raise ValueError(f"Expected argument `num_steps` to be at least 32, but got {num_steps}")
-        if val_batches < 1:
-            raise ValueError(f"Expected argument `val_batches` to be at least 1, but got {val_batches}")
-        if not 0 <= smoothing < 1:
-            raise ValueError(f"Expected argument `smoothing` to be in [0, 1), but got {smoothing}")
-        if divergence is not None and divergence <= 1:
-            raise ValueError(f"Expected argument `divergence` to be above 1, or None, but got {divergence}")
-        if recommended_range is not None and not (
-            len(recommended_range) == 2 and 0 < recommended_range[0] <= recommended_range[1]
-        ):
+        one_of("suggestion", suggestion, _RULES)
+        one_of("mode", mode, ("exponential", "linear"))
+        one_of("snapshot", snapshot, ("auto", "memory", "disk"))
+        between("min_lr", min_lr, 0)
+        between("max_lr", max_lr, min_lr)
+        between("num_steps", num_steps, 32, closed=True)
+        between("val_batches", val_batches, 1, closed=True)
+        between("smoothing", smoothing, 0, 1, closed=True)
+        if smoothing == 1:
+            raise ValueError(f"Expected argument `smoothing` to be below 1, but got {smoothing}.")
+        if divergence is not None:
+            between("divergence", divergence, 1)
+        if recommended_range is not None and not 0 < recommended_range[0] <= recommended_range[1]:
             raise ValueError(
                 "Expected argument `recommended_range` to be a pair of positive, rising learning rates, but got "
-                f"{recommended_range!r}"
+                f"{recommended_range!r}."
             )
         if isinstance(keep_callbacks, str):
-            raise ValueError(f"Expected argument `keep_callbacks` to be a list of names, but got {keep_callbacks!r}")
+            raise ValueError(f"Expected argument `keep_callbacks` to be a list of names, but got {keep_callbacks!r}.")
         self.suggestion, self.min_lr, self.max_lr, self.num_steps, self.mode = (
             suggestion, min_lr, max_lr, num_steps, mode,
         )  # fmt: skip
         self.monitor, self.val_batches, self.smoothing, self.divergence = monitor, val_batches, smoothing, divergence
         self.attribute, self.keep_callbacks, self.snapshot = attribute, tuple(keep_callbacks), snapshot
-        self.recommended_range = None if recommended_range is None else tuple(recommended_range)
+        self.recommended_range = None if recommended_range is None else tuple(recommended_range[:2])
         self.output_dir = output_dir
         self.lr: float | None = None
 
@@ -244,15 +238,12 @@ class LRFinder(L.Callback):
     def _folder(self, trainer: L.Trainer) -> Path:
         return Path(self.output_dir if self.output_dir is not None else trainer.default_root_dir)
 
+    @rank_zero_only
     def _check_recommended(self) -> None:
         if self.recommended_range is None or self.lr is None:
             return
         low, high = self.recommended_range
-        if not low / 10 <= self.lr <= high * 10:
-            rank_zero_warn(
-                f"LRFinder found the learning rate {self.lr:.3g}, more than 10 times outside the range recommended for "
-                f"the task, {low:g} to {high:g}. Look at lr_finder.png before a long training."
-            )
+        LRRange(low, high, "look at lr_finder.png before a long training").warn_if_far(self.lr)
 
     @rank_zero_only
     def _save(self, trainer: L.Trainer, report: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim import Optimizer
 
+from lightning_distill.callbacks import GradientClipping, InitPolicy, LRFinder, ScheduleFree
 from lightning_distill.data import TextClassificationData
+from lightning_distill.optim import LRRange, build_lr_scheduler, build_optimizer
 
 # One entry a message: what Lightning says to everybody and a recipe has already decided.
 _EXPECTED_MESSAGES = (
@@ -36,7 +38,11 @@ _EXPECTED_WARNINGS = (
 
 
 def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[str, Any]) -> ArgumentParser:
-    """Make the parser of a recipe: ``--data.*``, ``--optimizer.*``, ``--trainer.*``, ``--config`` and the rest.
+    """Make the parser of a recipe: ``--data.*``, ``--trainer.*``, ``--config`` and the rest.
+
+    ``--optimizer lion``, ``--lr_scheduler cosine`` and ``--init_policy auto`` are short for ``--optimizer.name lion``
+    and so on. ``--gradient_clipping.algorithm``, ``--lr_finder.suggestion`` and ``--init_policy`` ask for the callback;
+    without them it is left out. See :func:`build_callbacks`.
 
     Args:
         description: The recipe's docstring, shown by ``--help``.
@@ -46,17 +52,118 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
     Returns:
         A parser to which the recipe adds flags of its own.
     """
-    parser = ArgumentParser(description=description, formatter_class=_formatter())
+    parser = _Parser(description=description, formatter_class=_formatter())
     parser.add_argument("--config", action="config", help="a YAML file with any of these flags")
     parser.add_argument("--output_dir", type=Path, default=output_dir, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    parser.add_class_arguments(TextClassificationData, "data", instantiate=False, skip={"tokenizer"})
-    parser.add_argument("--optimizer.lr", type=float, help="highest learning rate of AdamW")
-    parser.add_argument("--optimizer.weight_decay", type=float, default=0.01, help="decoupled weight decay")
-    parser.add_argument("--optimizer.warmup", type=float, default=0.06, help="share of the steps that warm up")
+    parser.add_class_arguments(TextClassificationData, "data", instantiate=False, skip={"tokenizer", "seed"})
+    parser.add_function_arguments(build_optimizer, "optimizer", skip={"module"})
+    parser.add_function_arguments(build_lr_scheduler, "lr_scheduler", skip={"module", "optimizer"})
+    parser.add_class_arguments(GradientClipping, "gradient_clipping", instantiate=False)
+    parser.add_class_arguments(LRFinder, "lr_finder", instantiate=False, skip={"output_dir"})
+    parser.add_class_arguments(InitPolicy, "init_policy", instantiate=False, skip={"output_dir", "teacher"})
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip={"default_root_dir"})
+    parser.set_defaults({"optimizer.lr": None, "optimizer.weight_decay": 0.01, "lr_scheduler.warmup": 0.06})
+    parser.set_defaults(dict.fromkeys(_SWITCHES.values()))
     parser.set_defaults(defaults)
     return parser
+
+
+_SCHEDULE_FREE = "schedule_free_adamw"
+# The flag that asks for a callback, and the short ones for the name of a thing that has more flags.
+_SWITCHES = {
+    "gradient_clipping": "gradient_clipping.algorithm",
+    "lr_finder": "lr_finder.suggestion",
+    "init_policy": "init_policy.policy",
+}
+_SHORT = {
+    "--optimizer": "--optimizer.name",
+    "--lr_scheduler": "--lr_scheduler.name",
+    "--init_policy": "--init_policy.policy",
+}
+
+
+class _Parser(ArgumentParser):
+    """Knows the short flags, and what gives way. A file of flags stays one: ``--optimizer lion.yaml``."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
+        given = list(sys.argv[1:] if args is None else args)
+        for index, flag in enumerate(given):
+            name, _, value = flag.partition("=")
+            value = value or next(iter(given[index + 1 :]), "")
+            if name in _SHORT and not value.endswith((".yaml", ".yml", ".json")):
+                given[index] = _SHORT[name] + flag.removeprefix(name)
+        config: Namespace = super().parse_args(given, *rest, **options)
+        clips = config.get(_SWITCHES["gradient_clipping"]) is not None
+        if clips and config.trainer.gradient_clip_val is not None:
+            if config.trainer.gradient_clip_val != self.get_default("trainer.gradient_clip_val"):
+                self.error("--gradient_clipping.* and --trainer.gradient_clip_val would clip twice: leave one out")
+            config.trainer.gradient_clip_val = None  # the recipe's own default gives way
+        return config
+
+
+def build_callbacks(
+    config: Namespace, phase: str, *, recommended: LRRange | None = None, with_teacher: bool = True
+) -> list[Callback]:
+    """Make the callbacks of a phase that the flags ask for; they write to ``<output_dir>/logs/<phase>``.
+
+    Args:
+        config: The parsed flags.
+        phase: Name of the phase.
+        recommended: For the LR finder, where ``--lr_finder.recommended_range`` says nothing.
+        with_teacher: Whether the phase has a teacher; without, ``--init_policy from_teacher`` is left out.
+
+    Raises:
+        ValueError: If an argument of a callback is outside its range.
+
+    Example:
+        >>> from lightning_distill.cli import build_callbacks, recipe_parser
+        >>> parser = recipe_parser(None, output_dir="runs", defaults={})
+        >>> flags = ["--gradient_clipping.algorithm", "zscore", "--init_policy", "auto"]
+        >>> [type(callback).__name__ for callback in build_callbacks(parser.parse_args(flags), "student")]
+        ['InitPolicy', 'GradientClipping']
+    """
+    folder = config.output_dir / "logs" / phase
+    asked = {name: config[name].as_dict() for name, switch in _SWITCHES.items() if config[switch] is not None}
+    callbacks: list[Callback] = []
+    if "init_policy" in asked and (with_teacher or config.init_policy.policy != "from_teacher"):
+        callbacks.append(InitPolicy(**asked["init_policy"], output_dir=folder))
+    if "lr_finder" in asked:
+        if asked["lr_finder"]["recommended_range"] is None:
+            asked["lr_finder"]["recommended_range"] = recommended
+        callbacks.append(LRFinder(**asked["lr_finder"], output_dir=folder))
+    if "gradient_clipping" in asked:
+        callbacks.append(GradientClipping(**asked["gradient_clipping"]))
+    if config.optimizer.name == _SCHEDULE_FREE:
+        callbacks.append(ScheduleFree())
+    return callbacks
+
+
+def optimizer_from_flags(config: Namespace, module: L.LightningModule, lr: float) -> Optimizer:
+    """Make the optimizer that ``--optimizer.*`` ask for.
+
+    Args:
+        config: The parsed flags.
+        module: The module whose trainable parameters it takes.
+        lr: The learning rate where ``--optimizer.lr`` says nothing.
+    """
+    return build_optimizer(module, **{**config.optimizer.as_dict(), "lr": config.optimizer.lr or lr})
+
+
+def schedule_from_flags(
+    config: Namespace, module: L.LightningModule, optimizer: Optimizer, **changes: Any
+) -> dict[str, Any] | None:
+    """Make the schedule that ``--lr_scheduler.*`` ask for; None for a schedule-free optimizer.
+
+    Args:
+        config: The parsed flags.
+        module: The module whose Trainer tells the length of the schedule.
+        optimizer: The optimizer.
+        **changes: Arguments that go before the flags.
+    """
+    if config.optimizer.name == _SCHEDULE_FREE:
+        return None
+    return build_lr_scheduler(module, optimizer, **{**config.lr_scheduler.as_dict(), **changes})
 
 
 def _formatter() -> Any:
@@ -123,28 +230,12 @@ def best_checkpoint(config: Namespace, phase: str, monitor: str) -> ModelCheckpo
     )
 
 
-def linear_warmup(trainer: L.Trainer, warmup: float) -> Callable[[Optimizer], dict[str, Any]]:
-    """Learning rate that rises over a share of all steps and then falls to zero in a line, stepped every step.
-
-    Args:
-        trainer: Knows the number of steps, once it fits.
-        warmup: Share of the steps, in [0, 1].
-    """
-
-    def schedule(optimizer: Optimizer) -> dict[str, Any]:
-        steps = int(trainer.estimated_stepping_batches)
-        scheduler = transformers.get_linear_schedule_with_warmup(optimizer, int(warmup * steps), steps)
-        return {"scheduler": scheduler, "interval": "step"}
-
-    return schedule
-
-
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn what is wrong with the user's input into one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, ModuleNotFoundError) as error:
+    except (ValueError, ImportError) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

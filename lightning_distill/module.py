@@ -15,9 +15,10 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.regression import PearsonCorrCoef
 
 from lightning_distill import preflight, tasks
+from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.pretrained import export, load_pretrained
-from lightning_distill.signals import Recorder, Request, Signals, describe
+from lightning_distill.signals import Recorder, Request, Signals, describe, find_decoder
 from lightning_distill.teacher import freeze, keep_out_of_checkpoints
 
 Objectives = Sequence[Objective] | Mapping[str, Objective]
@@ -50,8 +51,8 @@ class DistillationModule(L.LightningModule):
             models' inputs and ``labels``, or a pair ``(inputs, labels)``.
         optimizer: Called with the trainable parameters. Default: AdamW with learning rate 5e-5 for a transformers
             student and 1e-3 for any other.
-        lr_scheduler: Called with the optimizer; returns a scheduler (stepped once an epoch) or Lightning's dictionary
-            of scheduler, interval and monitor.
+        lr_scheduler: Called with the optimizer; returns a scheduler (stepped once an epoch), Lightning's dictionary
+            of scheduler, interval and monitor, or None for no schedule.
         metrics: torchmetrics called with logits and labels of the items that count. Default: accuracy, perplexity for
             language models, Pearson correlation for regression.
         tokenizer: Saved beside the student by :meth:`export`.
@@ -188,9 +189,8 @@ class DistillationModule(L.LightningModule):
             optimizer: Optimizer = torch.optim.AdamW(parameters, lr=lr)
         else:
             optimizer = self._optimizer(parameters)
-        if self._lr_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": self._lr_scheduler(optimizer)}
+        schedule = None if self._lr_scheduler is None else self._lr_scheduler(optimizer)
+        return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -283,7 +283,10 @@ class DistillationModule(L.LightningModule):
         logits = tasks.logits_of(tasks.call_model(model, batch))
         captured = recorder.take()
         logits, labels, mask = tasks.align(self.task, logits, batch)
-        return Signals(logits=logits, labels=labels, mask=mask, token_mask=tasks.token_mask(batch), **captured)
+        masks = {"token_mask": tasks.token_mask(batch)}
+        if (decoder := find_decoder(model)) is not None:
+            masks["decoder_token_mask"] = tasks.decoder_token_mask(batch)
+        return Signals(logits=logits, labels=labels, mask=mask, decoder=decoder, **masks, **captured)
 
     def _reduce(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
         """Each objective's mean over what counts, and how much counts for each, shape ``[objectives]``."""
@@ -352,9 +355,10 @@ class DistillationModule(L.LightningModule):
         torch._foreach_mul_(gradients, share.to(gradients[0].dtype))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradient on the steps that are logged."""
+        """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if every and (self.global_step + 1) % every == 0:
+        clips = any(isinstance(callback, GradientClipping) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if not clips and every and (self.global_step + 1) % every == 0:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
             self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
 

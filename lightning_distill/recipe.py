@@ -14,11 +14,21 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lightning_distill.callbacks import GPTQ
-from lightning_distill.cli import best_checkpoint, linear_warmup, make_trainer, one_line_errors, quiet, recipe_parser
+from lightning_distill.cli import (
+    best_checkpoint,
+    build_callbacks,
+    make_trainer,
+    one_line_errors,
+    optimizer_from_flags,
+    quiet,
+    recipe_parser,
+    schedule_from_flags,
+)
 from lightning_distill.data import TextClassificationData
 from lightning_distill.measure import count_bytes, count_parameters, latency_ms
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
+from lightning_distill.optim import LRRange, recommended_lr
 from lightning_distill.pretrained import has_head, load_pretrained
 from lightning_distill.quantization import load, use_kernels
 from lightning_distill.report import Curves, plot_curves, print_table, ratios, read_curves, versions, write_summary
@@ -118,6 +128,7 @@ class TextRun:
             run.new_student()
             if config.gptq.bits is not None:
                 run._gptq()
+            build_callbacks(config, "student")
         return run
 
     def prepare(self, *stages: list[Objective] | None) -> None:
@@ -131,7 +142,10 @@ class TextRun:
         """
         with one_line_errors(self.parser.prog):
             for objectives in (*stages, self.objectives):
-                DistillationModule(self.teacher, self.new_student(), copy.deepcopy(objectives))
+                module = self._module(self.teacher, self.new_student(), copy.deepcopy(objectives))
+            optimizer = optimizer_from_flags(self.config, module, self.defaults["lr"])
+            # As if for a long training: how long it will be, its Trainer knows.
+            schedule_from_flags(self.config, module, optimizer, num_training_steps=10**9)
         if self.config.model.finetune_teacher or not self.config.model.teacher:
             epochs = self.config.model.teacher_epochs or self.defaults["teacher_epochs"]
             _say(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
@@ -214,19 +228,14 @@ class TextRun:
         epochs: int,
         monitor: str | None = None,
     ) -> None:
-        config, optimizer = self.config, self.config.optimizer
+        config = self.config
         L.seed_everything(config.seed, workers=True, verbose=False)
         checkpoint = best_checkpoint(config, phase, monitor or f"val_{self.metric}")
-        trainer = make_trainer(self.parser, config, phase, callbacks=[checkpoint], max_epochs=epochs)
-        lr = optimizer.lr or self.defaults["lr"]
-        module = DistillationModule(
-            teacher,
-            student,
-            objectives,
-            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr, weight_decay=optimizer.weight_decay),
-            lr_scheduler=linear_warmup(trainer, optimizer.warmup),
-            tokenizer=self.data.tokenizer,
-        )
+        callbacks = build_callbacks(config, phase, recommended=self.recommended, with_teacher=teacher is not None)
+        trainer = make_trainer(self.parser, config, phase, callbacks=[*callbacks, checkpoint], max_epochs=epochs)
+        if self.recommended is not None and config.lr_finder.suggestion is None:
+            self.recommended.warn_if_far(config.optimizer.lr or self.defaults["lr"])
+        module = self._module(teacher, student, objectives)
         trainer.fit(module, datamodule=self.data)
         if checkpoint.best_model_path:
             module.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
@@ -234,6 +243,27 @@ class TextRun:
         if trainer.is_global_zero:
             module.export(config.output_dir / phase)
             self.curves[phase] = read_curves(config.output_dir / "logs" / phase / "metrics.csv")
+
+    def _module(self, teacher: Any, student: Any, objectives: list[Objective] | None) -> DistillationModule:
+        """The module of a phase; optimizer and schedule are made when its Trainer is there."""
+        module = DistillationModule(
+            teacher,
+            student,
+            objectives,
+            optimizer=lambda _: optimizer_from_flags(self.config, module, self.defaults["lr"]),
+            lr_scheduler=lambda optimizer: schedule_from_flags(self.config, module, optimizer),
+            tokenizer=self.data.tokenizer,
+        )
+        return module
+
+    @property
+    def recommended(self) -> LRRange | None:
+        """The learning rates commonly recommended for the task; None for small models from scratch."""
+        if self.defaults is EMBEDDED:
+            return None
+        task: Any = "regression" if self.data.task == "regression" else "classification"
+        rows: Any = self.data.train_dataloader().dataset
+        return recommended_lr(task, optimizer=self.config.optimizer.name, num_examples=len(rows))
 
     def _test(self, phase: str, module: DistillationModule) -> None:
         # Without a logger: in forked processes a second CSVLogger of one folder would begin its file anew.
@@ -349,7 +379,7 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
     teacher: Any
     if path is None or not (config.data.train_file or config.data.hub_dataset):
         raise ValueError("--model.teacher and --data.train_file (or --data.hub_dataset) go together; one is missing")
-    arguments = config.data.as_dict() | {"tokenizer": path}
+    arguments = config.data.as_dict() | {"tokenizer": path, "seed": config.seed}
     if config.model.finetune_teacher:
         data = TextClassificationData(**arguments)
         names = {"id2label": data.id2label, "label2id": data.label2id} if data.label_names else {}

@@ -25,7 +25,7 @@ class Request:
     Args:
         hidden_states: Layers (from 0) whose output is kept.
         embedding: Whether the input of the first layer is kept.
-        attention: Layers (from 0) whose queries, keys and values are kept.
+        attention: Layers (from 0), or paths of layers, whose queries, keys and values are kept.
         modules: Paths of submodules whose output is kept.
 
     Example:
@@ -36,7 +36,7 @@ class Request:
 
     hidden_states: frozenset[int] = frozenset()
     embedding: bool = False
-    attention: frozenset[int] = frozenset()
+    attention: frozenset[int | str] = frozenset()
     modules: frozenset[str] = frozenset()
 
     def __or__(self, other: "Request") -> "Request":
@@ -48,7 +48,7 @@ class Captured(TypedDict):
 
     hidden_states: dict[int, Tensor]
     embedding: Tensor | None
-    attention: dict[int, Attention]
+    attention: dict[int | str, Attention]
     modules: dict[str, Tensor]
 
 
@@ -64,8 +64,10 @@ class Signals:
         hidden_states: Output ``[B, T, D]`` of a layer, by layer (from 0). The last layer's is the output of the whole
             stack, so after its final norm where it has one, as in transformers' ``last_hidden_state``.
         embedding: Input ``[B, T, D]`` of the first layer.
-        attention: Queries, keys and values, by layer.
+        attention: Queries, keys and values, by layer or its path.
         modules: Output of a submodule, by its path.
+        decoder: Path of the decoder of an encoder-decoder, see :func:`find_decoder`.
+        decoder_token_mask: Bool ``[B, T]``, the real tokens that the decoder reads, or None where all are.
     """
 
     logits: Tensor
@@ -74,8 +76,14 @@ class Signals:
     token_mask: Tensor | None = None
     hidden_states: dict[int, Tensor] = field(default_factory=dict)
     embedding: Tensor | None = None
-    attention: dict[int, Attention] = field(default_factory=dict)
+    attention: dict[int | str, Attention] = field(default_factory=dict)
     modules: dict[str, Tensor] = field(default_factory=dict)
+    decoder: str | None = None
+    decoder_token_mask: Tensor | None = None
+
+    def real_tokens(self, key: int | str | None) -> Tensor | None:
+        """Bool mask of the tokens that a layer, or the module at a path, reads; None where all are real."""
+        return self.decoder_token_mask if is_within(key, self.decoder) else self.token_mask
 
 
 @dataclass(frozen=True)
@@ -89,6 +97,7 @@ class ModelInfo:
         num_key_value_heads: Number of key and value heads (smaller where heads are grouped).
         head_width: Width of one attention head.
         modules: Width of every submodule's output by its path; None where its class does not tell.
+        decoder: Path of the decoder of an encoder-decoder.
     """
 
     depth: int | None = None
@@ -97,6 +106,7 @@ class ModelInfo:
     num_key_value_heads: int | None = None
     head_width: int | None = None
     modules: dict[str, int | None] = field(default_factory=dict)
+    decoder: str | None = None
 
 
 def describe(model: nn.Module) -> ModelInfo:
@@ -133,7 +143,33 @@ def describe(model: nn.Module) -> ModelInfo:
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_width=head_width,
         modules=modules,
+        decoder=find_decoder(model),
     )
+
+
+def find_decoder(model: nn.Module) -> str | None:
+    """Path of the decoder in a transformers model that has an encoder too; None in any other.
+
+    Layers that are numbered are the encoder's; those of the decoder are named by their paths, such as
+    ``"decoder.block.2"``.
+
+    Example:
+        >>> from transformers import T5Config, T5ForConditionalGeneration
+        >>> from lightning_distill.signals import find_decoder
+        >>> find_decoder(T5ForConditionalGeneration(T5Config(d_model=8, d_ff=8, num_layers=1, vocab_size=8)))
+        'decoder'
+    """
+    config: Any = getattr(model, "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or not hasattr(model, "get_decoder"):
+        return None
+    seq2seq: Any = model
+    decoder = seq2seq.get_decoder()
+    return next((path for path, module in model.named_modules() if module is decoder), None)
+
+
+def is_within(key: int | str | None, path: str | None) -> bool:
+    """Whether a key is the path of a module or of something inside it."""
+    return isinstance(key, str) and path is not None and f"{key}.".startswith(f"{path}.")
 
 
 def find_layers(model: nn.Module) -> nn.ModuleList:
@@ -215,7 +251,7 @@ class Recorder:
         self._recording = False
         self._grad_mode = True
         self._handles: list[RemovableHandle] = []
-        wanted = request.hidden_states | request.attention
+        wanted = request.hidden_states | {layer for layer in request.attention if isinstance(layer, int)}
         if wanted or request.embedding:
             owner, layers = _find_stack(model)
             if beyond := sorted(layer for layer in wanted if not 0 <= layer < len(layers)):
@@ -229,8 +265,8 @@ class Recorder:
                 self._handles.append(owner.register_forward_hook(partial(self._keep_last, len(layers) - 1)))
             if request.embedding:
                 self._handles.append(layers[0].register_forward_pre_hook(self._keep_embedding, with_kwargs=True))
-            for layer in request.attention:
-                attach(layers[layer], partial(self._keep_attention, layer))
+        for key in request.attention:
+            attach(self._layer(key), partial(self._keep_attention, key))
         for path in request.modules:
             module = get_submodule(model, path)
             self._handles.append(module.register_forward_hook(partial(self._keep_module, path)))
@@ -253,7 +289,7 @@ class Recorder:
         for (kind, key), value in captured.items():
             kinds[kind][key] = value
         for kind in ("hidden_states", "attention", "modules"):
-            if missing := sorted(getattr(self.request, kind) - kinds[kind].keys()):
+            if missing := sorted(getattr(self.request, kind) - kinds[kind].keys(), key=str):
                 raise RuntimeError(
                     f"Expected the last forward of `{type(self.model).__name__}` to give `{kind}` of {missing}, but it "
                     "did not run them. Call the model itself, once, before taking its signals."
@@ -271,10 +307,11 @@ class Recorder:
             handle.remove()
         self._handles.clear()
         self._captured.clear()
-        if self.request.attention:
-            layers = find_layers(self.model)
-            for layer in self.request.attention:
-                detach(layers[layer])
+        for key in self.request.attention:
+            detach(self._layer(key))
+
+    def _layer(self, key: int | str) -> nn.Module:
+        return get_submodule(self.model, key) if isinstance(key, str) else find_layers(self.model)[key]
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         # Kept only between these two hooks: what gradient checkpointing runs again in backward is outside of them.
@@ -306,7 +343,7 @@ class Recorder:
     def _keep_embedding(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._keep("embedding", None, args[0] if args else kwargs["hidden_states"])
 
-    def _keep_attention(self, layer: int, attention: Attention) -> None:
+    def _keep_attention(self, layer: int | str, attention: Attention) -> None:
         # A decoder layer attends to itself first and to the encoder after: the first is the one that is meant.
         if ("attention", layer) not in self._captured:
             self._keep("attention", layer, attention)

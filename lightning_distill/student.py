@@ -5,12 +5,14 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.initialization import fill_
 from lightning_distill.layer_map import Layers, layer_map
 from lightning_distill.pretrained import load_pretrained
 from lightning_distill.signals import find_layers
@@ -133,6 +135,60 @@ def student_from_teacher(
     return student.train()
 
 
+def copy_from_teacher(
+    student: nn.Module, teacher: nn.Module, layers: Layers = "uniform", names: Collection[str] | None = None
+) -> list[str]:
+    """Carry the teacher's weights over into a student there is, as :func:`student_from_teacher` does.
+
+    Args:
+        student: A model of the teacher's class, of the size of one that :func:`student_from_teacher` makes.
+        teacher: The model to copy from; one of the architectures known there.
+        layers: Which of the teacher's layers, see :func:`lightning_distill.layer_map.layer_map`.
+        names: The student's parameters to fill; None: all.
+
+    Returns:
+        The names of the student's parameters that were filled.
+
+    Raises:
+        ValueError: If the student is of another class or size, or the architecture is not known.
+
+    Example:
+        >>> import torch
+        >>> from transformers import BertConfig, BertModel
+        >>> from lightning_distill.student import copy_from_teacher
+        >>> small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
+        >>> teacher = BertModel(BertConfig(num_hidden_layers=4, **small))
+        >>> student = BertModel(BertConfig(num_hidden_layers=2, **small))
+        >>> len(copy_from_teacher(student, teacher, "last")) == len(list(student.parameters()))
+        True
+        >>> torch.equal(student.encoder.layer[1].output.dense.weight, teacher.encoder.layer[3].output.dense.weight)
+        True
+    """
+    big: Any = teacher
+    small: Any = student
+    _check_known(big)
+    if type(small) is not type(big):
+        raise ValueError(
+            f"Expected argument `student` to be a `{type(big).__name__}` as its teacher is, but got a "
+            f"`{type(small).__name__}`."
+        )
+    depth = small.config.num_hidden_layers
+    pairs = dict(layer_map(layers, depth, big.config.num_hidden_layers))
+    if len(pairs) < depth:
+        raise ValueError(f"Expected argument `layers` to name a teacher layer per student layer, but got {layers}.")
+    with torch.device("meta"):
+        like = type(big)(_config(big, depth, small.config.hidden_size / big.config.hidden_size, pairs))
+    wanted = {name: tuple(parameter.shape) for name, parameter in like.named_parameters()}
+    got = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
+    for name in sorted(wanted.keys() | got.keys()):
+        if wanted.get(name) != got.get(name):
+            raise ValueError(
+                f"Expected argument `student` to have the sizes of a student of this teacher, {wanted.get(name)} for "
+                f"{name!r}, but got {got.get(name)}; `student_from_teacher` makes one that fits."
+            )
+    return _Carry(big, small, pairs, names).run()
+
+
 def _check_known(teacher: Any) -> None:
     kind = getattr(getattr(teacher, "config", None), "model_type", None)
     if kind not in _AXES:
@@ -224,17 +280,22 @@ class _Carry:
     teacher: Any
     student: Any
     pairs: dict[int, int]
+    names: Collection[str] | None = None
 
     @torch.no_grad()
-    def run(self) -> None:
+    def run(self) -> list[str]:
         self.axes = _AXES[self.teacher.config.model_type]
         self.stack = _path_of(self.teacher, find_layers(self.teacher))
         self.source = dict(self.teacher.named_parameters(remove_duplicate=False))
         self.kept = self._kept()
+        filled = []
         for name, target in self.student.named_parameters():
             source = self._source_name(name)
-            if source in self.source:
-                target.copy_(self._sliced(source, target))
+            if source in self.source and (self.names is None or name in self.names):
+                fill_(target, self._sliced(source, target))
+                # The mark that `from_pretrained` leaves on what it has loaded: this is not new either.
+                target._is_hf_initialized = True
+                filled.append(name)
         # ModernBERT's first layer has no norm before its attention, so the norm of another layer has no place there.
         if self.teacher.config.model_type == "modernbert" and self.pairs[0] != 0:
             warnings.warn(
@@ -242,6 +303,7 @@ class _Carry:
                 "first layer of a ModernBERT lacks. Pass `layers='skip'` or `layers='first'` to begin with layer 0.",
                 stacklevel=3,
             )
+        return filled
 
     def _source_name(self, name: str) -> str:
         layer, rest = self._split(name)

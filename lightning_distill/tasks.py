@@ -111,6 +111,17 @@ def token_mask(batch: Any) -> Tensor | None:
     return None if mask is None else mask.bool()
 
 
+def decoder_token_mask(batch: Any) -> Tensor | None:
+    """Bool mask ``[B, T]`` of the real tokens that the decoder of an encoder-decoder reads; None where nothing says."""
+    if not isinstance(batch, Mapping):
+        return None
+    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    if mask is not None:
+        return mask.bool()
+    # The decoder reads the labels, moved by one token, so it reads as many real ones as there are labels.
+    return None if labels is None or labels.ndim < 2 else labels != IGNORE_INDEX
+
+
 def default_metric(task: Task) -> tuple[str, Metric]:
     """Name and torchmetrics metric that a task is scored by when the user names none."""
     if task == "regression":

@@ -10,6 +10,10 @@ python recipes/distilbert.py --model.teacher <folder or hub id> --model.num_laye
     Your own teacher and data. Every --trainer.* flag is the Trainer's. With --gptq.bits 4 the student is quantised
     in the end, to student-gptq/.
 
+python recipes/distilbert.py --gradient_clipping.algorithm zscore --lr_finder.suggestion valley --init_policy auto \
+    --model.init random --optimizer lion --lr_scheduler cosine
+    Callbacks by flag, each with flags of its own; optimizer and schedule by name. See docs/optimization.md.
+
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 """
 

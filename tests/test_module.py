@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule
+from lightning_distill.callbacks import GradientClipping
 from lightning_distill.objectives import HardLabel, HiddenState, SoftTarget
 from tests.helpers.models import batch, bert, llama
 
@@ -109,6 +110,18 @@ def test_logged_total_is_the_weighted_sum(tmp_path: Path) -> None:
     torch.testing.assert_close(logged["train_loss"], expected)
     norm = torch.stack([p.grad.norm() for p in module.student.parameters() if p.grad is not None]).norm()
     torch.testing.assert_close(logged["grad_norm"], norm)
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+def test_the_norm_that_is_logged_is_the_one_before_clipping(algorithm: Any, tmp_path: Path) -> None:
+    logged = []
+    for callbacks in ([], [GradientClipping(algorithm, 1e-4)]):
+        torch.manual_seed(0)
+        run = trainer(tmp_path, max_steps=1, log_every_n_steps=1, callbacks=callbacks)
+        run.fit(DistillationModule(net(16), net(8)), points())
+        logged.append(run.callback_metrics["grad_norm"])
+    torch.testing.assert_close(*logged)
+    assert logged[0] > 1e-2
 
 
 def test_the_teacher_is_frozen_and_in_eval(tmp_path: Path) -> None:

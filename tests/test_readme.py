@@ -1,7 +1,6 @@
 """README is true: its Python runs, its YAML trains through Lightning's own CLI, its commands parse."""
 
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_distill import DistillationModule
+from lightning_distill.recipe import text_parser
 from tests.helpers.models import bert
 from tests.helpers.text import write_sentiment, write_tokenizer
 
@@ -67,7 +67,7 @@ def test_yaml_trains_through_lightning_cli(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_commands_parse() -> None:
-    parser = runpy.run_path(str(ROOT / "recipes" / "distilbert.py"))["make_parser"]()
+    parser = text_parser(None, output_dir="runs")
     lines = "\n".join(code.replace("\\\n", " ") for code in blocks("bash")).splitlines()
     commands = [shlex.split(line) for line in lines]
     recipes = [

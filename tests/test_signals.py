@@ -7,7 +7,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_distill.signals import Recorder, Request, capture, describe, find_layers
+from lightning_distill.signals import Recorder, Request, capture, describe, find_decoder, find_layers
 
 DEPTH = 3
 COMMON = {
@@ -47,6 +47,11 @@ def build(name: str) -> hf.PreTrainedModel:
     if name == "t5":
         config = {"d_model": 32, "num_layers": DEPTH, "num_heads": 4, "d_kv": 8, "d_ff": 48, "vocab_size": 50}
         return hf.T5ForConditionalGeneration(hf.T5Config(**config, decoder_start_token_id=0))
+    if name == "bart":
+        sizes = {"layers": DEPTH, "attention_heads": 4, "ffn_dim": 48}
+        config = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in sizes.items()}
+        config |= {"d_model": 32, "vocab_size": 50, "max_position_embeddings": 64}
+        return hf.BartForConditionalGeneration(hf.BartConfig(**config))
     assert name == "vit"
     config = {"hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "intermediate_size": 48}
     return hf.ViTForImageClassification(hf.ViTConfig(**config, image_size=8, patch_size=2))
@@ -242,3 +247,29 @@ def test_describe_reads_grouped_heads() -> None:
     info = describe(build("llama"))
     assert (info.depth, info.width, info.num_heads, info.num_key_value_heads) == (3, 32, 4, 2)
     assert describe(build("bert")).num_key_value_heads == 4
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_the_decoder_of_an_encoder_decoder_is_named_by_path(name: str) -> None:
+    model, batch = build(name).eval(), inputs("t5")
+    batch["decoder_input_ids"] = batch["decoder_input_ids"][:, :7]
+    decoder = find_decoder(model)
+    assert decoder is not None
+    stack = {"t5": "block", "bart": "layers"}[name]
+    paths = frozenset(f"{decoder}.{stack}.{layer}" for layer in (0, 1))
+    plain = model(**batch)
+    output, captured = capture(model, Request(attention=paths, modules=paths), **batch)
+    assert torch.equal(plain.logits, output.logits)
+
+    model.set_attn_implementation("eager")
+    eager = model(**batch, output_hidden_states=True, output_attentions=True)
+    for path in paths:
+        layer = int(path[-1])
+        torch.testing.assert_close(
+            captured["modules"][path], eager.decoder_hidden_states[layer + 1], atol=2e-6, rtol=1e-5
+        )
+        # Its attention to itself, not the one to the encoder.
+        torch.testing.assert_close(
+            captured["attention"][path].probabilities(), eager.decoder_attentions[layer], atol=1e-6, rtol=1e-5
+        )
+    assert "_attention_sink" not in vars(model.get_submodule(next(iter(paths))))

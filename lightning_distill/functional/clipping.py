@@ -64,6 +64,37 @@ def total_norm(groups: Groups) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
 
 
+def all_finite(groups: Groups) -> Tensor:
+    """Whether no gradient has a NaN or infinite entry, for less than the price of a norm.
+
+    Args:
+        groups: Gradients by kind; DTensors count with all their shards, which is a collective call.
+
+    Returns:
+        A boolean scalar on the device of the first gradient; true if there is none.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import all_finite
+        >>> all_finite([[torch.ones(2), torch.tensor([1.0, float("inf")])]])
+        tensor(False)
+    """
+    finite = []
+    for group in groups:
+        if not group:
+            continue
+        if isinstance(group[0], DTensor) or group[0].device.type not in ("cpu", "cuda"):
+            finite.append(_joined(group).isfinite())
+            continue
+        # What a GradScaler unscales with: a factor of one changes nothing, and infinite entries are noted on the way.
+        found, one = torch.zeros(1, device=group[0].device), torch.ones(1, device=group[0].device)
+        torch._amp_foreach_non_finite_check_and_unscale_(list(group), found, one)
+        finite.append(found[0] == 0)
+    if not finite:
+        return torch.ones((), dtype=torch.bool)
+    return finite[0] if len(finite) == 1 else torch.stack([one.to(finite[0].device) for one in finite]).all()
+
+
 def norm_coefficient(norm: Tensor, max_norm: Tensor | float) -> Tensor:
     r"""The factor :math:`\min(1, m / (n + 10^{-6}))` that brings a norm :math:`n` down to :math:`m`.
 
@@ -288,4 +319,6 @@ def _joined(group: Sequence[Tensor]) -> Tensor:
 
 
 def _local(group: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in group]
+    if not group or not isinstance(group[0], DTensor):  # a group is of one kind
+        return group if isinstance(group, list) else list(group)
+    return [tensor.to_local() for tensor in group]  # type: ignore[attr-defined]

@@ -1,19 +1,19 @@
 """Objectives on the attention of the two models."""
 
 import math
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
 from lightning_distill import functional
 from lightning_distill.functional.attention_map import AttentionDivergence
 from lightning_distill.layer_map import layer_map
-from lightning_distill.objectives.objective import Loss, Objective
+from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
 from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals import ModelInfo, Request, Signals
 
-#: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers.
-AttentionLayers = str | list[int] | list[tuple[int, int]]
+#: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of their paths.
+AttentionLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]]
 
 #: Which vectors of a layer's attention are related: queries, keys, values with themselves, or queries with keys.
 RelationKind = Literal["qq", "kk", "vv", "qk"]
@@ -27,7 +27,7 @@ class _AttentionObjective(Objective):
         super().__init__(weight, name)
         self.layers = layers
         #: Pairs ``(student, teacher)`` of layers; set by :meth:`bind`.
-        self.pairs: list[tuple[int, int]] = []
+        self.pairs: list[tuple[Any, Any]] = []
 
     def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Pair the layers."""
@@ -39,11 +39,15 @@ class _AttentionObjective(Objective):
                 )
         assert student.depth is not None
         assert teacher.depth is not None
-        layers = [(student.depth - 1, teacher.depth - 1)] if self.layers is None else self.layers
-        try:
-            self.pairs = layer_map(layers, student.depth, teacher.depth)
-        except ValueError as error:
-            raise ValueError(f"Objective `{self.name}`: {error}") from None
+        layers: Any = [(student.depth - 1, teacher.depth - 1)] if self.layers is None else self.layers
+        if are_paths(layers):
+            self.pairs = [tuple(pair) for pair in layers]
+            check_paths(self, self.pairs, student, teacher)
+        else:
+            try:
+                self.pairs = layer_map(layers, student.depth, teacher.depth)
+            except ValueError as error:
+                raise ValueError(f"Objective `{self.name}`: {error}") from None
         self.student_request, self.teacher_request = (
             Request(attention=frozenset(pair[side] for pair in self.pairs)) for side in (0, 1)
         )
@@ -58,7 +62,7 @@ class AttentionMap(_AttentionObjective):
 
     Args:
         layers: A named map (see :func:`lightning_distill.layer_map.layer_map`), a teacher layer per student layer, or
-            pairs ``(student, teacher)`` of layers, from 0.
+            pairs ``(student, teacher)`` of layers, from 0, or of their paths (those of a decoder beside an encoder).
         divergence: ``"mse"`` or ``"kl"``.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
@@ -96,17 +100,18 @@ class AttentionMap(_AttentionObjective):
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Loss per query."""
+        mask = student.real_tokens(self.pairs[0][0])
         values = [
             functional.attention_divergence(
                 student.attention[s],
                 teacher.attention[t],
                 divergence=self.divergence,
-                mask=student.token_mask,
+                mask=mask,
                 reduction="none",
             )
             for s, t in self.pairs
         ]
-        return Loss(torch.stack(values).mean(0), student.token_mask)
+        return Loss(torch.stack(values).mean(0), mask)
 
 
 class AttentionRelation(_AttentionObjective):
@@ -176,7 +181,7 @@ class AttentionRelation(_AttentionObjective):
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Loss per token."""
         assert self.relation_heads is not None
-        values = []
+        values, mask = [], student.real_tokens(self.pairs[0][0])
         for s, t in self.pairs:
             one, other = student.attention[s], teacher.attention[t]
             for first, second in ((_FIELDS[kind[0]], _FIELDS[kind[1]]) for kind in self.kinds):
@@ -185,8 +190,8 @@ class AttentionRelation(_AttentionObjective):
                         (getattr(one, first), getattr(one, second)),
                         (getattr(other, first), getattr(other, second)),
                         relation_heads=self.relation_heads,
-                        mask=student.token_mask,
+                        mask=mask,
                         reduction="none",
                     )
                 )
-        return Loss(torch.stack(values).sum(0) / len(self.pairs), student.token_mask)
+        return Loss(torch.stack(values).sum(0) / len(self.pairs), mask)

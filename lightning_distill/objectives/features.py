@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from lightning_distill import functional
 from lightning_distill.functional.reduction import full_precision
 from lightning_distill.layer_map import layer_map
-from lightning_distill.objectives.objective import Loss, Objective
+from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
 from lightning_distill.objectives.schedule import Scheduled
-from lightning_distill.signals import ModelInfo, Request, Signals, near
+from lightning_distill.signals import ModelInfo, Request, Signals
 
 #: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of module paths; None: none.
 FeatureLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]] | None
@@ -59,16 +59,10 @@ class FeatureObjective(Objective):
     def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Pair the layers, and make a projection per pair where it is needed."""
         infos = {"student": student, "teacher": teacher}
-        if _are_paths(self.layers):
+        if are_paths(self.layers):
             paths: Any = self.layers
             self.pairs = [tuple(pair) for pair in paths]
-            for side, (role, info) in enumerate(infos.items()):
-                for path in (pair[side] for pair in self.pairs):
-                    if path not in info.modules:
-                        raise ValueError(
-                            f"Expected argument `layers` of objective `{self.name}` to name modules of the {role}, but "
-                            f"got {path!r}{near(path, info.modules)}"
-                        )
+            check_paths(self, self.pairs, student, teacher)
             widths = [(student.modules[s], teacher.modules[t]) for s, t in self.pairs]
         else:
             for role, info in infos.items():
@@ -125,7 +119,7 @@ class FeatureObjective(Objective):
             s, t = _feature(student, student_key), _feature(teacher, teacher_key)
             if self.projections:
                 s = self.projections[index](s)
-            mask = student.token_mask
+            mask = student.real_tokens(student_key)
             if mask is not None and s.ndim == 2:
                 mask = mask.any(1)
             if (
@@ -374,12 +368,6 @@ def pool(feature: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
     if pooling == "flatten":
         return feature.flatten(1)
     return feature.mean(1) if mask is None else feature.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
-
-
-def _are_paths(layers: FeatureLayers) -> bool:
-    if layers is None or isinstance(layers, str):
-        return False
-    return any(not isinstance(pair, int) and isinstance(pair[0], str) for pair in layers)
 
 
 def _feature(signals: Signals, key: int | str | None) -> Tensor:

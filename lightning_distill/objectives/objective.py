@@ -3,13 +3,13 @@
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill.objectives.schedule import Scheduled, value_at
-from lightning_distill.signals import ModelInfo, Request, Signals
+from lightning_distill.signals import ModelInfo, Request, Signals, is_within, near
 
 
 class Loss(NamedTuple):
@@ -139,3 +139,42 @@ class Objective(nn.Module):
     def _error(self, argument: str, expected: str, got: object, advice: str = "") -> ValueError:
         what = f"Expected argument `{argument}` of objective `{self.name}` to be {expected}, but got {got!r}."
         return ValueError(f"{what} {advice}".strip())
+
+
+def are_paths(layers: Any) -> bool:
+    """Whether an argument ``layers`` holds pairs of module paths."""
+    return not isinstance(layers, str | None) and any(
+        not isinstance(pair, int) and isinstance(pair[0], str) for pair in layers
+    )
+
+
+def check_paths(objective: Objective, pairs: list[tuple[str, str]], student: ModelInfo, teacher: ModelInfo) -> None:
+    """Refuse pairs of module paths that do not exist, or that mix the tokens of an encoder with those of a decoder.
+
+    Args:
+        objective: Whose argument ``layers`` holds the pairs.
+        pairs: Paths ``(student, teacher)``.
+        student: What is known of the student.
+        teacher: What is known of the teacher.
+
+    Raises:
+        ValueError: If so; for a path that does not exist the message lists the near ones.
+    """
+    for role, info, paths in (
+        ("student", student, [pair[0] for pair in pairs]),
+        ("teacher", teacher, [pair[1] for pair in pairs]),
+    ):
+        for path in paths:
+            if path not in info.modules:
+                raise ValueError(
+                    f"Expected argument `layers` of objective `{objective.name}` to name modules of the {role}, but "
+                    f"got {path!r}{near(path, info.modules)}"
+                )
+    stacks = {
+        is_within(path, info.decoder) for pair in pairs for path, info in zip(pair, (student, teacher), strict=True)
+    }
+    if len(stacks) > 1:
+        raise ValueError(
+            f"Expected argument `layers` of objective `{objective.name}` to name modules of the encoders or of the "
+            f"decoders, but got both: {pairs}. They read other tokens; give each its own objective."
+        )

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_distill.callbacks import GPTQ, GradientClipping, InitPolicy, LossAdvice
+from lightning_distill.callbacks import GPTQ, GradientClipping, InitPolicy, LossAdvice, LRFinder
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,28 @@ ROWS = [
     Row(GradientClipping, {"algorithm": "adaptive", "threshold": 0.02}),
     Row(GradientClipping, {"algorithm": "percentile", "threshold": 50.0, "per": "parameter_group", "history": 4}),
     Row(GradientClipping, {"algorithm": "zscore", "threshold": 0.5, "warmup_steps": 2}),
+    Row(
+        LRFinder,
+        {"suggestion": "valley", "num_steps": 150, "min_lr": 1e-2, "max_lr": 1.0, "output_dir": AUDIT},
+        bad=(
+            {"suggestion": "best"},
+            {"min_lr": 0.0},
+            {"max_lr": 1e-9},
+            {"num_steps": 5},
+            {"mode": "cubic"},
+            {"val_batches": 0},
+            {"smoothing": 1.0},
+            {"divergence": 0.5},
+            {"recommended_range": (1.0, 0.1)},
+            {"keep_callbacks": "EMA"},
+            {"snapshot": "cloud"},
+        ),
+    ),
     Row(LossAdvice, {"window": 2}, bad=({"window": 0}, {"min_fall": 2.0})),
     Row(
         InitPolicy,
         {"policy": "auto", "output_dir": AUDIT},
-        bad=({"policy": "magic"}, {"std": 0.0}, {"only": []}),
+        bad=({"policy": "magic"}, {"std": 0.0}, {"only": []}, {"residual": "resnet"}, {"teacher": "somewhere"}),
     ),
     # Asked to gain a lot, so that the float student stays and the weights can be compared.
     Row(
@@ -85,6 +102,7 @@ ROWS = [
             {"budget_bytes": 0},
         ),
     ),
+    Row(InitPolicy, {"policy": "orthogonal", "only": "all", "seed": 3, "output_dir": AUDIT}),
 ]
 
 

@@ -1,9 +1,13 @@
 """What every callback must stand: checkpoints, resuming after any step, two processes, mixed precision, YAML."""
 
+import multiprocessing
+import os
 import re
+import signal
 from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -42,13 +46,30 @@ def test_state_goes_through_a_checkpoint(row: Row, tmp_path: Path) -> None:
     assert same(fresh.state_dict(), state)
 
 
+class Kill(L.Callback):
+    """Kills the process before it begins the step after one."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.forks
 @every_row
-def test_a_run_stopped_after_any_step_and_resumed_equals_the_run_without_a_break(row: Row, tmp_path: Path) -> None:
+def test_a_run_killed_after_any_step_and_resumed_equals_the_run_without_a_break(row: Row, tmp_path: Path) -> None:
     trainer(tmp_path / "whole", row.build()).fit(Regression())
     whole = checkpoint(tmp_path / "whole", 5)
     for step in range(1, 5):
-        folder = tmp_path / f"from {step}"
-        trainer(folder, row.build()).fit(Regression(), ckpt_path=tmp_path / "whole" / f"step={step}.ckpt")
+        broken, folder = tmp_path / f"broken {step}", tmp_path / f"from {step}"
+        run = trainer(broken, row.build(), Kill(step))
+        child = multiprocessing.get_context("fork").Process(target=run.fit, args=(Regression(),))
+        child.start()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        trainer(folder, row.build()).fit(Regression(), ckpt_path=broken / f"step={step}.ckpt")
         resumed = checkpoint(folder, 5)
         for part in ("state_dict", "optimizer_states", "lr_schedulers"):
             assert same(resumed[part], whole[part]), f"{part} after a break at step {step}"

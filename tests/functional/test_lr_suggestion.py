@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_distill.functional import lr_suggestion, smooth_losses, trim_curve
+from lightning_distill.functional.lr_suggestion import height_of_fall
 
 # fastai hands torch tensors to numpy functions.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
@@ -98,6 +99,19 @@ def test_a_curve_that_never_falls_is_an_error(seed: int, smoothing: float) -> No
     for losses in (2 + 20 * lrs, 2 + 0 * lrs, 2 + 20 * lrs + 0.1 * torch.randn(100)):
         with pytest.raises(ValueError, match="to fall somewhere in the sweep"):
             trim_curve(lrs.tolist(), losses.tolist(), smoothing)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_fall_that_one_sees_through_the_noise_is_one(seed: int) -> None:
+    lrs, losses = noisy_curve(0.7, seed)  # falls by 1.5: twice the noise of a single batch
+    kept, smoothed = trim_curve(lrs.tolist(), losses.tolist())
+    assert 1e-4 < lr_suggestion(kept, smoothed, "valley") < 0.5
+
+
+def test_pure_noise_is_hardly_ever_a_fall() -> None:
+    generator = torch.Generator().manual_seed(0)
+    heights = [height_of_fall(torch.randn(100, generator=generator)) for _ in range(400)]
+    assert sum(height > 4 for height in heights) <= 6
 
 
 def test_the_curve_is_cut_at_the_first_loss_that_is_not_finite() -> None:

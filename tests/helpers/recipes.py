@@ -13,6 +13,7 @@ RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 # A recipe says what is expected by name; these are about data of a few rows.
 OF_A_FEW_ROWS = [
     pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
+    pytest.mark.filterwarnings("ignore:The learning rate 0.01 is more than ten times outside the recommended range"),
     pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
 ]

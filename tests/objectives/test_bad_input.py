@@ -137,3 +137,14 @@ def test_balances_are_in_checkpoints() -> None:
     assert list(uncertainty.state_dict()) == ["log_variance"]
     with pytest.raises(ValueError, match=r"\['a', 'b'\].*\['a'\]"):
         uncertainty({"a": x.sum()})
+
+
+@pytest.mark.parametrize("make", [HiddenState, AttentionMap])
+def test_tokens_of_an_encoder_and_a_decoder_are_not_mixed(make: type[Objective]) -> None:
+    modules = {"encoder.block.0": 4, "decoder.block.0": 4}
+    info = ModelInfo(depth=1, width=4, num_heads=2, modules=modules, decoder="decoder")
+    objective = make([("encoder.block.0", "encoder.block.0"), ("decoder.block.0", "decoder.block.0")])
+    with pytest.raises(ValueError, match=f"`layers` of objective `{objective.name}`.*got both"):
+        objective.bind(info, info)
+    with pytest.raises(ValueError, match=r"near it are \['decoder.block.0'\]|near it are \['decoder.block.0', "):
+        make([("decoder.block.9", "decoder.block.0")]).bind(info, info)

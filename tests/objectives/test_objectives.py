@@ -1,15 +1,20 @@
 """What must be true of every objective, run over the registry."""
 
 import copy
+import inspect
+import json
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+import yaml
+from jsonargparse import ArgumentParser
 from torch import Tensor
 
-from lightning_distill.objectives import Loss
+from lightning_distill.objectives import Loss, Objective
 from lightning_distill.signals import Signals
 
 from .registry import CASES, Case, changed, signals, tensors
@@ -229,3 +234,28 @@ def test_values_of_no_item_at_all() -> None:
         assert loss.count() == 0, case.name
         assert loss.mean() == 0, case.name
         loss.mean().backward()
+
+
+@pytest.mark.parametrize("kind", sorted({type(case.make()) for case in CASES}, key=lambda kind: kind.__name__))
+def test_yaml_and_the_command_line_reach_every_argument(kind: type[Objective]) -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--objective", type=Objective)
+    path = f"lightning_distill.objectives.{kind.__name__}"
+    schedule = {"class_path": "lightning_distill.objectives.LinearSchedule", "init_args": {"start": 0.0, "end": 2.0}}
+    arguments = {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    arguments |= {"weight": schedule, "name": "mine"}
+    config = {"objective": {"class_path": path, "init_args": _plain(arguments)}}
+    of_yaml = parser.instantiate(parser.parse_string(yaml.safe_dump(config))).objective
+    of_yaml.set_progress(0.5)
+    assert (type(of_yaml), of_yaml.name, of_yaml.weight) == (kind, "mine", 1.0)
+
+    flags = [
+        f"--objective.{name}={value if isinstance(value, str) else json.dumps(value)}"
+        for name, value in _plain(arguments | {"weight": 0.25}).items()
+    ]
+    of_flags = parser.instantiate(parser.parse_args([f"--objective={path}", *flags])).objective
+    assert (type(of_flags), of_flags.name, of_flags.weight) == (kind, "mine", 0.25)
+
+
+def _plain(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in arguments.items()}

@@ -3,6 +3,7 @@
 import lightning as L
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -149,3 +150,27 @@ def test_an_ensemble_of_teachers_of_different_widths_teaches() -> None:
             assert losses["soft_target"] > 0
     drawn = {tuple(TeacherEnsemble(teachers, "sample")(x)[0].tolist()) for _ in range(20)}
     assert drawn == {tuple(teacher(x)[0].tolist()) for teacher in teachers}
+
+
+def test_the_decoder_of_an_encoder_decoder_is_distilled_over_its_own_tokens() -> None:
+    def t5(layers: int) -> transformers.T5ForConditionalGeneration:
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_heads": 2, "vocab_size": models.VOCAB}
+        return transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, num_layers=layers))
+
+    objectives = [
+        HiddenState([("decoder.block.1", "decoder.block.3")], name="states"),
+        AttentionMap([("decoder.block.1", "decoder.block.3")], "kl"),
+        HardLabel(),
+    ]
+    module = DistillationModule(t5(4), t5(2), objectives, task="masked_lm").eval()
+    batch = models.tokens()  # rows of the encoder are of other lengths than those of the decoder
+    decoder = models.batch("causal_lm", length=6, seed=3)
+    batch |= {"decoder_input_ids": decoder["input_ids"], "labels": decoder["labels"]}
+    losses = module.losses(batch)
+    assert all(loss > 0 for loss in losses.values())
+
+    real = decoder["attention_mask"].bool()
+    assert not real.all()
+    other = batch | {"decoder_input_ids": torch.where(real, decoder["input_ids"], 7)}
+    for name, loss in module.losses(other).items():
+        torch.testing.assert_close(loss, losses[name])

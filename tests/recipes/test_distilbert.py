@@ -1,5 +1,6 @@
 """The recipe: what it writes, what it says of wrong input, which flags reach the Trainer."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -181,3 +182,53 @@ def test_gptq_writes_a_student_that_loads_and_says_what_it_cost(main: Any, files
     assert transformers.AutoTokenizer.from_pretrained(folder)("a warm film")["input_ids"]
     student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
     assert isinstance(student.bert.encoder.layer[1].output.dense, torch.nn.Linear)
+
+
+def test_callbacks_optimizer_and_schedule_by_flag(main: Any, files: list[str], tmp_path: Path) -> None:
+    flags = ["--gradient_clipping.algorithm", "zscore", "--gradient_clipping.warmup_steps=2"]
+    flags += ["--lr_finder.suggestion", "valley", "--lr_finder.num_steps=64", "--lr_finder.min_lr=1e-5"]
+    flags += ["--init_policy", "auto", "--model.init=random", "--optimizer", "lion", "--lr_scheduler=cosine"]
+    with pytest.warns(UserWarning, match="LRFinder keeps the configured"):  # 24 rows of noise
+        main([*files, *flags, "--trainer.log_every_n_steps=1", "--lr_finder.max_lr=2e-5"])
+    logs = tmp_path / "out" / "logs" / "student"
+    for name in ("init_policy.json", "init_policy.png", "lr_finder.json", "lr_finder.png"):
+        assert (logs / name).stat().st_size > 0
+    header = (logs / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"grad_norm", "clip_coefficient", "clipped_share"} <= set(header)
+    checkpoint = torch.load(tmp_path / "out" / "checkpoints" / "student" / "last.ckpt", weights_only=True)
+    assert {name.split("{")[0] for name in checkpoint["callbacks"]} >= {"GradientClipping", "LRFinder"}
+    assert [group["name"] for group in checkpoint["optimizer_states"][0]["param_groups"]] == ["all", "all/no_decay"]
+
+
+def test_every_optimizer_without_a_schedule_too(main: Any, files: list[str], tmp_path: Path) -> None:
+    main([*files, "--optimizer=schedule_free_adamw"])
+    checkpoint = torch.load(tmp_path / "out" / "checkpoints" / "student" / "last.ckpt", weights_only=True)
+    assert checkpoint["lr_schedulers"] == []
+    assert "z" in checkpoint["optimizer_states"][0]["state"][0]
+
+
+def test_weights_from_the_teacher_by_flag(main: Any, files: list[str], tmp_path: Path) -> None:
+    main([*files, "--model.init=random", "--init_policy=from_teacher", "--init_policy.layers=last"])
+    audit = json.loads((tmp_path / "out" / "logs" / "student" / "init_policy.json").read_text())
+    assert {line["rule"] for line in audit["weights"]} == {"from_teacher"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gradient_clipping.algorithm=norm", "--gradient_clipping.threshold=-1"], "`threshold`"),
+        (["--gradient_clipping.algorithm=norm", "--trainer.gradient_clip_val=0.3"], "clip twice"),
+        (["--optimizer=adamax"], "optimizer.name"),
+        (["--optimizer=sgd", "--optimizer.betas=[0.9,0.99]"], "`betas` to be left out for 'sgd'"),
+        (["--optimizer=adamw_8bit"], "needs CUDA"),
+        (["--lr_scheduler=zigzag"], "`name` to be one of"),
+        (["--lr_scheduler=reduce_on_plateau"], "`monitor`"),
+    ],
+)
+def test_wrong_callbacks_and_optimizers_exit_with_2(
+    main: Any, files: list[str], tmp_path: Path, capsys: Any, flags: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*files, *flags])
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
