@@ -65,9 +65,10 @@ def latency_ms(
     batches = [move_data_to_device(batch, device) for batch in batches]
     modes = {name: model.training for name, model in models.items()}
     times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.eval().to(device)  # outside of inference mode, where the int8 weights of torchao cannot be moved
     with torch.inference_mode():
         for model in models.values():
-            model.eval().to(device)
             _timed(model, batches[0])
         for _ in range(repeats):
             for batch in batches:

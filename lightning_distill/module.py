@@ -369,6 +369,10 @@ class DistillationModule(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Take every hook off the two models."""
+        self.release_hooks()
+
+    def release_hooks(self) -> None:
+        """Take every hook off the two models until the next step: to copy one, or to put another in its place."""
         for recorder in self._recorders.values():
             recorder.remove()
         self._recorders = {}

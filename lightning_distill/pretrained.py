@@ -32,12 +32,21 @@ def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "mode
         raise TypeError(
             f"Expected argument `{name}` to be an nn.Module, a folder or a hub id, but got {type(model).__name__}."
         )
-    architecture = _architecture(os.fspath(model), name)
+    architecture = architecture_of(os.fspath(model), name)
     loaded: nn.Module = architecture.from_pretrained(os.fspath(model), use_safetensors=True, dtype="float32")
     return loaded
 
 
-def _architecture(path: str, name: str) -> Any:
+def architecture_of(path: str, name: str) -> Any:
+    """The class with a head that the config of a transformers folder or hub id names.
+
+    Args:
+        path: The folder or hub id.
+        name: What the argument is called where the user gave it, for the error.
+
+    Raises:
+        ValueError: If there is no config, or it names no class of transformers with a head.
+    """
     try:
         config = transformers.AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

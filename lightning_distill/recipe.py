@@ -1,6 +1,7 @@
 """One run of a text classification recipe: its data and teacher, the phases it trains, the report at its end."""
 
 import copy
+import json
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,9 @@ import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
+from lightning_distill.callbacks import GPTQ
 from lightning_distill.cli import (
     best_checkpoint,
     build_callbacks,
@@ -27,6 +30,7 @@ from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
 from lightning_distill.optim import LRRange, recommended_lr
 from lightning_distill.pretrained import has_head, load_pretrained
+from lightning_distill.quantization import load, use_kernels
 from lightning_distill.report import Curves, plot_curves, print_table, ratios, read_curves, versions, write_summary
 from lightning_distill.student import student_from_teacher
 from lightning_distill.teacher import has_placeholder_labels
@@ -60,6 +64,10 @@ def text_parser(description: str | None, *, output_dir: str) -> ArgumentParser:
     parser.add_argument("--model.finetune_teacher", type=bool, default=False, help="fine-tune the teacher first")
     parser.add_argument("--model.teacher_epochs", type=int | None, help="epochs of a teacher trained here")
     parser.add_argument("--model.baseline", type=bool, default=False, help="train a student on the labels alone, too")
+    parser.add_argument("--gptq.bits", type=int | None, help="quantise the student in the end: 2, 3, 4 or 8")
+    parser.add_argument("--gptq.group_size", type=int, default=128, help="inputs that share a scale; -1: all")
+    parser.add_argument("--gptq.embedding_bits", type=int | None, help="8 or 4; none leaves the embeddings")
+    parser.add_argument("--gptq.num_samples", type=int, default=256, help="rows of training data to calibrate on")
     parser.add_argument("--objectives", type=list[Objective] | None, help="what the student learns from (see README)")
     return parser
 
@@ -79,6 +87,7 @@ class TextRun:
         scores: What each was logged with on the test rows, by phase.
         curves: What each phase of training logged, on rank 0.
         trainer: The one that tested the last phase.
+        quantized: The student in few bits, where it was asked for.
     """
 
     parser: ArgumentParser
@@ -91,6 +100,7 @@ class TextRun:
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     curves: dict[str, Curves] = field(default_factory=dict)
     trainer: L.Trainer | None = None
+    quantized: nn.Module | None = None
 
     @classmethod
     def start(cls, parser: ArgumentParser, argv: list[str] | None = None) -> "TextRun":
@@ -116,6 +126,8 @@ class TextRun:
             data.setup()
             run = cls(parser, config, data, teacher, EMBEDDED if on_the_spot else GIVEN, started)
             run.new_student()
+            if config.gptq.bits is not None:
+                run._gptq()
             build_callbacks(config, "student")
         return run
 
@@ -259,6 +271,35 @@ class TextRun:
         (scores,) = self.trainer.test(module, datamodule=self.data, verbose=False)
         self.scores[phase] = dict(scores)
 
+    def quantize(self) -> None:
+        """Write a GPTQ student to ``<output_dir>/student-gptq`` and test it, where ``--gptq.bits`` asks for it."""
+        if self.config.gptq.bits is None:
+            return
+        callback = self._gptq()
+        trainer = make_trainer(self.parser, self.config, "student-gptq", callbacks=[callback], logger=False)
+        module = DistillationModule(None, copy.deepcopy(self.models["student"]), tokenizer=self.data.tokenizer)
+        trainer.validate(module, datamodule=self.data, verbose=False)
+        # From the folder: that is what was written, and forked processes bring nothing else back.
+        self.quantized = load(self.config.output_dir / "student-gptq")
+        use_kernels(self.quantized)
+        self._test("student-gptq", DistillationModule(None, self.quantized))
+
+    def _gptq(self) -> GPTQ:
+        return GPTQ(
+            **self.config.gptq.as_dict(),
+            monitor=f"val_{self.metric}",
+            max_drop=None,
+            folder=str(self.config.output_dir),
+        )
+
+    def _gptq_summary(self, latency_ms_batch1: float) -> dict[str, Any]:
+        written = json.loads((self.config.output_dir / "student-gptq" / "gptq.json").read_text())
+        scores = (self.scores[phase][f"test_{self.metric}"] for phase in ("student-gptq", "student"))
+        metric, metric_before = scores
+        kept = {key: written[key] for key in ("bits", "group_size", "bytes")}
+        measured = {"metric": metric, "metric_before": metric_before, "seconds": round(written["seconds"], 1)}
+        return {**kept, **measured, "latency_ms_batch1": latency_ms_batch1}
+
     def report(self) -> None:
         """Measure the models side by side on rank 0; print the table, write ``summary.json`` and ``curves.png``."""
         assert self.trainer is not None
@@ -269,12 +310,13 @@ class TextRun:
         rows_of_test: Any = data.predict_dataloader().dataset
         # A trial run that tests on a few batches is timed on as few.
         limit = config.trainer.limit_test_batches
+        timed = models if self.quantized is None else {**models, "student-gptq": self.quantized}
         latency = {}
         for size, count in ((1, 64), (32, 8)):
             count = min(count, limit) if isinstance(limit, int) and limit > 0 else count
             groups = [range(i, min(i + size, len(rows_of_test))) for i in range(0, len(rows_of_test), size)][:count]
             batches = [data.collate([rows_of_test[row] for row in group]) for group in groups]
-            latency[size] = latency_ms(models, batches, device=self.trainer.strategy.root_device)
+            latency[size] = latency_ms(timed, batches, device=self.trainer.strategy.root_device)
         rows = {
             name: {
                 "parameters": count_parameters(model),
@@ -293,6 +335,8 @@ class TextRun:
             "seed": config.seed,
             "seconds": round(seconds, 1),
         }
+        if self.quantized is not None:
+            summary["gptq"] = self._gptq_summary(latency[1]["student-gptq"])
         write_summary(config.output_dir / "summary.json", summary)
         panels = {
             "training loss": ["train_loss"],
@@ -304,6 +348,8 @@ class TextRun:
         print()
         print_table(rows, reference="teacher", title=title)
         student, numbers = config.output_dir / "student", config.output_dir / "summary.json"
+        if self.quantized is not None:
+            print(f"\nThe student in {config.gptq.bits} bits: {json.dumps(summary['gptq'])}")
         print(f"\nThe student is in {student}, the numbers are in {numbers}.")
 
 

@@ -7,7 +7,8 @@ python recipes/distilbert.py
 python recipes/distilbert.py --model.teacher <folder or hub id> --model.num_layers 3 \
     --data.train_file train.tsv --data.val_file dev.tsv --data.test_file test.tsv \
     --data.text_columns sentence --data.label_column label --trainer.max_epochs 1
-    Your own teacher and data. Every --trainer.* flag is the Trainer's.
+    Your own teacher and data. Every --trainer.* flag is the Trainer's. With --gptq.bits 4 the student is quantised
+    in the end, to student-gptq/.
 
 python recipes/distilbert.py --gradient_clipping.algorithm zscore --lr_finder.suggestion valley --init_policy auto \
     --model.init random --optimizer lion --lr_scheduler cosine
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> None:
     run.prepare()
     run.fit("student", run.new_student(), run.objectives)
     run.fit_baseline()
+    run.quantize()
     run.report()
 
 

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     run.fit("stage_1", student, [relations], epochs=model.stage_1_epochs, monitor="val_loss", report=False)
     run.fit("student", student, run.objectives)
     run.fit_baseline()
+    run.quantize()
     run.report()
 
 

@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     run.fit("stage_1", student, features, epochs=run.config.model.stage_1_epochs, monitor="val_loss", report=False)
     run.fit("student", student, run.objectives or [SoftTarget(temperature=1.0)])
     run.fit_baseline()
+    run.quantize()
     run.report()
 
 

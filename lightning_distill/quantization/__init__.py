@@ -1,8 +1,10 @@
-"""Post-training quantisation: GPTQ for any linear layer, row-wise embeddings, in the format everybody loads."""
+"""Post-training quantisation: GPTQ for any linear layer, row-wise embeddings, in the format everybody loads; int8."""
 
 from lightning_distill.quantization.checkpoint import load, save
 from lightning_distill.quantization.gptq import Hessian, QuantizedWeight, gptq_layer
-from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear
+from lightning_distill.quantization.int8 import export_onnx_int8, load_in_4bit, load_in_8bit, quantize_int8
+from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, use_kernels
+from lightning_distill.quantization.mixed import most_sensitive, sensitivity
 from lightning_distill.quantization.model import LayerReport, quantize
 
 __all__ = [
@@ -11,8 +13,15 @@ __all__ = [
     "QuantEmbedding",
     "QuantLinear",
     "QuantizedWeight",
+    "export_onnx_int8",
     "gptq_layer",
     "load",
+    "load_in_4bit",
+    "load_in_8bit",
+    "most_sensitive",
     "quantize",
+    "quantize_int8",
     "save",
+    "sensitivity",
+    "use_kernels",
 ]

@@ -3,7 +3,7 @@
 import inspect
 import re
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -130,8 +130,13 @@ def calibrate(
         ['1'] torch.Size([3, 8])
     """
     groups = input_groups(model, layers, batches[0], forward)
-    known = {name for group in groups for name in group}
-    groups += [[name] for name in layers if name not in known]  # routed past by the first batch, perhaps not by all
+    # Routed past by the first batch, perhaps not by all: behind the layer that the module tree has before it.
+    behind = -1
+    for name in layers:
+        found = next((position for position, group in enumerate(groups) if name in group), None)
+        behind = behind + 1 if found is None else found
+        if found is None:
+            groups.insert(behind, [name])
     place = {name: position for position, group in enumerate(groups) for name in group}
     done: set[int] = set()
 
@@ -194,3 +199,38 @@ def _decoder_mask(batch: Mapping[str, Any]) -> Tensor | None:
         return None
     # The decoder reads its labels one place to the right, after a start token.
     return torch.cat([torch.ones_like(labels[:, :1]).bool(), labels[:, :-1] != -100], dim=1)
+
+
+def first_batches(dataloader: Iterable[Any], num_samples: int, device: torch.device) -> list[Any]:
+    """The first rows of a dataloader, in its batches, on a device.
+
+    Raises:
+        ValueError: If it has none.
+    """
+    batches: list[Any] = []
+    count = 0
+    for batch in dataloader:
+        if count >= num_samples:
+            break
+        batches.append(_first_rows(batch, num_samples - count, device))
+        count += _rows(batches[-1])
+    if not count:
+        raise ValueError("Expected argument `dataloader` to give calibration batches, but it gave none.")
+    return batches
+
+
+def _first_rows(batch: Any, count: int, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch[:count].to(device)
+    if isinstance(batch, Mapping):
+        return {key: _first_rows(value, count, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(_first_rows(value, count, device) for value in batch)
+    return batch
+
+
+def _rows(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return len(batch)
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
+    return next((_rows(value) for value in values if isinstance(value, (Tensor, Mapping, tuple, list))), 0)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_distill.pretrained import export
-from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear
+from lightning_distill.quantization.experts import separate_experts
+from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
 from lightning_distill.quantization.packing import pack, unpack_zeros
 
 
@@ -26,7 +27,8 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
         model: A model with :class:`QuantLinear` layers.
 
     Returns:
-        The dictionary; bits and group size are those of most layers, others are listed under ``dynamic``.
+        The dictionary; bits and group size are those of most layers, others are listed under ``dynamic``, which
+        gptqmodel and vLLM know and optimum does not: plain ``from_pretrained`` loads models of one setting.
 
     Raises:
         ValueError: If the model has no quantised layer.
@@ -34,7 +36,9 @@ def quantization_config(model: nn.Module) -> dict[str, Any]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
     if not layers:
         raise ValueError("Expected argument `model` to have quantised layers, but it has none; call `quantize` first.")
-    settings = [(layer.bits, layer.group_size) for layer in layers.values()]
+    # One group over all inputs has its own name, as layers differ in width.
+    whole = all(layer.group_size == layer.in_features for layer in layers.values())
+    settings = [(layer.bits, -1 if whole else layer.group_size) for layer in layers.values()]
     bits, group_size = max(sorted(set(settings)), key=settings.count)
     middle = {b: 2 ** (b - 1) for b in (2, 3, 4, 8)}
     sym = all(bool((unpack_zeros(layer.qzeros, layer.bits) == middle[layer.bits]).all()) for layer in layers.values())
@@ -153,6 +157,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     for path in sorted(folder.glob("*.safetensors")):
         state.update(safetensors.torch.load_file(path))
     model = _build(folder, config) if model is None else model
+    separate_experts(model, {key.partition(".experts.")[0] + ".experts" for key in state if ".experts.0." in key})
     for key in [key for key in state if key.endswith(".qweight")]:
         name = key.removesuffix(".qweight")
         module = model.get_submodule(name)
@@ -208,6 +213,9 @@ def _empty_linear(module: nn.Module, name: str, state: dict[str, Tensor], versio
         zeros = unpack_zeros(state[f"{name}.qzeros"], bits, version=2)
         state[f"{name}.qzeros"] = pack(((zeros - 1) % 2**bits).T, bits).T.contiguous()
     state[f"{name}.scales"] = state[f"{name}.scales"].half()
+    reason = why_not_packable(in_features, out_features, bits)
+    if reason:
+        raise ValueError(f"Expected layers that fill whole 32-bit words, but got `{name}`: {reason}.")
     layer = QuantLinear(in_features, out_features, bits, group_size, f"{name}.bias" in state)
     if layer.bias is not None:
         layer.bias = layer.bias.to(state[f"{name}.bias"].dtype)

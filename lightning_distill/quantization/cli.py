@@ -8,7 +8,7 @@ import transformers
 
 from lightning_distill.pretrained import load_pretrained
 from lightning_distill.quantization.checkpoint import save
-from lightning_distill.quantization.model import quantize
+from lightning_distill.quantization.model import LayerReport, quantize
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -35,7 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"Expected argument `--data` to be a text file, but got {arguments.data}.")
     lines = [line.split("\t")[0].strip() for line in arguments.data.read_text().splitlines()]
     lines = [line for line in lines if line][: arguments.num_samples]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    transformers.utils.logging.disable_progress_bar()
+    model = load_pretrained(arguments.model, "--model")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected argument `--model` to hold a tokenizer, but got {arguments.model}: {str(error).splitlines()[0]}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = [
@@ -47,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         for start in range(0, len(lines), arguments.batch_size)
     ]  # fmt: skip
-    model = load_pretrained(arguments.model, "--model")
     quantized, report = quantize(
         model,
         encoded,
@@ -55,10 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         group_size=arguments.group_size,
         embedding_bits=arguments.embedding_bits,
         num_samples=arguments.num_samples,
-        on_layer=lambda layer: print(
-            f"{layer.name}: error {layer.error:.2%}, rounding {layer.rounding_error:.2%} {layer.note}"
-        ),
+        on_layer=_say,
     )
     output = arguments.output or Path(f"{arguments.model.rstrip('/')}-gptq")
     save(quantized, output, tokenizer)
     print(f"{sum(layer.bits > 0 for layer in report)} layers quantised, written to {output}")
+
+
+def _say(layer: LayerReport, total: int) -> None:
+    print(f"{layer.name}: error {layer.error:.2%}, rounding {layer.rounding_error:.2%} {layer.note}", flush=True)

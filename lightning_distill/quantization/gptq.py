@@ -321,6 +321,44 @@ def _power(columns: Tensor, factor: Tensor, damp: float) -> Tensor:
     return total.clamp_(min=0).div_(2)
 
 
+def retarget(weight: Tensor, hessian: Tensor, drift: Tensor, damp_percent: float = 0.01) -> Tensor:
+    r"""The weight to quantise when inputs have drifted from those the layer was trained on.
+
+    Layers before this one are quantised already, so it sees :math:`x` where it used to see :math:`\tilde x`. What it
+    should give is still :math:`W \tilde x`, and over the calibration inputs
+
+    .. math:: |W \tilde X - Q X|^2 = |(W' - Q) X|^2 + \text{const}, \quad
+        W' = W + W\, 2\,\mathbb{E}[(\tilde x - x) x^\top]\, H^{-1}
+
+    so that quantising :math:`W'` on :math:`H` answers it.
+
+    Args:
+        weight: Shape ``[out, in]``.
+        hessian: :math:`H = 2\,\mathbb{E}[x x^\top]`, shape ``[in, in]``.
+        drift: :math:`2\,\mathbb{E}[(\tilde x - x) x^\top]`, shape ``[in, in]``.
+        damp_percent: As in :func:`gptq_layer`.
+
+    Returns:
+        :math:`W'`, float32 of shape ``[out, in]``.
+
+    Source: the objective of Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration",
+    2025.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.quantization.gptq import retarget
+        >>> inputs = torch.tensor([[1.0, 0.0], [0.0, 2.0]])  # each twice of what it should be
+        >>> hessian = 2 * inputs.T @ inputs / 2
+        >>> retarget(torch.ones(1, 2), hessian, -hessian / 2, damp_percent=0.0)
+        tensor([[0.5000, 0.5000]])
+    """
+    weight, hessian = weight.detach().float(), hessian.float()
+    factor, _, _ = upper_factor(hessian, damp_percent)
+    # H = R R^T, so x H^-1 is two triangular solves.
+    moved = torch.linalg.solve_triangular(factor.T, weight @ drift.float(), upper=False, left=False)
+    return weight + torch.linalg.solve_triangular(factor, moved, upper=True, left=False)
+
+
 def upper_factor(hessian: Tensor, damp_percent: float = 0.01) -> tuple[Tensor, float, float]:
     r"""Upper triangular R with :math:`R R^\top = H + \lambda I`; its inverse is the Cholesky factor of GPTQ's paper.
 

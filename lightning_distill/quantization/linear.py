@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lightning_distill.quantization.gptq import QuantizedWeight, find_grid
 from lightning_distill.quantization.packing import pack, pack_zeros, unpack, unpack_zeros
 
-#: Up to this many tokens, torch's int4 kernel beats dequantising and a float multiplication (measured on AVX2).
-KERNEL_TOKENS = 64
+#: Up to this many tokens, torch's packed kernels beat a float multiplication: on AVX-512 always (measured up to 512).
+KERNEL_TOKENS = 2**31 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 64
 
 
 class QuantLinear(nn.Module):
@@ -46,6 +46,7 @@ class QuantLinear(nn.Module):
     bias: Tensor | None
     _kernel_weight: Tensor | None
     _kernel_grid: Tensor | None
+    _ordered: bool  # groups are neighbouring inputs
 
     def __init__(self, in_features: int, out_features: int, bits: int, group_size: int, bias: bool = True) -> None:
         super().__init__()
@@ -60,6 +61,7 @@ class QuantLinear(nn.Module):
         self.register_buffer("scales", torch.zeros(groups, out_features, dtype=torch.float16))
         self.register_buffer("g_idx", torch.arange(in_features, dtype=torch.int32) // self.group_size)
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+        self._look_at_order()
         self.register_buffer("_kernel_weight", None, persistent=False)
         self.register_buffer("_kernel_grid", None, persistent=False)
 
@@ -72,14 +74,25 @@ class QuantLinear(nn.Module):
         layer.qzeros = pack_zeros(weight.zeros, weight.bits)
         layer.scales, layer.g_idx = weight.scales.clone(), weight.g_idx.clone()
         layer.bias = None if bias is None else bias.detach().clone()
+        layer._look_at_order()
         return layer
 
     def dequantize(self) -> Tensor:
         """The weight, float32 of shape ``[out, in]``."""
-        codes = unpack(self.qweight, self.bits)
-        zeros = unpack_zeros(self.qzeros, self.bits)
-        groups = self.g_idx.long()
-        return (self.scales.float()[groups] * (codes - zeros[groups])).T
+        codes = unpack(self.qweight, self.bits).float()
+        zeros, scales = unpack_zeros(self.qzeros, self.bits).float(), self.scales.float()
+        if self._ordered:
+            # A scale is broadcast over its group instead of being copied for each input.
+            groups = codes.view(len(scales), -1, self.out_features)
+            groups.sub_(zeros[:, None]).mul_(scales[:, None])
+        else:
+            codes.sub_(zeros[self.g_idx]).mul_(scales[self.g_idx])
+        return codes.T
+
+    def _look_at_order(self) -> None:
+        # Once, not in each forward: a comparison on a GPU would wait for it, and a compiled graph would break.
+        expected = torch.arange(self.in_features, device=self.g_idx.device) // self.group_size
+        self._ordered = self.in_features % self.group_size == 0 and bool((self.g_idx == expected).all())
 
     def forward(self, inputs: Tensor) -> Tensor:
         """``inputs [..., in]`` to ``[..., out]`` in the inputs' dtype, or autocast's."""
@@ -93,48 +106,97 @@ class QuantLinear(nn.Module):
         return F.linear(inputs, weight, None if self.bias is None else self.bias.to(inputs.dtype))
 
     def _kernel_forward(self, inputs: Tensor) -> Tensor:
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
         rows = inputs.reshape(-1, self.in_features).to(torch.bfloat16)
-        outputs = torch.ops.aten._weight_int4pack_mm_for_cpu(
-            rows, self._kernel_weight, self.group_size, self._kernel_grid
-        )
-        outputs = outputs.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)
-        return outputs if self.bias is None else outputs + self.bias.to(inputs.dtype)
+        if self.bits == 4:
+            outputs = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                rows, self._kernel_weight, self.group_size, self._kernel_grid
+            )
+        else:
+            outputs = torch.ops.aten._weight_int8pack_mm(rows, self._kernel_weight, self._kernel_grid)
+        outputs = outputs.to(dtype).view(*inputs.shape[:-1], self.out_features)
+        return outputs if self.bias is None else outputs + self.bias.to(dtype)
 
     def use_kernel(self) -> str | None:
-        """Take torch's int4 kernel for few tokens on the CPU, with activations and scales rounded to bfloat16.
+        """Take torch's int4 or int8 kernel on the CPU, with activations and scales rounded to bfloat16.
+
+        It holds the integers a second time, in the kernel's own order, and is given up when the layer is moved.
 
         Returns:
             None if the layer takes it, else why it cannot.
         """
-        sizes = (32, 64, 128, 256)
-        checks = {
-            f"{self.bits} bits, the kernel has 4": self.bits != 4,
-            f"group size {self.group_size}, the kernel has {sizes}": self.group_size not in sizes,
-            f"{self.in_features} inputs do not divide by the group": self.in_features % self.group_size != 0,
-            f"{self.out_features} outputs do not divide by 16": self.out_features % 16 != 0,
-            f"it is on {self.qweight.device}, not on the CPU": self.qweight.device.type != "cpu",
-        }
-        reason = next((reason for reason, failed in checks.items() if failed), None)
-        if reason is None and not torch.equal(
-            self.g_idx.cpu(), torch.arange(self.in_features, dtype=torch.int32) // self.group_size
-        ):
-            reason = "its groups are not neighbouring inputs"
+        reason = self._why_no_kernel()
         if reason is None:
-            codes = unpack(self.qweight, 4).T.contiguous()
-            zeros, scales = unpack_zeros(self.qzeros, 4), self.scales.float()
-            self._kernel_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
-            # The kernel computes (code - 8) * scale + offset.
-            self._kernel_grid = torch.stack([scales, (8 - zeros) * scales], dim=-1).to(torch.bfloat16).contiguous()
+            codes = unpack(self.qweight, self.bits).T.contiguous()
+            zeros, scales = unpack_zeros(self.qzeros, self.bits), self.scales.float()
+            if self.bits == 4:
+                self._kernel_weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 2)
+                # The kernel computes (code - 8) * scale + offset.
+                grid = torch.stack([scales, (8 - zeros) * scales], dim=-1)
+            else:
+                self._kernel_weight, grid = (codes - 128).to(torch.int8), scales[0]
+            self._kernel_grid = grid.to(torch.bfloat16).contiguous()
         return reason
 
+    def _why_no_kernel(self) -> str | None:
+        if self.qweight.device.type != "cpu":
+            return f"it is on {self.qweight.device}, not on the CPU"
+        if not self._ordered:
+            return "its groups are not neighbouring inputs of one size"
+        if self.bits == 4:
+            sizes = (32, 64, 128, 256)
+            if self.group_size not in sizes:
+                return f"group size {self.group_size}, the int4 kernel has {sizes}"
+            return f"its {self.out_features} outputs do not divide by 16" if self.out_features % 16 else None
+        if self.bits == 8:
+            if len(self.scales) > 1:
+                return f"group size {self.group_size}, the int8 kernel has one scale per output"
+            symmetric = bool((unpack_zeros(self.qzeros, 8) == 128).all())
+            return None if symmetric else "its zero is not in the middle, as the int8 kernel has it"
+        return f"{self.bits} bits, torch's kernels have 4 and 8"
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._kernel_weight = self._kernel_grid = None  # of other numbers
+        self._look_at_order()
+
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
-        self._kernel_weight = self._kernel_grid = None  # a form for the CPU alone
-        return _apply_but_keep_scales(self, super()._apply, fn, recurse)
+        # The kernel's form is for the CPU alone, and no cast is meant for it.
+        kernel, self._kernel_weight, self._kernel_grid = (self._kernel_weight, self._kernel_grid), None, None
+        _apply_but_keep_scales(self, super()._apply, fn, recurse)
+        if self.qweight.device.type == "cpu":
+            self._kernel_weight, self._kernel_grid = kernel
+        return self
 
     def extra_repr(self) -> str:
         """Widths, bits and group size."""
         widths = f"in_features={self.in_features}, out_features={self.out_features}"
         return f"{widths}, bits={self.bits}, group_size={self.group_size}"
+
+
+def use_kernels(model: nn.Module) -> dict[str, str]:
+    """Take the fastest path that torch has on the CPU in every quantised layer that it fits.
+
+    Activations are rounded to bfloat16 in these layers, so answers differ in the third digit. Layers that no kernel
+    fits go on as they are, exact.
+
+    Args:
+        model: A model with :class:`QuantLinear` layers, in place.
+
+    Returns:
+        Names of the layers that no kernel fits, and why.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_distill.quantization import quantize, use_kernels
+        >>> model, _ = quantize(nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 32)), [torch.randn(64, 64)],
+        ...     group_size=32, bits_by_pattern={"1": 2})
+        >>> use_kernels(model)
+        {'1': "2 bits, torch's kernels have 4 and 8"}
+    """
+    reasons = {name: layer.use_kernel() for name, layer in model.named_modules() if isinstance(layer, QuantLinear)}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 class QuantEmbedding(nn.Module):

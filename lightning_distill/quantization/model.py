@@ -1,24 +1,22 @@
 """Quantise a whole model, layer after layer in forward order."""
 
 import copy
-import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.quantization.calibration import Forward, calibrate, call_model
-from lightning_distill.quantization.gptq import BITS, Hessian, QuantizedWeight, gptq_layer
+from lightning_distill.quantization.calibration import Forward, calibrate, call_model, first_batches
+from lightning_distill.quantization.experts import separate_experts
+from lightning_distill.quantization.finished import FinishedLayers
+from lightning_distill.quantization.gptq import BITS, Hessian, QuantizedWeight, gptq_layer, retarget
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
 
 #: Heads, poolers, ramps and routers: few bytes, and errors there are not made good by anything after them.
@@ -64,6 +62,8 @@ def quantize(
     static_groups: bool = True,
     mse: bool = False,
     damp_percent: float = 0.01,
+    true_sequential: bool = True,
+    asymmetric: bool = False,
     embedding_bits: int | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = EXCLUDE,
@@ -72,16 +72,19 @@ def quantize(
     num_samples: int = 256,
     forward: Forward = call_model,
     resume: str | os.PathLike[str] | None = None,
-    on_layer: Callable[[LayerReport], None] | None = None,
+    on_layer: Callable[[LayerReport, int], None] | None = None,
 ) -> tuple[nn.Module, list[LayerReport]]:
     """Quantise every linear layer of a copy of a model by GPTQ; the model itself is not touched.
+
+    Experts that transformers fuses into one tensor become one linear layer each. One that fewer tokens reach than it
+    has inputs is rounded.
 
     Patterns are those of ``fnmatch`` and match a layer's whole name or one part of it between dots. A group that does
     not divide the width shrinks to 64 or 32; a layer that the format cannot hold stays in floating point. Both are
     said in the report.
 
     Args:
-        model: Any module with ``nn.Linear`` or transformers' ``Conv1D`` layers.
+        model: Any module with ``nn.Linear``, transformers' ``Conv1D`` or fused experts.
         dataloader: Calibration batches; None rounds every layer to nearest.
         bits: 2, 3, 4 or 8.
         group_size: Inputs that share a scale; -1 for all.
@@ -90,6 +93,10 @@ def quantize(
         static_groups: Grids fixed beforehand.
         mse: Search smaller ranges.
         damp_percent: Damping.
+        true_sequential: Calibrate each layer on what the quantised layers before it give; otherwise on what the float
+            model gives.
+        asymmetric: Ask each layer for the float model's outputs, though its inputs are the quantised model's (see
+            :func:`retarget`); needs the memory of a second model.
         embedding_bits: 8 or 4 rounds large embeddings row by row (plain transformers cannot load those); None
             leaves them.
         include: Patterns of the layers to quantise.
@@ -99,7 +106,7 @@ def quantize(
         num_samples: Rows of calibration data to use.
         forward: Calls the model on a batch.
         resume: A folder that keeps finished layers, so that a second call goes on where the first was killed.
-        on_layer: Called with each report as a layer is done.
+        on_layer: Called with each report as a layer is done, and the number of layers.
 
     Returns:
         The quantised copy, in eval mode, and a report per layer.
@@ -121,6 +128,123 @@ def quantize(
         >>> all(layer.error < layer.rounding_error for layer in report)
         True
     """
+    check_options(
+        bits,
+        group_size,
+        embedding_bits,
+        bits_by_pattern,
+        group_size_by_pattern,
+        num_samples,
+        true_sequential,
+        asymmetric,
+    )
+    if asymmetric and dataloader is None:
+        raise ValueError("Expected argument `asymmetric` to come with calibration data, but got dataloader=None.")
+    already = any(isinstance(module, (QuantLinear, QuantEmbedding)) for module in model.modules())
+    if already or getattr(getattr(model, "config", None), "quantization_config", None):
+        raise ValueError("Expected argument `model` to be in floating point, but it is quantised already.")
+
+    model = copy.deepcopy(model).eval()
+    unknown = separate_experts(model)
+    layers, aliases = _linear_layers(model, include, exclude)
+    plan, reports = _plan(layers, bits, group_size, bits_by_pattern, group_size_by_pattern)
+    for name, note in unknown.items():
+        reports[name] = LayerReport(name, (0, 0), 0, 0, 0.0, 0.0, 0.0, f"left in floating point: {note}")
+    if not plan:
+        raise ValueError(
+            f"Expected arguments `include` {list(include)} and `exclude` {list(exclude)} to leave linear layers that "
+            f"the format can hold, but none is left of {len(layers)}; their widths must divide by 32."
+        )
+    options: dict[str, Any] = {
+        "sym": sym, "desc_act": desc_act, "static_groups": static_groups, "mse": mse, "damp_percent": damp_percent
+    }  # fmt: skip
+    asked = [plan, options, num_samples, dataloader is None, true_sequential, asymmetric]
+    finished = FinishedLayers(resume, asked, [_weight(layers[name]) for name in plan])
+    twin = copy.deepcopy(model) if asymmetric else None
+    packed: dict[str, QuantLinear] = {}
+
+    def finish(name: str, layer: QuantLinear, report: LayerReport) -> None:
+        packed[name], reports[name] = layer, report
+        if true_sequential:
+            # Suspended forwards still hold the float layer: give it the quantised values until the walk is over.
+            dense, weight = layer.dequantize(), layers[name].weight
+            assert isinstance(weight, Tensor)
+            weight.data.copy_(dense.T if isinstance(layers[name], Conv1D) else dense)
+        if on_layer is not None:
+            on_layer(report, len(plan))
+
+    for name in plan:
+        kept = finished.load(name)
+        if kept is not None:
+            finish(name, kept[0].to(_weight(layers[name]).device), LayerReport(**kept[1]))
+    rest = {name: layers[name] for name in plan if name not in packed}
+    short: list[str] = []
+    for names, inputs, floats in _inputs(model, twin, rest, dataloader, num_samples, forward):
+        hessian = Hessian(inputs[0].shape[-1], inputs[0].device)
+        for rows in inputs:
+            if not bool(rows.isfinite().all()):
+                raise ValueError(f"Expected finite inputs of layer `{names[0]}`, but got NaN or infinite values.")
+            hessian.update(rows)
+        matrix: Tensor | None = hessian.matrix()
+        assert matrix is not None
+        note, width = "", len(matrix)
+        if not bool(matrix.any()):
+            matrix, note = None, "rounded to nearest: every calibration input is zero"
+        elif hessian.count < width and "experts" in names[0].split("."):
+            matrix, note = None, f"rounded to nearest: {hessian.count} tokens reached it, {width} are needed"
+        elif hessian.count < width:
+            short += [f"{name}: {hessian.count} of {width}" for name in names]
+        drift = None
+        if matrix is not None and twin is not None:
+            drift = _drift(inputs, floats)
+            note = "" if drift is not None else "not asymmetric: other tokens than in the float model reached it"
+        for setting in sorted({plan[name] for name in names}):
+            together = [name for name in names if plan[name] == setting]
+            started = time.perf_counter()
+            results = _quantize_together([layers[name] for name in together], matrix, drift, *setting, **options)
+            seconds = time.perf_counter() - started
+            outputs = sum(len(result.codes) for result in results)
+            for name, result in zip(together, results, strict=True):
+                layer = QuantLinear.from_weight(result, _bias(layers[name]))
+                said = [note, _smaller_group(name, result, group_size_by_pattern, group_size)]
+                if matrix is not None and result.damp_percent > damp_percent:
+                    said.append(f"damping raised to {result.damp_percent:g}")
+                share = seconds * len(result.codes) / outputs
+                report = _report(name, result, share, "; ".join(filter(None, said)))
+                finished.save(name, layer, asdict(report))
+                finish(name, layer, report)
+    for name in rest:
+        if name not in packed:
+            # No token came here: a layer that is not called, or an expert that nobody was routed to.
+            note = "rounded to nearest: no calibration input reached it" if dataloader is not None else ""
+            (result,) = _quantize_together([layers[name]], None, None, *plan[name], **options)
+            finish(name, QuantLinear.from_weight(result, _bias(layers[name])), _report(name, result, 0.0, note))
+    if short:
+        warnings.warn(
+            "Expected at least as many calibration tokens as a layer has inputs, but got fewer, so that the rank of H "
+            f"is at most: {'; '.join(short[:3])}{' ...' if len(short) > 3 else ''}. Damping fills the rest; raise "
+            "`num_samples`.",
+            stacklevel=2,
+        )
+    for name in packed:
+        for alias in aliases[name]:
+            model.set_submodule(alias, packed[name])
+    if embedding_bits is not None:
+        _quantize_embeddings(model, embedding_bits)
+    return model, [reports[name] for name in (*layers, *unknown)]
+
+
+def check_options(
+    bits: int,
+    group_size: int,
+    embedding_bits: int | None,
+    bits_by_pattern: Mapping[str, int] | None,
+    group_size_by_pattern: Mapping[str, int] | None,
+    num_samples: int,
+    true_sequential: bool,
+    asymmetric: bool,
+) -> None:
+    """Refuse what :func:`quantize` cannot do."""
     for value in (bits, *(bits_by_pattern or {}).values()):
         if value not in (*BITS, 0) or bits == 0:
             raise ValueError(f"Expected argument `bits` to be one of {BITS}, but got {value}.")
@@ -129,12 +253,23 @@ def quantize(
             raise ValueError(f"Expected argument `group_size` to be one of (-1, 32, 64, 128), but got {value}.")
     if embedding_bits not in (None, 4, 8):
         raise ValueError(f"Expected argument `embedding_bits` to be None, 4 or 8, but got {embedding_bits}.")
-    already = any(isinstance(module, (QuantLinear, QuantEmbedding)) for module in model.modules())
-    if already or getattr(getattr(model, "config", None), "quantization_config", None):
-        raise ValueError("Expected argument `model` to be in floating point, but it is quantised already.")
+    if num_samples < 1:
+        raise ValueError(f"Expected argument `num_samples` to be at least 1, but got {num_samples}.")
+    if asymmetric and not true_sequential:
+        raise ValueError(
+            "Expected argument `asymmetric` to come with `true_sequential`, as it makes good what the layers before "
+            "have lost, but got true_sequential=False."
+        )
 
-    model = copy.deepcopy(model).eval()
-    layers, aliases = _linear_layers(model, include, exclude)
+
+def _plan(
+    layers: Mapping[str, nn.Module],
+    bits: int,
+    group_size: int,
+    bits_by_pattern: Mapping[str, int] | None,
+    group_size_by_pattern: Mapping[str, int] | None,
+) -> tuple[dict[str, tuple[int, int]], dict[str, LayerReport]]:
+    """Bits and group size of each layer that the format can hold, and reports of those it cannot."""
     plan: dict[str, tuple[int, int]] = {}
     reports: dict[str, LayerReport] = {}
     for name, layer in layers.items():
@@ -148,136 +283,73 @@ def quantize(
             reports[name] = LayerReport(name, _shape(layer), 0, size, 0.0, 0.0, 0.0, note)
         else:
             plan[name] = (layer_bits, smaller)
-    if not plan:
-        raise ValueError(
-            f"Expected arguments `include` {list(include)} and `exclude` {list(exclude)} to leave linear layers that "
-            f"the format can hold, but none is left of {len(layers)}; their widths must divide by 32."
-        )
-    options: dict[str, Any] = {
-        "sym": sym, "desc_act": desc_act, "static_groups": static_groups, "mse": mse, "damp_percent": damp_percent
-    }  # fmt: skip
-    packed: dict[str, QuantLinear] = {}
+    return plan, reports
 
-    def finish(name: str, layer: QuantLinear, report: LayerReport) -> None:
-        packed[name], reports[name] = layer, report
-        # Suspended forwards still hold the float layer: give it the quantised values until the walk is over.
-        dense = layer.dequantize()
-        weight = layers[name].weight
-        assert isinstance(weight, Tensor)
-        weight.data.copy_(dense.T if isinstance(layers[name], Conv1D) else dense)
-        if on_layer is not None:
-            on_layer(report)
 
-    signature = json.dumps([plan, options, num_samples, dataloader is None], sort_keys=True)
-    for name in plan:
-        kept = _load_finished(resume, name, signature, layers[name])
-        if kept is not None:
-            finish(name, *kept)
-    rest = {name: layers[name] for name in plan if name not in packed}
-    short: list[str] = []
-    for names, inputs in _inputs(model, rest, dataloader, num_samples, forward):
-        hessian = None
-        if inputs:
-            hessian = Hessian(inputs[0].shape[-1], inputs[0].device)
-            for rows in inputs:
-                if not bool(rows.isfinite().all()):
-                    raise ValueError(f"Expected finite inputs of layer `{names[0]}`, but got NaN or infinite values.")
-                hessian.update(rows)
-        for setting in sorted({plan[name] for name in names}):
-            together = [name for name in names if plan[name] == setting]
-            started = time.perf_counter()
-            results, note = _quantize_together([layers[name] for name in together], hessian, *setting, **options)
-            seconds = time.perf_counter() - started
-            if hessian is not None and hessian.count < len(hessian.matrix()):
-                short += [f"{name}: {hessian.count} of {len(hessian.matrix())}" for name in together]
-            outputs = sum(len(result.codes) for result in results)
-            for name, result in zip(together, results, strict=True):
-                said = note
-                asked = _by_pattern(name, group_size_by_pattern, group_size)
-                if asked not in (-1, result.group_size):
-                    said = f"{note}; group {asked} does not divide {result.codes.shape[1]}".lstrip("; ")
-                share = seconds * len(result.codes) / outputs
-                report = LayerReport(
-                    name, _shape(layers[name]), result.bits, result.group_size, result.error, result.rounding_error,
-                    share, said,
-                )  # fmt: skip
-                layer = QuantLinear.from_weight(result, _bias(layers[name]))
-                _save_finished(resume, name, signature, layer, report)
-                finish(name, layer, report)
-    for name in rest:
-        if name not in packed:
-            # No token came here: a layer that is not called, or an expert that nobody was routed to.
-            note = "rounded to nearest: no calibration input reached it" if dataloader is not None else ""
-            (result,), _ = _quantize_together([layers[name]], None, *plan[name], **options)
-            report = LayerReport(
-                name, _shape(layers[name]), result.bits, result.group_size, result.error, result.rounding_error,
-                0.0, note,
-            )  # fmt: skip
-            finish(name, QuantLinear.from_weight(result, _bias(layers[name])), report)
-    if short:
-        warnings.warn(
-            "Expected at least as many calibration tokens as a layer has inputs, but got fewer, so that the rank of H "
-            f"is at most: {'; '.join(short[:3])}{' ...' if len(short) > 3 else ''}. Damping fills the rest; raise "
-            "`num_samples`.",
-            stacklevel=2,
-        )
-    for name in packed:
-        for alias in aliases[name]:
-            model.set_submodule(alias, packed[name])
-    if embedding_bits is not None:
-        _quantize_embeddings(model, embedding_bits)
-    return model, [reports[name] for name in layers]
+def _report(name: str, result: QuantizedWeight, seconds: float, note: str) -> LayerReport:
+    rows, width = result.codes.shape
+    return LayerReport(
+        name, (rows, width), result.bits, result.group_size, result.error, result.rounding_error, seconds, note
+    )
+
+
+def _smaller_group(name: str, result: QuantizedWeight, by_pattern: Mapping[str, int] | None, default: int) -> str:
+    asked = _by_pattern(name, by_pattern, default)
+    return "" if asked in (-1, result.group_size) else f"group {asked} does not divide {result.codes.shape[1]}"
 
 
 def _quantize_together(
-    layers: list[nn.Module], hessian: Hessian | None, bits: int, group_size: int, **options: Any
-) -> tuple[list[QuantizedWeight], str]:
+    layers: list[nn.Module], hessian: Tensor | None, drift: Tensor | None, bits: int, group_size: int, **options: Any
+) -> list[QuantizedWeight]:
     # Rows of a weight do not know of each other: layers with the same input are one layer with more outputs.
     weights = [_weight(layer) for layer in layers]
-    matrix = None if hessian is None or not hessian.matrix().any() else hessian.matrix()
-    result = gptq_layer(torch.cat(weights), matrix, bits=bits, group_size=group_size, **options)
-    note = ""
-    if hessian is not None and matrix is None:
-        note = "rounded to nearest: every calibration input is zero"
-    elif result.damp_percent > options["damp_percent"]:
-        note = f"damping raised to {result.damp_percent:g}"
+    weight = torch.cat(weights)
+    if hessian is not None and drift is not None:
+        weight = retarget(weight, hessian, drift, options["damp_percent"])
+    result = gptq_layer(weight, hessian, bits=bits, group_size=group_size, **options)
     stops = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
-    return [result.rows(stop - len(weight), stop) for weight, stop in zip(weights, stops, strict=True)], note
+    return [result.rows(stop - len(weight), stop) for weight, stop in zip(weights, stops, strict=True)]
+
+
+def _drift(inputs: list[Tensor], floats: list[Tensor]) -> Tensor | None:
+    if [rows.shape for rows in inputs] != [rows.shape for rows in floats]:
+        return None
+    width, count = inputs[0].shape[-1], sum(map(len, inputs))
+    drift = inputs[0].new_zeros(width, width, dtype=torch.float32)
+    for rows, wanted in zip(inputs, floats, strict=True):
+        drift.addmm_((wanted - rows).float().T, rows.float(), alpha=2 / count)
+    return drift
 
 
 def _inputs(
-    model: nn.Module, layers: dict[str, nn.Module], dataloader: Iterable[Any] | None, num_samples: int, forward: Forward
-) -> Iterable[tuple[list[str], list[Tensor]]]:
+    model: nn.Module,
+    twin: nn.Module | None,
+    layers: dict[str, nn.Module],
+    dataloader: Iterable[Any] | None,
+    num_samples: int,
+    forward: Forward,
+) -> Iterator[tuple[list[str], list[Tensor], list[Tensor]]]:
+    """Names and inputs of the layers in forward order, and the inputs that the float twin has there."""
     if dataloader is None or not layers:
-        return ()
-    weight = next(model.parameters())
-    batches: list[Any] = []
-    count = 0
-    for batch in dataloader:
-        if count >= num_samples:
-            break
-        batches.append(_first_rows(batch, num_samples - count, weight.device))
-        count += _rows(batches[-1])
-    if not count:
-        raise ValueError("Expected argument `dataloader` to give calibration batches, but it gave none.")
-    return calibrate(model, layers, batches, forward)
-
-
-def _first_rows(batch: Any, count: int, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:count].to(device)
-    if isinstance(batch, Mapping):
-        return {key: _first_rows(value, count, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(_first_rows(value, count, device) for value in batch)
-    return batch
-
-
-def _rows(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return len(batch)
-    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (tuple, list)) else ()
-    return next((_rows(value) for value in values if isinstance(value, (Tensor, Mapping, tuple, list))), 0)
+        return
+    weight = next(iter(layers.values())).weight
+    assert isinstance(weight, Tensor)
+    batches = first_batches(dataloader, num_samples, weight.device)
+    if twin is None:
+        for names, inputs in calibrate(model, layers, batches, forward):
+            yield names, inputs, []
+        return
+    both = calibrate(twin, {name: twin.get_submodule(name) for name in layers}, batches, forward)
+    floats: dict[str, list[Tensor]] = {}
+    for names, inputs in calibrate(model, layers, batches, forward):
+        # Same order in both, but for experts: what the twin met on the way waits until it is asked for, and it may
+        # never meet one that is met here.
+        while names[0] not in floats:
+            met, rows = next(both, (names, []))
+            floats.update(dict.fromkeys(met, rows))
+        yield names, inputs, floats[names[0]]
+        for name in names:
+            floats.pop(name, None)
 
 
 def _linear_layers(
@@ -292,7 +364,7 @@ def _linear_layers(
         # A subclass may compute something else, and out_proj of nn.MultiheadAttention is never called as a module.
         if type(module) not in (nn.Linear, Conv1D) or id(module.weight) in held:
             continue
-        if not _matches(name, include) or _matches(name, exclude):
+        if not matches(name, include) or matches(name, exclude):
             continue
         owner = first.setdefault(id(module.weight), name)
         aliases.setdefault(owner, []).append(name)
@@ -314,40 +386,14 @@ def _quantize_embeddings(model: nn.Module, bits: int) -> None:
         model.set_submodule(name, done.setdefault(id(module), QuantEmbedding.from_embedding(module, bits)))
 
 
-def _save_finished(resume: Any, name: str, signature: str, layer: QuantLinear, report: LayerReport) -> None:
-    if resume is None:
-        return
-    folder = Path(resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    metadata = {"signature": signature, "report": json.dumps(asdict(report))}
-    temporary = folder / f".{name}.partial"
-    safetensors.torch.save_file(layer.state_dict(), temporary, metadata)
-    temporary.replace(folder / f"{name}.safetensors")
-
-
-def _load_finished(resume: Any, name: str, signature: str, layer: nn.Module) -> tuple[QuantLinear, LayerReport] | None:
-    path = Path(resume) / f"{name}.safetensors" if resume is not None else None
-    if path is None or not path.exists():
-        return None
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-        if metadata["signature"] != signature:
-            return None
-        report = LayerReport(**json.loads(metadata["report"]))
-        report.shape = _shape(layer)
-        weight = _weight(layer)
-        result = QuantLinear(weight.shape[1], len(weight), report.bits, report.group_size, _bias(layer) is not None)
-        result.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-    return result.to(weight.device), report
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a pattern of ``fnmatch`` fits a layer's whole name or one part of it between dots."""
     parts = (name, *name.split("."))
     return any(fnmatchcase(part, pattern) for pattern in patterns for part in parts)
 
 
 def _by_pattern(name: str, values: Mapping[str, int] | None, default: int) -> int:
-    return next((value for pattern, value in (values or {}).items() if _matches(name, (pattern,))), default)
+    return next((value for pattern, value in (values or {}).items() if matches(name, (pattern,))), default)
 
 
 def _weight(layer: nn.Module) -> Tensor:

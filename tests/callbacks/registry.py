@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_distill.callbacks import GradientClipping, InitPolicy, LossAdvice, LRFinder
+from lightning_distill.callbacks import GPTQ, GradientClipping, InitPolicy, LossAdvice, LRFinder
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Row:
 
 # Not beside the checkpoints, whose folder must be empty; always the same, as it is part of the tests' names.
 AUDIT = str(Path(tempfile.gettempdir()) / "lightning-distill-audit")
+QUANTIZED = str(Path(tempfile.gettempdir()) / "lightning-distill-gptq")
 
 ROWS = [
     Row(
@@ -78,6 +79,29 @@ ROWS = [
         {"policy": "auto", "output_dir": AUDIT},
         bad=({"policy": "magic"}, {"std": 0.0}, {"only": []}, {"residual": "resnet"}, {"teacher": "somewhere"}),
     ),
+    # Asked to gain a lot, so that the float student stays and the weights can be compared.
+    Row(
+        GPTQ,
+        {
+            "group_size": 32,
+            "attribute": "body",
+            "monitor": "val_loss",
+            "mode": "min",
+            "max_drop": -9.0,
+            "folder": QUANTIZED,
+        },
+        bad=(
+            {"bits": 5},
+            {"group_size": 7},
+            {"calibration": "test"},
+            {"num_samples": 0},
+            {"embedding_bits": 3},
+            {"mode": "up"},
+            {"sensitive_bits": 4},
+            {"sensitive_layers": 0},
+            {"budget_bytes": 0},
+        ),
+    ),
     Row(InitPolicy, {"policy": "orthogonal", "only": "all", "seed": 3, "output_dir": AUDIT}),
 ]
 
@@ -114,8 +138,8 @@ class Regression(L.LightningModule):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(3)
-            self.body = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh())
-            self.head = nn.Linear(16, 1)
+            self.body = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh())
+            self.head = nn.Linear(32, 1)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = nn.functional.mse_loss(self.head(self.body(batch[0])), batch[1])

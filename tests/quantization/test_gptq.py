@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_distill.quantization import Hessian, gptq_layer
-from lightning_distill.quantization.gptq import find_grid, upper_factor
+from lightning_distill.quantization.gptq import find_grid, retarget, upper_factor
 from tests.quantization.paper import paper_gptq
 
 OPTIONS = [
@@ -173,6 +173,15 @@ def test_layers_with_the_same_inputs_are_quantised_as_one() -> None:
     part = both.rows(8, 12)
     assert torch.equal(part.codes, alone.codes)
     assert part.error == pytest.approx(alone.error, rel=1e-4)
+
+
+def test_retargeted_weight_is_the_least_squares_answer_on_the_inputs_as_they_are() -> None:
+    wanted, weight = correlated(500, 48), torch.randn(8, 48)
+    inputs = wanted + 0.1 * correlated(500, 48)
+    drift = 2 * (wanted - inputs).T @ inputs / 500
+    ours = retarget(weight, hessian_of(inputs), drift, damp_percent=0.0)
+    best = torch.linalg.lstsq(inputs.double(), (wanted @ weight.T).double()).solution.T
+    torch.testing.assert_close(ours.double(), best, rtol=1e-3, atol=1e-3)
 
 
 @settings(deadline=None, max_examples=40)

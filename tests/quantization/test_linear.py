@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lightning_distill.quantization import Hessian, QuantEmbedding, QuantLinear, gptq_layer
+from lightning_distill.quantization import Hessian, QuantEmbedding, QuantLinear, gptq_layer, use_kernels
 
 
 def quantized(bits: int = 4, group_size: int = 32, width: int = 64, out: int = 32, **options) -> tuple:
@@ -74,10 +74,39 @@ def test_kernel_gives_the_answer_in_bfloat16_and_says_when_it_cannot(sym: bool) 
     assert not torch.equal(fast[0], expected)
     assert (fast[0] - expected).norm() < 0.01 * expected.norm()
     assert "_kernel_weight" not in layer.state_dict()
-    torch.testing.assert_close(layer(inputs), F.linear(inputs, layer.dequantize(), layer.bias))  # many tokens: exact
-    assert "3 bits" in quantized(3)[1].use_kernel()
-    assert "group size 64" not in (quantized(4, group_size=-1)[1].use_kernel() or "")
-    assert "neighbouring" in quantized(4, static_groups=False)[1].use_kernel()
+    assert torch.equal(layer.to("cpu").float()(inputs[:5]), fast[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(inputs[:5]).dtype == torch.bfloat16
+    layer.load_state_dict(quantized(4, sym=sym)[1].state_dict())  # other numbers: exact again
+    torch.testing.assert_close(layer(inputs[:5]), F.linear(inputs[:5], layer.dequantize(), layer.bias))
+
+
+def test_int8_kernel_gives_the_answer_in_bfloat16() -> None:
+    _, layer, inputs, _ = quantized(8, group_size=-1)
+    expected = layer(inputs)
+    assert layer.use_kernel() is None
+    assert 0 < (layer(inputs[:5]) - expected[:5]).norm() < 0.01 * expected[:5].norm()
+
+
+@pytest.mark.parametrize(
+    ("bits", "options", "reason"),
+    [
+        (3, {}, "3 bits"),
+        (2, {}, "2 bits"),
+        (4, {"static_groups": False}, "neighbouring"),
+        (4, {"group_size": 48}, "neighbouring"),
+        (4, {"out": 40}, "40 outputs"),
+        (4, {"group_size": -1, "width": 96}, "group size 96"),
+        (8, {}, "one scale per output"),
+        (8, {"group_size": -1, "sym": False}, "not in the middle"),
+    ],
+    ids=str,
+)
+def test_layers_that_no_kernel_fits_say_why_and_stay_exact(bits: int, options: dict, reason: str) -> None:
+    _, layer, inputs, _ = quantized(bits, **options)
+    expected = layer(inputs)
+    assert reason in use_kernels(nn.Sequential(layer))["0"]
+    assert torch.equal(layer(inputs), expected)
 
 
 def test_compiles_whole() -> None:

@@ -3,13 +3,24 @@ import math
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import transformers
 from torch import nn
 
-from lightning_distill.quantization import LayerReport, QuantEmbedding, QuantLinear, load, quantize, save
+from lightning_distill.quantization import (
+    LayerReport,
+    QuantEmbedding,
+    QuantLinear,
+    load,
+    most_sensitive,
+    quantize,
+    save,
+    sensitivity,
+)
 from lightning_distill.quantization.calibration import calibrate
+from lightning_distill.quantization.mixed import layer_bytes
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 TEXT = {"vocab_size": 300, "max_position_embeddings": 64}
@@ -43,11 +54,20 @@ def t5() -> nn.Module:
     return transformers.T5ForConditionalGeneration(config)
 
 
+def bart() -> nn.Module:
+    config = transformers.BartConfig(
+        d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=64, decoder_ffn_dim=64, vocab_size=300, max_position_embeddings=64,
+        forced_eos_token_id=None,
+    )  # fmt: skip
+    return transformers.BartForConditionalGeneration(config)
+
+
 def vit() -> nn.Module:
     return transformers.ViTForImageClassification(transformers.ViTConfig(**SMALL, image_size=16, patch_size=4))
 
 
-MODELS = [bert, distilbert, roberta, llama, gpt2, t5, vit]
+MODELS = [bert, distilbert, roberta, llama, gpt2, t5, bart, vit]
 
 
 def batches(model: nn.Module, count: int = 4) -> list:
@@ -57,7 +77,7 @@ def batches(model: nn.Module, count: int = 4) -> list:
     for _ in range(count):
         batch = {"input_ids": torch.randint(5, 300, (4, 12)), "attention_mask": torch.ones(4, 12, dtype=torch.long)}
         batch["attention_mask"][1, 8:] = 0
-        if isinstance(model, transformers.T5ForConditionalGeneration):
+        if model.config.is_encoder_decoder:
             batch["labels"] = torch.randint(5, 300, (4, 7))
         result.append(batch)
     return result
@@ -134,6 +154,68 @@ def test_later_layers_are_calibrated_on_quantised_ones() -> None:
     assert report[1].error == pytest.approx(float(left / power), rel=1e-3)
 
 
+def test_without_true_sequential_layers_are_calibrated_on_the_float_model() -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    data = [torch.randn(64, 32) for _ in range(3)]
+    quantized, report = quantize(model, data, bits=2, group_size=32, true_sequential=False)
+    weight = model[2].weight.detach()
+    hidden = torch.relu(model[0](torch.cat(data))).detach()
+    left = (hidden @ (weight - quantized[2].dequantize()).T).square().sum()
+    assert report[1].error == pytest.approx(float(left / (hidden @ weight.T).square().sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("build", [bert, t5], ids=lambda build: build.__name__)
+def test_asymmetric_calibration_comes_nearer_to_the_float_model(build) -> None:
+    model = build()
+    data = batches(model, 16)
+
+    def distance(**options) -> float:
+        quantized, report = quantize(model, data, bits=3, group_size=32, **options)
+        assert not any(layer.note for layer in report)
+        return sum(float((logits(quantized, batch) - logits(model, batch)).square().sum()) for batch in data)
+
+    assert distance(asymmetric=True) < distance()
+
+
+def test_a_plain_lightning_module_that_has_been_fitted() -> None:
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(32, 32)
+
+        def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+            return self.layer(inputs)
+
+    module = Module()
+    module.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    quantized, _ = quantize(module, [torch.randn(64, 32)], group_size=32)
+    assert isinstance(quantized.layer, QuantLinear)
+
+
+def test_sensitivity_leaves_the_model_alone_and_finds_the_coarse_layer() -> None:
+    model = bert().train()
+    data = batches(model)
+    coarse = "bert.encoder.layer.1.output.dense"
+    quantized, report = quantize(model, data, group_size=32, bits_by_pattern={coarse: 2})
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    changes = sensitivity(model, quantized, data)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert changes.keys() == {layer.name for layer in report}
+    assert max(changes, key=changes.__getitem__) == coarse
+    assert most_sensitive(report, changes, count=1) == [coarse]
+    assert most_sensitive(report, changes, budget_bytes=1) == []
+
+
+def test_bytes_of_a_layer_are_those_of_its_tensors() -> None:
+    model = bert()
+    quantized, report = quantize(model, batches(model), group_size=32, bits_by_pattern={"query": 8, "key": 2})
+    for row in report:
+        layer = quantized.get_submodule(row.name)
+        tensors = (layer.qweight, layer.qzeros, layer.scales, layer.g_idx)
+        assert layer_bytes(row, row.bits) == sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def test_patterns_bits_group_sizes_and_embeddings() -> None:
     model = bert()
     quantized, report = quantize(
@@ -178,7 +260,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path: Path) -> 
     whole, _ = quantize(model, data, group_size=32)
     count = 0
 
-    def die(report: LayerReport) -> None:
+    def die(report: LayerReport, total: int) -> None:
         nonlocal count
         count += 1
         if count == 7:
@@ -192,6 +274,11 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path: Path) -> 
     assert all((tmp_path / name).stat().st_mtime_ns == stamp for name, stamp in finished.items())
     assert len(report) == 12
     assert all(torch.equal(tensor, resumed.state_dict()[name]) for name, tensor in whole.state_dict().items())
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight += 1  # another model: nothing of the old one counts
+    other, _ = quantize(model, data, group_size=32, resume=tmp_path)
+    afresh, _ = quantize(model, data, group_size=32)
+    assert all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in afresh.state_dict().items())
     other, _ = quantize(model, data, group_size=32, bits=8, resume=tmp_path)
     assert other.bert.encoder.layer[0].attention.self.query.bits == 8
 
@@ -208,6 +295,9 @@ def test_rounding_from_the_same_path() -> None:
         ({"bits": 5}, "`bits`"),
         ({"group_size": 48}, "`group_size`"),
         ({"embedding_bits": 3}, "`embedding_bits`"),
+        ({"num_samples": 0}, "`num_samples`"),
+        ({"asymmetric": True, "dataloader": None}, "`asymmetric`"),
+        ({"asymmetric": True, "true_sequential": False}, "`asymmetric`"),
         ({"include": ("nothing",)}, "none is left"),
         ({"dataloader": []}, "gave none"),
         ({"dataloader": [torch.full((64, 32), math.nan)]}, "layer `0`"),

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from lightning_distill import student_from_teacher
+from lightning_distill.quantization import QuantLinear, load
 from lightning_distill.report import read_curves
 from tests.helpers.models import bert
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
@@ -157,6 +158,30 @@ def test_two_processes_by_flag(main: Any, files: list[str], tmp_path: Path) -> N
     student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
     start = student_from_teacher(str(tmp_path / "teacher"), num_layers=2)
     assert not torch.equal(student.classifier.weight, start.classifier.weight)
+
+
+def test_gptq_writes_a_student_that_loads_and_says_what_it_cost(main: Any, files: list[str], tmp_path: Path) -> None:
+    wide = {"hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 64}
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "teacher")
+    names = {"id2label": config.id2label, "label2id": config.label2id}
+    bert(layers=4, vocab_size=config.vocab_size, **names, **wide).save_pretrained(tmp_path / "teacher")
+    with pytest.raises(SystemExit, match="2"):
+        main([*files, "--gptq.bits=5"])
+    assert not (tmp_path / "out").exists()
+    main([*files, "--gptq.bits=4", "--gptq.group_size=32"])
+    found = summary(tmp_path)["gptq"]
+    assert list(found) == [
+        "bits", "group_size", "bytes", "metric", "metric_before", "seconds", "latency_ms_batch1"
+    ]  # fmt: skip
+    assert (found["bits"], found["group_size"]) == (4, 32)
+    assert found["metric_before"] == summary(tmp_path)["student"]["metric"]
+    assert found["latency_ms_batch1"] > 0
+    folder = tmp_path / "out" / "student-gptq"
+    assert found["bytes"] == (folder / "model.safetensors").stat().st_size < summary(tmp_path)["student"]["bytes"]
+    assert isinstance(load(folder).bert.encoder.layer[1].output.dense, QuantLinear)
+    assert transformers.AutoTokenizer.from_pretrained(folder)("a warm film")["input_ids"]
+    student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    assert isinstance(student.bert.encoder.layer[1].output.dense, torch.nn.Linear)
 
 
 def test_callbacks_optimizer_and_schedule_by_flag(main: Any, files: list[str], tmp_path: Path) -> None:

@@ -1,0 +1,179 @@
+"""int8 and 4-bit linears of other libraries: torchao for latency, bitsandbytes for memory, onnxruntime to serve."""
+
+import copy
+import importlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from lightning_distill.arguments import one_of
+from lightning_distill.pretrained import architecture_of
+from lightning_distill.quantization.model import EXCLUDE, matches
+from lightning_distill.tasks import logits_of
+
+
+def quantize_int8(model: nn.Module, *, exclude: Sequence[str] = EXCLUDE) -> nn.Module:
+    """Make a copy whose linear layers multiply in int8: weights per output, activations per token, as they come.
+
+    Needs no calibration. torchao's kernels gain on many tokens at once, and on few once the model is compiled
+    (``model.compile()``); its state dict holds tensors of torchao's own.
+
+    Args:
+        model: Any module with ``nn.Linear`` layers.
+        exclude: Patterns of the layers to leave; see :func:`lightning_distill.quantization.quantize`.
+
+    Returns:
+        The copy, in eval mode.
+
+    Raises:
+        ModuleNotFoundError: If torchao is not installed.
+        ValueError: If no linear layer is left.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.quantization import quantize_int8
+        >>> quantized = quantize_int8(nn.Sequential(nn.Linear(64, 32)))  # doctest: +SKIP
+    """
+    torchao = _require("torchao.quantization", "int8")
+    model = copy.deepcopy(model).eval()
+    layers = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    layers = {name for name in layers if not matches(name, exclude)}
+    if not layers:
+        raise ValueError(f"Expected argument `exclude` to leave linear layers, but {list(exclude)} leaves none.")
+    torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(), lambda module, name: name in layers)
+    return model
+
+
+def load_in_8bit(folder: str | os.PathLike[str], *, exclude: Sequence[str] = EXCLUDE) -> nn.Module:
+    """Load a teacher or a student with the 8-bit linear layers of bitsandbytes (LLM.int8), on the CPU or the GPU.
+
+    Args:
+        folder: Folder or hub id of a transformers model in floating point.
+        exclude: Patterns of the layers to leave in floating point.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ModuleNotFoundError: If bitsandbytes is not installed.
+        ValueError: If the folder holds no model with a head.
+
+    Example:
+        >>> from lightning_distill.quantization import load_in_8bit
+        >>> teacher = load_in_8bit("path/to/teacher")  # doctest: +SKIP
+
+    Source: Dettmers et al., "LLM.int8()", 2022.
+    """
+    return _load_bitsandbytes(folder, exclude, load_in_8bit=True)
+
+
+def load_in_4bit(
+    folder: str | os.PathLike[str], quant_type: Literal["nf4", "fp4"] = "nf4", *, exclude: Sequence[str] = EXCLUDE
+) -> nn.Module:
+    """Load a teacher or a student with the 4-bit linear layers of bitsandbytes, on the CPU or the GPU.
+
+    Args:
+        folder: Folder or hub id of a transformers model in floating point.
+        quant_type: ``"nf4"``, whose 16 values suit normally distributed weights, or ``"fp4"``.
+        exclude: Patterns of the layers to leave in floating point.
+
+    Returns:
+        The model, in eval mode.
+
+    Raises:
+        ModuleNotFoundError: If bitsandbytes is not installed.
+        ValueError: If the folder holds no model with a head, or ``quant_type`` is something else.
+
+    Example:
+        >>> from lightning_distill.quantization import load_in_4bit
+        >>> teacher = load_in_4bit("path/to/teacher", "nf4")  # doctest: +SKIP
+
+    Source: Dettmers et al., "QLoRA", 2023.
+    """
+    one_of("quant_type", quant_type, ("nf4", "fp4"))
+    return _load_bitsandbytes(folder, exclude, load_in_4bit=True, bnb_4bit_quant_type=quant_type)
+
+
+def _load_bitsandbytes(folder: str | os.PathLike[str], exclude: Sequence[str], **settings: Any) -> nn.Module:
+    _require("bitsandbytes", "bitsandbytes")
+    architecture = architecture_of(os.fspath(folder), "folder")
+    with torch.device("meta"):
+        empty = architecture(transformers.AutoConfig.from_pretrained(folder))
+    left = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and matches(name, exclude)]
+    config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=left or ["-"], **settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model: nn.Module = architecture.from_pretrained(
+        os.fspath(folder), use_safetensors=True, dtype="float32", device_map=device, quantization_config=config
+    )
+    return model.eval()
+
+
+def export_onnx_int8(model: nn.Module, batch: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a model as ONNX whose linear layers multiply in int8, for onnxruntime.
+
+    Weights are int8 per output, activations uint8 by their range at the time. The first dimension of every input, and
+    the second of those with token ids, may vary.
+
+    Args:
+        model: A float model, transformers' or any other.
+        batch: An example: a mapping of the inputs, a pair whose first item is the input, or the input itself.
+        path: File to write.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: If onnx or onnxruntime are not installed.
+
+    Example:
+        >>> from lightning_distill.quantization import export_onnx_int8
+        >>> export_onnx_int8(student, batch, "student.onnx")  # doctest: +SKIP
+    """
+    _require("onnxscript", "onnx")
+    quantization = _require("onnxruntime.quantization", "onnx")
+    free = torch.export.Dim.DYNAMIC
+    inputs = batch if isinstance(batch, Mapping) else {"input": batch[0] if isinstance(batch, (tuple, list)) else batch}
+    inputs = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and name != "labels"}
+    # Token ids, masks and the like are [rows, tokens].
+    shapes = tuple({0: free} if value.is_floating_point() else {0: free, 1: free} for value in inputs.values())
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wrapped = _Logits(copy.deepcopy(model).cpu(), list(inputs) if isinstance(batch, Mapping) else None).eval()
+    arguments = tuple(value.cpu() for value in inputs.values())
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder) / "float.onnx"
+        torch.onnx.export(
+            wrapped, arguments, plain, dynamo=True, verbose=False, input_names=list(inputs), output_names=["logits"],
+            dynamic_shapes=(shapes,), external_data=False,
+        )  # fmt: skip
+        quantization.quantize_dynamic(plain, path, weight_type=quantization.QuantType.QInt8, per_channel=True)
+    return path
+
+
+class _Logits(nn.Module):
+    """A model whose inputs come in order and whose answer is the logits alone."""
+
+    def __init__(self, model: nn.Module, names: list[str] | None) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        if self.names is None:
+            return logits_of(self.model(*inputs))
+        return logits_of(self.model(**dict(zip(self.names, inputs, strict=True))))
+
+
+def _require(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Expected `{module.partition('.')[0]}` to be installed, but it is not; "
+            f"`pip install 'lightning-distill[{extra}]'`."
+        ) from error
