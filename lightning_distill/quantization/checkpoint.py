@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.pretrained import export
+from lightning_distill.pretrained import export, without_ramps
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear
 from lightning_distill.quantization.packing import pack, unpack_zeros
 
@@ -85,6 +85,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in model.state_dict().items():
+        if name.startswith("ramps."):
+            continue  # early exit: in files of their own
         key = (tensor.data_ptr(), tensor.shape)
         if tensor.numel() and key in seen:
             continue  # tied
@@ -97,6 +99,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None
         raise OSError(f"Expected room for {needed:,} bytes at {folder.parent}, but {free:,} are free; free some.")
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        with without_ramps(model, temporary):
+            pass
         if hasattr(model, "save_pretrained"):
             model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
             model.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
