@@ -49,7 +49,7 @@ class EarlyExit(L.Callback):
         criterion: When an exit is sure; kept with the ramps. :class:`LearnedGate` gives them gates. Default:
             :class:`Confidence`, its thresholds to be found by :func:`calibrate`.
         training: See above.
-        ramp: ``"linear"``, ``"pooler"`` or ``"attention"``, see :class:`lightning_distill.early_exit.Ramp`.
+        ramp: ``"linear"``, ``"pooler"``, ``"attention"`` or ``"auto"``, see :class:`lightning_distill.early_exit.Ramp`.
         loss_weights: The :math:`w_i`: ``"uniform"`` (1), ``"depth"`` ((layer + 1) / depth), or a function of layer
             and depth.
         teacher_weight: Share of each :math:`L_i` that is learned from the teacher of a ``DistillationModule``.
@@ -79,7 +79,7 @@ class EarlyExit(L.Callback):
         exits: str | Sequence[int] = "all",
         criterion: Criterion | None = None,
         training: Training = "joint",
-        ramp: RampKind = "linear",
+        ramp: RampKind = "auto",
         loss_weights: Literal["uniform", "depth"] | Callable[[int, int], float] = "uniform",
         *,
         teacher_weight: float = 0.0,

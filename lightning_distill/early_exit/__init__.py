@@ -1,5 +1,6 @@
 """Early exit: ramps, criteria, exact batched inference, calibration."""
 
+from lightning_distill.early_exit.calibration import Calibration, calibrate
 from lightning_distill.early_exit.criteria import (
     AllOf,
     AnyOf,
@@ -16,6 +17,7 @@ from lightning_distill.early_exit.ramps import Ramp, Ramps, make_ramps
 __all__ = [
     "AllOf",
     "AnyOf",
+    "Calibration",
     "Confidence",
     "Criterion",
     "EarlyExitModel",
@@ -25,5 +27,6 @@ __all__ = [
     "Patience",
     "Ramp",
     "Ramps",
+    "calibrate",
     "make_ramps",
 ]

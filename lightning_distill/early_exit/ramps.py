@@ -16,7 +16,7 @@ from lightning_distill.early_exit.criteria import Confidence, Criterion, criteri
 from lightning_distill.initialization import Policy, initialize
 from lightning_distill.signals import describe, find_layers, get_submodule
 
-RampKind = Literal["linear", "pooler", "attention"]
+RampKind = Literal["auto", "linear", "pooler", "attention"]
 Pooling = Literal["first", "last", "none"]
 Exits = str | Sequence[int]
 
@@ -30,7 +30,7 @@ class Ramp(nn.Module):
         width: Size of the layer's output.
         num_outputs: Number of classes; 1 in regression.
         kind: ``"linear"``; ``"pooler"`` puts a layer with tanh before it; ``"attention"`` weighs all real tokens by a
-            learned query where the others read one.
+            learned query where the others read one; ``"auto"`` is ``"attention"``, or ``"linear"`` per token.
         pooling: The token that is read: the ``"first"``, the ``"last"`` real one, or ``"none"``: an answer per token.
         gate: Whether to give the chance of being right too, for :class:`LearnedGate`.
 
@@ -43,9 +43,13 @@ class Ramp(nn.Module):
     """
 
     def __init__(
-        self, width: int, num_outputs: int, kind: RampKind = "linear", pooling: Pooling = "first", *, gate: bool = False
+        self, width: int, num_outputs: int, kind: RampKind = "auto", pooling: Pooling = "first", *, gate: bool = False
     ) -> None:
         super().__init__()
+        if kind == "auto":
+            # One token says little of a sequence in the lower layers of an encoder: behind the first layers of MiniLM
+            # a linear ramp on it was no better than chance on SST-2, where attention reached 84 %.
+            kind = "linear" if pooling == "none" else "attention"
         self.pooling = pooling
         # Hidden states of a stack that normalises before its layers have no scale of their own.
         self.norm = nn.LayerNorm(width)
@@ -65,10 +69,12 @@ class Ramp(nn.Module):
             Logits ``[B, C]`` (per token ``[B, T, C]``) and the gate's logit without the last dimension, or None.
         """
         x = hidden_state.flatten(2).mean(-1) if hidden_state.ndim == 4 else hidden_state
+        if self.query is not None and x.ndim == 2:
+            x = x[:, None]
         if x.ndim == 3 and self.query is None and self.pooling != "none":
             x = self._one_token(x, token_mask)
         x = self.norm(x)
-        if x.ndim == 3 and self.query is not None:
+        if self.query is not None:
             scores = self.query(x).squeeze(-1)
             if token_mask is not None:
                 scores = scores.masked_fill(~token_mask, torch.finfo(scores.dtype).min)
@@ -108,7 +114,7 @@ class Ramps(nn.ModuleDict):
         exits: Sequence[int],
         widths: Sequence[int],
         num_outputs: int,
-        kind: RampKind = "linear",
+        kind: RampKind = "auto",
         pooling: Pooling = "first",
         *,
         layers: str | None = None,
@@ -130,6 +136,10 @@ class Ramps(nn.ModuleDict):
             "task": task,
             "criterion": sureness.config(),
         }
+
+    def forward(self, x: Any) -> Any:
+        """What it is given: in a student that is an ``nn.Sequential``, the ramps are the last part in the row."""
+        return x
 
     def stack(self, student: nn.Module) -> list[nn.Module]:
         """The student's layers."""
@@ -220,7 +230,7 @@ def find_stack(student: nn.Module, path: str | None = None) -> list[nn.Module]:
                 f"Expected argument `layers` to be the path of a ModuleList or Sequential of at least two layers, but "
                 f"got {path!r}, a `{type(stack).__name__}`. There are {sorted(stacks)}."
             )
-        return list(stack)
+        return [layer for layer in stack if not isinstance(layer, Ramps)]
     try:
         found = find_layers(student)
     except ValueError:
@@ -272,7 +282,7 @@ def make_ramps(
     student: nn.Module,
     exits: Exits = "all",
     *,
-    kind: RampKind = "linear",
+    kind: RampKind = "auto",
     criterion: Criterion | None = None,
     task: tasks.Task | Literal["auto"] = "auto",
     layers: str | None = None,
