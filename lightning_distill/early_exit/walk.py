@@ -100,9 +100,18 @@ class BatchDimensions:
     @staticmethod
     def _shapes(student: nn.Module, layers: Sequence[nn.Module], batch: Any) -> dict[Any, Any]:
         seen: dict[Any, Any] = {}
+        before: Tensor | None = None
 
         def call(position: int, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal before
+            if before is not None and first_tensor(args or tuple(kwargs.values())) is not before:
+                # A sum with what came before, say, would be of other rows.
+                raise ValueError(
+                    f"Expected the student to hand what layer {position - 1} gives to layer {position} as it is, but "
+                    "it changes it in between. Move that (a residual sum, an activation) into the layers."
+                )
             output = inner(*args, **kwargs)
+            before = first_tensor(output)
             for where, value in (("in", (args, kwargs)), ("out", output)):
                 leaves = tree_flatten(value)[0]
                 shapes = [tuple(leaf.shape) if isinstance(leaf, Tensor) else None for leaf in leaves]

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_distill.callbacks import GradientClipping, InitPolicy, LossAdvice
+from lightning_distill.callbacks import EarlyExit, GradientClipping, InitPolicy, LossAdvice
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,21 @@ ROWS = [
     Row(GradientClipping, {"algorithm": "adaptive", "threshold": 0.02}),
     Row(GradientClipping, {"algorithm": "percentile", "threshold": 50.0, "per": "parameter_group", "history": 4}),
     Row(GradientClipping, {"algorithm": "zscore", "threshold": 0.5, "warmup_steps": 2}),
+    Row(
+        EarlyExit,
+        {"exits": [1], "student": "", "layers": "body", "task": "regression", "training": "alternate", "lr": 0.02},
+        bad=(
+            {"exits": "some"},
+            {"criterion": 0.9},
+            {"training": "three_stage"},
+            {"ramp": "deep"},
+            {"loss_weights": "random"},
+            {"teacher_weight": 2.0},
+            {"temperature": 0.0},
+            {"lr": 0.0},
+            {"init": "magic"},
+        ),
+    ),
     Row(LossAdvice, {"window": 2}, bad=({"window": 0}, {"min_fall": 2.0})),
     Row(
         InitPolicy,
