@@ -177,8 +177,51 @@ def calibrate(
             "Expected a model with one criterion that classifies, whose threshold can be found, but got "
             f"{criterion!r} in {model.ramps.task}. Set `model.thresholds` or its parts by hand."
         )
-    answers = collect(model, dataloader)
-    rows = len(answers)
+    report = choose(
+        collect(model, dataloader),
+        criterion,
+        [*exits, depth - 1],
+        max_drop=max_drop,
+        confidence=confidence,
+        temperature_scaling=temperature_scaling,
+        search_share=search_share,
+        seed=seed,
+    )
+    model.temperatures, model.thresholds = report.temperatures, report.thresholds
+    if folder is not None:
+        write(model, report, Path(folder))
+    return report
+
+
+def choose(
+    answers: Answers,
+    criterion: Criterion,
+    layers: list[int],
+    *,
+    max_drop: float,
+    confidence: float,
+    temperature_scaling: bool = True,
+    search_share: float = 0.3,
+    seed: int = 0,
+    path_size: int = 80,
+) -> Calibration:
+    """Choose thresholds from what the ramps and the full model said: :func:`calibrate` without a model.
+
+    Args:
+        answers: What they said.
+        criterion: When an exit is sure.
+        layers: The exits' layers and the last layer.
+        max_drop: See :func:`calibrate`, also for the next four.
+        confidence: How sure the promise is.
+        temperature_scaling: Whether to fit temperatures.
+        search_share: Share of the rows for the path.
+        seed: Decides which.
+        path_size: Number of threshold sets to look for.
+
+    Returns:
+        The report.
+    """
+    exits, depth, rows = layers[:-1], layers[-1] + 1, len(answers)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     count = max(1, round(search_share * rows))
     if rows - count < 1:
@@ -189,7 +232,7 @@ def calibrate(
         for index in range(len(exits))
     ]
     depths = torch.tensor([*(layer + 1.0 for layer in exits), float(depth)])
-    path = _path(criterion, search, temperatures, depths)
+    path = _path(criterion, search, temperatures, depths, path_size)
     measures, harm = test.measures(criterion, temperatures), test.harm()
     right = test.mean_of_items((test.logits.argmax(-1) == test.labels).float())
 
@@ -222,9 +265,9 @@ def calibrate(
         warnings.warn(
             f"Expected calibration data that can promise a drop of at most {max_drop} with confidence {confidence}, "
             f"but {rows} rows cannot, so nothing leaves early; {more}. Allow a larger `max_drop` or give more rows.",
-            stacklevel=2,
+            stacklevel=3,
         )
-    report = Calibration(
+    return Calibration(
         thresholds=_as_user(criterion, exits, thresholds),
         temperatures=dict(zip(exits, temperatures, strict=True)),
         metric_full=float(right[-1].mean()),
@@ -232,7 +275,7 @@ def calibrate(
         mean_depth=float(depths[leaves].mean()),
         depth=depth,
         exit_share={layer: float((leaves == index).float().mean()) for index, layer in enumerate([*exits, depth - 1])},
-        accuracy={layer: float(right[index].mean()) for index, layer in enumerate([*exits, depth - 1])},
+        accuracy={layer: float(right[index].mean()) for index, layer in enumerate(layers)},
         calibration_error={
             layer: (_error(test, index, 1.0), _error(test, index, temperatures[index]))
             for index, layer in enumerate(exits)
@@ -248,10 +291,6 @@ def calibrate(
             "method": "Learn then Test, fixed sequence; exact binomial (Clopper-Pearson) or Hoeffding-Bentkus p-values",
         },
     )
-    model.temperatures, model.thresholds = report.temperatures, report.thresholds
-    if folder is not None:
-        write(model, report, Path(folder))
-    return report
 
 
 @torch.no_grad()
@@ -311,7 +350,7 @@ def write(model: EarlyExitModel, report: Calibration, folder: Path) -> None:
     plot_calibration(report, folder / "early_exit.png")
 
 
-def _path(criterion: Criterion, search: Answers, temperatures: list[float], depths: Tensor) -> Tensor:
+def _path(criterion: Criterion, search: Answers, temperatures: list[float], depths: Tensor, size: int) -> Tensor:
     """Sets of thresholds in the terms of :meth:`Answers.measures`, careful ones first."""
     if criterion.remembers:
         # What one exit measures depends on which others are asked: all of them, with one threshold.
@@ -323,7 +362,7 @@ def _path(criterion: Criterion, search: Answers, temperatures: list[float], dept
     # of the few rows that are spoiled, so the path has careful sets too.
     other = 1 - probabilities.gather(-1, full.expand(len(temperatures), -1)[..., None])[..., 0]
     losses = search.mean_of_items(torch.cat([other, torch.zeros_like(other[:1])]).nan_to_num(1.0))
-    return threshold_path(search.measures(criterion, temperatures), losses, depths)
+    return threshold_path(search.measures(criterion, temperatures), losses, depths, size=size)
 
 
 def _as_user(criterion: Criterion, exits: list[int], thresholds: Tensor) -> dict[int, float]:

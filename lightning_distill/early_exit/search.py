@@ -120,7 +120,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         return 1.0
     for _ in range(4):  # the loss has one minimum; each round is ten times finer
         grid = torch.linspace(low, high, 41, dtype=torch.float64)
-        scores = torch.stack([torch.nn.functional.cross_entropy(logits / t.exp(), labels) for t in grid])
+        likelihood = (logits / grid.exp()[:, None, None]).log_softmax(-1)
+        scores = -likelihood.gather(-1, labels.expand(len(grid), -1)[..., None]).mean((1, 2))
         best, step = float(grid[scores.argmin()]), float(grid[1] - grid[0])
         low, high = max(best - step, math.log(0.05)), min(best + step, math.log(20.0))
     return math.exp(best)

@@ -154,7 +154,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
             f"quant_method={method!r}, checkpoint_format={version!r}."
         )
     state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(set(folder.glob("*.safetensors")) - {folder / "ramps.safetensors"}):
         state.update(safetensors.torch.load_file(path))
     model = _build(folder, config) if model is None else model
     for key in [key for key in state if key.endswith(".qweight")]:

@@ -95,9 +95,16 @@ def test_any_net_any_thresholds_any_batch(
 
 @pytest.mark.parametrize(
     "criterion",
-    [Entropy(), Margin(), LearnedGate(), Patience(1), AnyOf(Confidence(0.9), Patience(2)), AllOf(Entropy(0.9), Patience(1))],
+    [
+        Entropy(),
+        Margin(),
+        LearnedGate(),
+        Patience(1),
+        AnyOf(Confidence(0.9), Patience(2)),
+        AllOf(Entropy(0.9), Patience(1)),
+    ],
     ids=lambda criterion: type(criterion).__name__,
-)  # fmt: skip
+)
 def test_every_criterion_remembers_the_right_rows(criterion: Criterion) -> None:
     net = student(num_labels=3)
     if criterion.threshold is None:
