@@ -32,7 +32,7 @@ from lightning_distill.pretrained import load_pretrained
 from lightning_distill.tasks import call_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
-BATCHES = {1: 200, 8: 60, 32: 40}  # batches timed, by size
+BATCHES = {1: 150, 8: 40, 32: 25}  # batches timed, by size
 
 
 class WholeBatchPatience(Patience):

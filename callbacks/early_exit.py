@@ -8,6 +8,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill import tasks
@@ -113,7 +115,7 @@ class EarlyExit(L.Callback):
         self.init, self.seed, self.student, self.layers, self.task = init, seed, student, layers, task
         self.widths, self.num_outputs = widths, num_outputs
         self._handles: list[RemovableHandle] = []
-        self._thawed: list[nn.Parameter] = []
+        self._frozen: list[str] = []  # by name: sharding replaces parameters
         self._batch: Any = None  # the batch under way, which the ramps read their mask from
         self._answers: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._logits: dict[str, Tensor] = {}
@@ -148,6 +150,8 @@ class EarlyExit(L.Callback):
         for layer in ramps.exits:
             self._handles.append(stack[layer].register_forward_hook(partial(self._answer, ramps, layer)))
         self._handles.append(student.register_forward_hook(partial(self._keep_logits, "student")))
+        if self._freezes:
+            self._handles.append(student.register_forward_hook(self._tie))
         if isinstance(teacher, nn.Module) and self.teacher_weight:
             self._handles.append(teacher.register_forward_hook(partial(self._keep_logits, "teacher")))
         if stage == "fit":
@@ -159,12 +163,13 @@ class EarlyExit(L.Callback):
                 "Expected a LightningModule with automatic optimization, because the ramps' loss is added to what its "
                 "`training_step` returns, but got one without."
             )
-        if self.training in ("two_stage", "self_distill"):
+        if self._freezes:
             # Now and not later: DDP wants to know what trains when it wraps the module.
             own = set(ramps.parameters())
-            self._thawed = [p for p in pl_module.parameters() if p.requires_grad and p not in own]
-            for parameter in self._thawed:
-                parameter.requires_grad_(False)
+            for name, parameter in pl_module.named_parameters():
+                if parameter.requires_grad and parameter not in own:
+                    self._frozen.append(name)
+                    parameter.requires_grad_(False)
         step = pl_module.training_step
 
         @wraps(step)
@@ -208,11 +213,22 @@ class EarlyExit(L.Callback):
         if self._batch is not None and not isinstance(module, L.LightningModule):
             self._logits[who] = tasks.logits_of(output).detach()
 
+    def _tie(self, module: nn.Module, args: Any, output: Any) -> Any:
+        # FSDP2 learns from the gradient of a module's output that backward has come to it. With the backbone frozen the
+        # output would have none, and the ramps' gradients would never reach the sharded parameters.
+        if not isinstance(module, FSDPModule) or not self._answers:
+            return output
+        nothing = 0.0 * torch.stack([logits.float().sum() for logits, _ in self._answers.values()]).sum()
+        return tree_map_only(Tensor, lambda x: x + nothing.to(x.dtype) if x.is_floating_point() else x, output)
+
+    @property
+    def _freezes(self) -> bool:
+        return self.training in ("two_stage", "self_distill")
+
     def _step(
         self, pl_module: L.LightningModule, student: nn.Module, depth: int, batch: Any, step: Callable[[], Any]
     ) -> Any:
-        frozen = self.training in ("two_stage", "self_distill")
-        if frozen:
+        if self._freezes:
             student.eval()
             student.ramps.train()  # type: ignore[union-attr]
         self._begin(batch)
@@ -227,7 +243,9 @@ class EarlyExit(L.Callback):
         own = output["loss"] if isinstance(output, dict) else output
         if self.training == "alternate" and pl_module.global_step % 2 == 0:
             loss = 0.0 * loss  # not left out: under DDP every parameter takes part in every step
-        total = loss if frozen else own + loss
+        total = own + loss
+        if self._freezes:
+            total = loss + 0.0 * own if own.requires_grad else loss  # see `_tie`
         return {**output, "loss": total} if isinstance(output, dict) else total
 
     def _begin(self, batch: Any) -> None:
@@ -299,8 +317,9 @@ class EarlyExit(L.Callback):
             if labels is None:
                 break
             count = len(logits) if mask is None else int(mask.sum())
-            name, value = "mse", F.mse_loss(logits.flatten().float(), labels.flatten().float())
-            if ramps.task != "regression":
+            if ramps.task == "regression":
+                name, value = "mse", F.mse_loss(logits.flatten().float(), labels.flatten().float())
+            else:
                 right = logits.argmax(-1) == labels
                 name, value = "accuracy", (right if mask is None else right[mask]).float().mean()
             pl_module.log(f"val_exit{layer}_{name}", value, batch_size=count, sync_dist=True)
@@ -312,9 +331,11 @@ class EarlyExit(L.Callback):
             handle.remove()
         self._handles = []
         vars(pl_module).pop("training_step", None)
-        for parameter in self._thawed:
-            parameter.requires_grad_(True)
-        self._thawed = []
+        if self._frozen:
+            self._find_student(pl_module).train()
+        for name in self._frozen:
+            pl_module.get_parameter(name).requires_grad_(True)
+        self._frozen = []
 
 
 def _towards(task: tasks.Task, logits: Tensor, target: Tensor, temperature: float, mask: Tensor | None) -> Tensor:

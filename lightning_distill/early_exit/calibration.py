@@ -122,7 +122,7 @@ def calibrate(
     max_drop: float = 0.005,
     confidence: float = 0.95,
     temperature_scaling: bool = True,
-    search_share: float = 0.3,
+    search_share: float = 0.2,
     seed: int = 0,
     folder: str | os.PathLike[str] | None = None,
 ) -> Calibration:
@@ -201,7 +201,7 @@ def choose(
     max_drop: float,
     confidence: float,
     temperature_scaling: bool = True,
-    search_share: float = 0.3,
+    search_share: float = 0.2,
     seed: int = 0,
     path_size: int = 80,
 ) -> Calibration:

@@ -292,74 +292,70 @@ class _Prediction:
     def __init__(self, model: EarlyExitModel, batch: Any) -> None:
         self.model, self.batch = model, batch
         self.exits = sorted(model.thresholds)
-        self.exit_layer: Tensor | None = None
         self.state: State | None = None
         self.done: Any = None  # what the layers after the last row's exit give
-        self.nonfinite: Tensor | int = 0
-        self.answers: list[tuple[Tensor, Tensor]] = []  # rows of the batch, and their logits
+        self.left: Tensor | None = None  # which of the rows that are carried have left; None while none has
+        self.left_at: list[tuple[int, Tensor, Tensor]] = []  # exit layer, rows of the batch, their logits
+        self.asked: list[tuple[Tensor, Tensor | None]] = []  # logits of each exit, and which rows had left before
 
     def run(self) -> Prediction:
         model = self.model
-        if not self.exits:
-            logits = tasks.logits_of(tasks.call_model(model.student, self.batch))
-            return Prediction(logits, torch.full((len(logits),), model.depth - 1, device=logits.device))
-        self.total = count_rows(self.batch)
         self.watch, self.since = Stopwatch(), -1
-        with caught_layers(model.student, model.layers, self.call):
-            logits = tasks.logits_of(tasks.call_model(model.student, fresh(self.batch)))
-        assert self.exit_layer is not None
-        self.count_nonfinite()
-        for index, answer in self.answers:
+        if self.exits:
+            self.total = count_rows(self.batch)
+            with caught_layers(model.student, model.layers, self.call):
+                logits = tasks.logits_of(tasks.call_model(model.student, fresh(self.batch)))
+        else:
+            logits = tasks.logits_of(tasks.call_model(model.student, self.batch))
+        exit_layer = torch.full((len(logits),), model.depth - 1, device=logits.device)
+        for layer, index, answer in self.left_at:
             logits = logits.index_copy(0, index, answer.to(logits.dtype))
-        return Prediction(logits, self.exit_layer)
+            exit_layer[index] = layer
+        self.count_nonfinite()
+        return Prediction(logits, exit_layer)
 
     def call(self, position: int, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.done is not None:
             return self.done
         if position == 0:
-            self.begin(args, kwargs)
+            device = first_tensor(args or tuple(kwargs.values())).device
+            token_mask = tasks.token_mask(self.batch)
+            if token_mask is not None and bool(token_mask.all()):
+                token_mask = None
+            self.rows = Rows(self.total, device, token_mask, self.model._dimensions)
         args, kwargs = self.rows.arguments(position, args, kwargs)
         output = inner(*args, **kwargs)
         if position == self.model.depth - 1:
             return self.rows.put_back(position, output)
         return self.exit(position, (args, kwargs), output) if position in self.exits else output
 
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        device = first_tensor(args[0] if args else kwargs["hidden_states"]).device
-        self.rows = Rows(self.total, device, tasks.token_mask(self.batch), self.model._dimensions)
-        self.left = torch.zeros(self.total, dtype=torch.bool, device=device)  # of the rows still carried
-        self.exit_layer = torch.full((self.total,), self.model.depth - 1, device=device)
-
     def exit(self, position: int, arguments: Any, output: Any) -> Any:
         """Let the rows go that are sure; returns the layer's output for those that are carried on."""
-        model = self.model
-        assert self.exit_layer is not None
-        logits, gate = model.ramps.ask(position, first_tensor(output), self.rows.token_mask)
+        model, rows = self.model, self.rows
+        logits, gate = model.ramps.ask(position, first_tensor(output), rows.token_mask)
         measure, sure = self.judge(position, logits, gate)
-        sure &= ~self.left
-        leaving = sure.nonzero().squeeze(1)
-        count = len(leaving)  # waits for the device
+        self.asked.append((logits, self.left))
+        if self.left is not None:
+            sure &= ~self.left
+        leaving = sure.nonzero().squeeze(1)  # waits for the device
         layers, self.since = position - self.since, position
-        model.cost.layer = min(model.cost.layer, self.watch.lap() / layers / len(self.rows))
-        if not count:
+        model.cost.layer = min(model.cost.layer, self.watch.lap() / layers / len(rows))
+        if not len(leaving):
             return output
-        index = self.rows.index[leaving]
-        self.answers.append((index, logits[leaving]))
-        self.exit_layer[index] = position
-        self.left |= sure
+        self.left_at.append((position, rows.index[leaving], logits[leaving]))
+        self.left = sure if self.left is None else self.left | sure
         staying = (~self.left).nonzero().squeeze(1)
         if not len(staying):
-            self.done = self.rows.put_back(position, output)
+            self.done = rows.put_back(position, output)
             return self.done
         following = next((layer for layer in self.exits if layer > position), model.depth - 1)
-        gone = len(self.rows) - len(staying)
-        if not model.cost.worth_cutting(gone, len(staying), following - position):
+        if not model.cost.worth_cutting(len(rows) - len(staying), len(staying), following - position):
             return output
-        if model.sort and len(self.rows) == self.total:
+        if model.sort and len(rows) == self.total:
             staying = staying[measure[staying].argsort(descending=not model.criterion.rising)]
         self.watch.lap()
-        output = self.rows.keep(position, staying, arguments, output)
-        self.left = self.left[staying]
+        output = rows.keep(position, staying, arguments, output)
+        self.left = None
         self.state = tuple(tensor[staying] for tensor in self.state or ())
         model.cost.cut = min(model.cost.cut, self.watch.lap() / len(staying))
         return output
@@ -367,29 +363,36 @@ class _Prediction:
     def judge(self, position: int, logits: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
         """Each row's measure (the least sure of its tokens') and whether it is sure."""
         model = self.model
-        criterion, task = model.criterion, model.ramps.task
+        criterion = model.criterion
         if self.state is None:
             self.state = criterion.begin(logits.shape[:-1], logits.device)
-        scaled = logits / model.temperatures.get(position, 1.0)
+        temperature = model.temperatures.get(position, 1.0)
+        scaled = logits if temperature == 1.0 else logits / temperature
         measure, self.state = criterion.measure(scaled, gate, self.state)
-        finite = logits.isfinite().all(-1)
-        sure = criterion.sure(measure, model.thresholds[position]) & finite
-        if task == "token_classification":
+        sure = criterion.sure(measure, model.thresholds[position])
+        if gate is not None:  # every other measure is of the logits themselves, and NaN where they are
+            sure &= logits.isfinite().all(-1)
+        if model.ramps.task == "token_classification":
             real = self.rows.token_mask
-            padding = torch.zeros_like(sure) if real is None else ~real
-            sure, finite = (sure | padding).all(1), (finite | padding).all(1)
-            hardest = float("inf") if criterion.rising else float("-inf")
-            measure = measure.masked_fill(padding, hardest)
+            if real is not None:
+                hardest = float("inf") if criterion.rising else float("-inf")
+                sure, measure = sure | ~real, measure.masked_fill(~real, hardest)
+            sure = sure.all(1)
             measure = measure.amin(1) if criterion.rising else measure.amax(1)
-        self.nonfinite = self.nonfinite + (~finite & ~self.left).sum()
         return measure, sure
 
     def count_nonfinite(self) -> None:
-        rows = int(self.nonfinite)
-        if rows and not self.model.nonfinite_rows:
+        """Count the rows that a ramp had no finite answer for, once for the batch: it is rare, and looking costs."""
+        if not self.asked or bool(torch.cat([logits.flatten() for logits, _ in self.asked]).isfinite().all()):
+            return
+        count = 0
+        for logits, left in self.asked:
+            bad = ~logits.isfinite().flatten(1).all(1)
+            count += int((bad if left is None else bad & ~left).sum())
+        if count and not self.model.nonfinite_rows:
             warnings.warn(
                 "Expected the ramps to give finite logits, but got NaN or infinite ones. Those rows go on to the next "
                 "exit; `nonfinite_rows` counts them.",
                 stacklevel=2,
             )
-        self.model.nonfinite_rows += rows
+        self.model.nonfinite_rows += count

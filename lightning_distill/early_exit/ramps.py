@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_distill import tasks
@@ -53,7 +54,8 @@ class Ramp(nn.Module):
         self.pooling = pooling
         # Hidden states of a stack that normalises before its layers have no scale of their own.
         self.norm = nn.LayerNorm(width)
-        self.query = nn.Linear(width, 1) if kind == "attention" else None
+        # Zeros weigh all tokens alike; from random numbers training often ends in a worse place.
+        self.query = nn.Parameter(torch.zeros(width)) if kind == "attention" else None
         self.dense = nn.Sequential(nn.Linear(width, width), nn.Tanh()) if kind == "pooler" else None
         self.output = nn.Linear(width, num_outputs)
         self.gate = nn.Linear(width, 1) if gate else None
@@ -75,10 +77,9 @@ class Ramp(nn.Module):
             x = self._one_token(x, token_mask)
         x = self.norm(x)
         if self.query is not None:
-            scores = self.query(x).squeeze(-1)
-            if token_mask is not None:
-                scores = scores.masked_fill(~token_mask, torch.finfo(scores.dtype).min)
-            x = torch.einsum("bt,btd->bd", scores.softmax(-1), x)
+            mask = None if token_mask is None else token_mask[:, None]
+            query = self.query.to(x.dtype).expand(len(x), 1, -1)
+            x = F.scaled_dot_product_attention(query, x, x, mask, scale=1.0)[:, 0]
         if self.dense is not None:
             x = self.dense(x)
         # The gate learns what the answer is worth; it must not move what the answer is read from.
