@@ -236,6 +236,12 @@ class EarlyExitModel(L.LightningModule):
 
         return calibrate(self, dataloader, **options)
 
+    def export_onnx(self, folder: str | os.PathLike[str], batch: dict[str, Tensor] | None = None) -> Path:
+        """Write one ONNX graph per stage and a driver; see :func:`lightning_distill.early_exit.onnx.export_onnx`."""
+        from lightning_distill.early_exit.onnx import export_onnx  # only where it is used
+
+        return export_onnx(self, folder, batch)
+
     def config(self) -> dict[str, Any]:
         """Criterion, thresholds and temperatures, as primitives."""
         return {

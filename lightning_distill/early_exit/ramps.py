@@ -77,9 +77,9 @@ class Ramp(nn.Module):
             x = self._one_token(x, token_mask)
         x = self.norm(x)
         if self.query is not None:
-            mask = None if token_mask is None else token_mask[:, None]
-            query = self.query.to(x.dtype).expand(len(x), 1, -1)
-            x = F.scaled_dot_product_attention(query, x, x, mask, scale=1.0)[:, 0]
+            mask = None if token_mask is None else token_mask[:, None, None]
+            query = self.query.to(x.dtype).expand(x.shape[0], 1, 1, -1)
+            x = F.scaled_dot_product_attention(query, x[:, None], x[:, None], mask, scale=1.0)[:, 0, 0]
         if self.dense is not None:
             x = self.dense(x)
         # The gate learns what the answer is worth; it must not move what the answer is read from.
