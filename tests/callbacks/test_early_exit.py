@@ -92,7 +92,7 @@ def test_ramps_learn_and_the_backbone_moves_only_where_it_should(tmp_path: Path,
             net.classifier.weight.mul_(30)  # a student with opinions
     module = DistillationModule(None, net, optimizer=lambda parameters: torch.optim.AdamW(parameters, 1e-2))
     before = copy_of(net)
-    trainer = fit(tmp_path, module, EarlyExit(training=training, lr=2e-2), max_epochs=16)
+    trainer = fit(tmp_path, module, EarlyExit(training=training, lr=5e-2), max_epochs=20)
     moved = {name for name, tensor in net.state_dict().items() if name in before and not tensor.equal(before[name])}
     assert bool(moved) is (training in ("joint", "alternate"))
     assert all(parameter.requires_grad for parameter in net.parameters())
@@ -104,8 +104,7 @@ def test_ramps_learn_and_the_backbone_moves_only_where_it_should(tmp_path: Path,
     wanted = logits.argmax(-1) if training == "self_distill" else batch["labels"]
     for layer in (0, 1):
         right = (asked[layer][0].argmax(-1) == wanted).float().mean().item()
-        # A random backbone, frozen, does not tell everything.
-        assert right > (0.75 if moved or training == "two_stage" else 0.9), (layer, right)
+        assert right > (0.8 if moved else 0.7)  # a random backbone, frozen, does not tell everything
         assert f"val_exit{layer}_accuracy" in metrics
     assert "train_ramps_loss" in metrics
 
@@ -181,7 +180,7 @@ def test_other_tasks(tmp_path: Path, task: str) -> None:
         gate = model.answers(batch)[0][0][1]
         assert gate is not None
         right = (model.answers(batch)[0][0][0].argmax(-1) == batch["labels"]).float()
-        assert gate.sigmoid().mean().item() == pytest.approx(right.mean().item(), abs=0.3)
+        assert abs(gate.sigmoid().mean() - right.mean()) < 0.8 * abs(0.5 - right.mean())  # from one half, untrained
 
 
 def test_a_checkpoint_holds_the_ramps_and_one_without_is_refused(tmp_path: Path) -> None:
