@@ -51,38 +51,42 @@ class Attention:
         """The attention map ``[B, H, T, S]``, float32 (float64 where the query is), each row of sum 1."""
         return self.scores().softmax(-1)
 
-    def scores(self, batch: slice = slice(None), queries: slice = slice(None)) -> Tensor:
+    def scores(self, batch: slice = slice(None), queries: slice = slice(None), keys: slice = slice(None)) -> Tensor:
         """What the softmax is taken of, the lowest number where a query does not see a key.
 
         Args:
             batch: Rows of the batch to compute.
             queries: Queries to compute.
+            keys: Keys to compute.
 
         Returns:
-            Shape ``[rows, H, queries, S]``, float32, or float64 for a float64 query.
+            Shape ``[rows, H, queries, keys]``, float32, or float64 for a float64 query.
         """
-        query, key = full_precision(self.query[batch, :, queries]), full_precision(self.key[batch])
+        query, key = full_precision(self.query[batch, :, queries]), full_precision(self.key[batch, :, keys])
         with torch.autocast(query.device.type, enabled=False):
-            scores = query @ key.transpose(-1, -2) * self.scaling
+            scores = (query * self.scaling) @ key.transpose(-1, -2)
         if self.position_bias is not None:
-            scores = scores + _block(self.position_bias, batch, queries)
+            scores = scores + _block(self.position_bias, batch, queries, keys)
         # Not -inf: a row that sees no key at all (left padding) is uniform instead of NaN.
         lowest = torch.finfo(scores.dtype).min
         if self.mask is None:
             if self.is_causal:
                 positions = torch.arange(self.query.shape[2], device=scores.device)[queries]
-                keys = torch.arange(self.key.shape[2], device=scores.device)
-                scores = scores.masked_fill(keys > positions[:, None], lowest)
+                seen = torch.arange(self.key.shape[2], device=scores.device)[keys]
+                scores = scores.masked_fill_(seen > positions[:, None], lowest)
         elif self.mask.dtype == torch.bool:
-            scores = scores.masked_fill(~_block(self.mask, batch, queries), lowest)
+            scores = scores.masked_fill_(~_block(self.mask, batch, queries, keys), lowest)
         else:
-            scores = (scores + _block(self.mask, batch, queries)).clamp(min=lowest)
+            scores = (scores + _block(self.mask, batch, queries, keys)).clamp(min=lowest)
         return scores
 
 
-def _block(x: Tensor, batch: slice, queries: slice) -> Tensor:
-    """Rows and queries of something that is broadcast to ``[B, H, T, S]``."""
-    return x[batch if x.shape[0] > 1 else slice(None), :, queries if x.shape[2] > 1 else slice(None)]
+def _block(x: Tensor, batch: slice, queries: slice, keys: slice) -> Tensor:
+    """Rows, queries and keys of something that is broadcast to ``[B, H, T, S]``."""
+    batch, queries, keys = (
+        part if x.shape[dim] > 1 else slice(None) for dim, part in ((0, batch), (2, queries), (3, keys))
+    )
+    return x[batch, :, queries, keys]
 
 
 def attach(layer: nn.Module, sink: Callable[[Attention], None]) -> None:

@@ -29,7 +29,10 @@ class DistillationModule(L.LightningModule):
 
     One step: the teacher's forward under ``no_grad``, the student's forward, each objective on what the two forwards
     left behind, the weighted sum :math:`\sum_i w_i L_i`. Each :math:`L_i` is a mean over the items that count (rows,
-    or real tokens), over all ranks: the loss and its gradient do not depend on how a batch is split between ranks.
+    or real tokens), over all ranks and over the batches that ``accumulate_grad_batches`` puts into one step: the
+    gradient does not depend on how a batch is split. (In accumulation that is exact for objectives that count the same
+    items, as all on logits do; beside them, one on hidden states, which counts tokens, has a weight that varies a
+    little with the mixture of long and short batches.)
 
     Logged: ``train_loss``, ``train_<objective>``, ``grad_norm`` (before clipping), and for validation and test
     ``<stage>_loss``, ``<stage>_<objective>``, ``<stage>_<metric>`` (the student's) and ``<stage>_agreement``: the share
@@ -103,6 +106,9 @@ class DistillationModule(L.LightningModule):
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._label_order: Tensor | None = None
         self._checked: set[str] = set()
+        # How much each objective has counted since the last optimizer step, and the share of it before this batch.
+        self._window_counts: Tensor | None = None
+        self._earlier_share: Tensor | None = None
 
         if objectives is None:
             objectives = (
@@ -195,7 +201,7 @@ class DistillationModule(L.LightningModule):
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Each objective's loss on a batch, by name, unweighted: the mean over what counts, over all ranks."""
         teacher = self.teacher_step(batch) if self._needs_teacher else None
-        return self._reduce(self.student_step(batch), teacher)
+        return self._reduce(self.student_step(batch), teacher)[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The total loss of a batch; every objective is logged by name."""
@@ -205,12 +211,14 @@ class DistillationModule(L.LightningModule):
         student = self.student_step(batch)
         if first:
             preflight.check_logits(student.logits, None if teacher is None else teacher.logits, student.labels)
-        losses = self._reduce(student, teacher)
+        losses, counts = self._reduce(student, teacher)
         loss = self.total_loss(losses)
         size = len(student.logits)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=size)
-        return loss
+        if self.trainer.accumulate_grad_batches == 1:
+            return loss
+        return self.total_loss(self._accumulated(losses, counts, batch_idx))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Losses, the student's metric and its agreement with the teacher."""
@@ -228,7 +236,7 @@ class DistillationModule(L.LightningModule):
         self._check_batch(batch)
         teacher = None if self.teacher is None else self.teacher_step(batch)
         student = self.student_step(batch)
-        losses = self._reduce(student, teacher)
+        losses, _ = self._reduce(student, teacher)
         count = len(student.logits) if student.mask is None else int(student.mask.sum())
         logged = {f"{stage}_{name}": value for name, value in losses.items()}
         logged[f"{stage}_loss"] = self.total_loss(losses)
@@ -277,14 +285,30 @@ class DistillationModule(L.LightningModule):
         logits, labels, mask = tasks.align(self.task, logits, batch)
         return Signals(logits=logits, labels=labels, mask=mask, token_mask=tasks.token_mask(batch), **captured)
 
-    def _reduce(self, student: Signals, teacher: Signals | None) -> dict[str, Tensor]:
+    def _reduce(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Each objective's mean over what counts, and how much counts for each, shape ``[objectives]``."""
         losses = {name: objective(student, teacher) for name, objective in self._each_objective().items()}
         counts = torch.stack([loss.count() for loss in losses.values()]).float()
         if self._trainer is not None and self.trainer.world_size > 1 and self.trainer.training:
             # DDP averages gradients over ranks, so the mean over all items needs the mean count as its denominator.
             counts = self.trainer.strategy.reduce(counts, reduce_op="mean")
         counts = counts.clamp(min=torch.finfo(counts.dtype).tiny)
-        return {name: loss.sum() / count for (name, loss), count in zip(losses.items(), counts, strict=True)}
+        means = {name: loss.sum() / count for (name, loss), count in zip(losses.items(), counts, strict=True)}
+        return means, counts
+
+    def _accumulated(self, losses: dict[str, Tensor], counts: Tensor, batch_idx: int) -> dict[str, Tensor]:
+        """The batch's share of the mean over all batches since the last optimizer step.
+
+        Lightning averages the means of the batches, so a token of a batch with few would weigh more. Here the gradient
+        is at any time the mean over all items so far: that of the earlier batches shrinks by the share they have now.
+        """
+        earlier = self._window_counts if batch_idx % self.trainer.accumulate_grad_batches else None
+        total = counts if earlier is None else earlier + counts
+        self._earlier_share = None if earlier is None else earlier / total
+        self._window_counts = total
+        # Lightning divides the loss by the number of batches, which here is done already.
+        shares = self.trainer.accumulate_grad_batches * counts / total
+        return {name: loss * share for (name, loss), share in zip(losses.items(), shares, strict=True)}
 
     def _recorder(self, role: str, model: nn.Module) -> Recorder:
         if role not in self._recorders:
@@ -315,6 +339,17 @@ class DistillationModule(L.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         for objective in self._each_objective().values():
             objective.set_progress(min(1.0, self.global_step / steps) if steps else 0.0)
+
+    def on_before_backward(self, loss: Tensor) -> None:
+        """Shrink the gradient of earlier batches of an accumulation window to the share they have of it now."""
+        share, self._earlier_share = self._earlier_share, None
+        if share is None:
+            return
+        # One factor for all objectives: exact where they count the same, as all on logits do.
+        weights = share.new_tensor([objective.weight for objective in self._each_objective().values()])
+        share = (share * weights).sum() / weights.sum()
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, share.to(gradients[0].dtype))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged."""

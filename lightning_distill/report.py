@@ -12,6 +12,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+#: Steps and values by metric.
+Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+
 _VERSIONED = ("lightning-distill", "torch", "lightning", "transformers", "torchmetrics")
 
 
@@ -124,7 +127,7 @@ def read_curves(metrics_file: str | os.PathLike[str]) -> dict[str, tuple[list[in
 
 def plot_curves(
     path: str | os.PathLike[str],
-    runs: Mapping[str, Mapping[str, tuple[Sequence[int], Sequence[float]]]],
+    runs: Mapping[str, Curves],
     *,
     panels: Mapping[str, Iterable[str]],
     lines: Mapping[str, Mapping[str, float]] | None = None,

@@ -1,4 +1,4 @@
-"""Two processes train on what one would, also where their batches hold unequal numbers of real tokens."""
+"""However a batch is split, over processes or over steps, and however unequal the parts, the training is the same."""
 
 from pathlib import Path
 from typing import Any
@@ -41,28 +41,52 @@ def pair(task: str) -> tuple[torch.nn.Module, torch.nn.Module]:
     return bert(num_labels=3, layers=3), bert(num_labels=3, **still)
 
 
-def fit(task: str, folder: Path, *, devices: int) -> DistillationModule:
+def fit(
+    task: str, folder: Path, *, devices: int = 1, accumulate: int = 1, hidden: float = 0.2, batch_size: int = 4
+) -> DistillationModule:
     teacher, student = pair(task)
-    objectives = [SoftTarget(weight=0.5), HardLabel(weight=0.3), HiddenState(weight=0.2)]
+    objectives = [SoftTarget(weight=0.5), HardLabel(weight=0.3)]
+    objectives += [HiddenState(weight=hidden)] if hidden else []
     module = DistillationModule(teacher, student, objectives, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     settings: dict[str, Any] = {"devices": devices, "strategy": "ddp_fork" if devices > 1 else "auto"}
     L.Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_epochs=2,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
+        accumulate_grad_batches=accumulate,
         default_root_dir=folder,
         **settings,
-    ).fit(module, datamodule=Rows(task, 4 // devices))
+    ).fit(module, datamodule=Rows(task, batch_size // devices // accumulate))
     return module
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_two_processes_give_the_weights_of_one(task: str, tmp_path: Path) -> None:
-    one, two = fit(task, tmp_path, devices=1), fit(task, tmp_path, devices=2)
+    assert_same_training(task, fit(task, tmp_path), fit(task, tmp_path, devices=2))
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_accumulated_batches_give_the_weights_of_one_batch(task: str, devices: int, tmp_path: Path) -> None:
+    # Tokens of a layer and tokens that predict another are two ways to count, so only those on logits are exact.
+    whole = fit(task, tmp_path, hidden=0.0, batch_size=12)
+    split = fit(task, tmp_path, hidden=0.0, batch_size=12, devices=devices, accumulate=3)
+    assert_same_training(task, whole, split)
+
+
+def test_a_short_last_window_is_a_mean_too(tmp_path: Path) -> None:
+    # All 12 rows in one step, as a window of five batches that the end of the epoch cuts to four.
+    whole = fit("causal_lm", tmp_path, hidden=0.0, batch_size=12)
+    split = fit("causal_lm", tmp_path, hidden=0.0, batch_size=15, accumulate=5)
+    assert whole.global_step == split.global_step == 2
+    assert_same_training("causal_lm", whole, split)
+
+
+def assert_same_training(task: str, one: DistillationModule, two: DistillationModule) -> None:
     start = pair(task)[1].state_dict()
     moved = 0.0
     for name, value in one.student.state_dict().items():

@@ -15,7 +15,7 @@ from lightning_distill.functional.soft_target import LOG_ZERO
 AttentionDivergence = Literal["mse", "kl"]
 
 # Scores computed at a time. On a CPU a block of this size stays in cache; a GPU wants more work per kernel.
-_BLOCK_ELEMENTS = {"cpu": 2**20}
+_BLOCK_ELEMENTS = {"cpu": 2**19}
 _BLOCK_ELEMENTS_ELSEWHERE = 2**25
 
 
@@ -141,71 +141,78 @@ class _Blocks(torch.autograd.Function):
         divergence: AttentionDivergence,
         mask: Tensor | None,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, teacher.query, teacher.key)
-        ctx.attentions, ctx.divergence, ctx.mask = (
-            (_without_tensors(student), _without_tensors(teacher)),
-            divergence,
-            mask,
-        )
-        values = full_precision(query).new_zeros(query.shape[0], query.shape[2])
-        num_keys = _num_keys(key.shape[0], key.shape[2], mask, key.device)
-        same_heads = query.shape[1] == teacher.query.shape[1]
-        for rows, queries in _blocks(student):
-            s, t = student.scores(rows, queries), teacher.scores(rows, queries)
-            if divergence == "kl" and same_heads:
-                log_s, log_t = (x.log_softmax(-1).clamp_(min=LOG_ZERO) for x in (s, t))
-                values[rows, queries] = log_t.exp().mul_(log_t.sub_(log_s)).sum(-1).mean(1)
-                continue
-            s, t = s.softmax(-1), t.softmax(-1)
-            if not same_heads:
-                s, t = s.mean(1, keepdim=True), t.mean(1, keepdim=True)
-            if divergence == "mse":
-                values[rows, queries] = (s - t).square_().sum(-1).mean(1) / num_keys[rows]
-            else:
-                tiny = torch.finfo(s.dtype).tiny
-                values[rows, queries] = (torch.xlogy(t, t) - t * s.clamp(min=tiny).log()).sum(-1).mean(1)
-        # What stands in padded queries is nobody's business, not even as NaN.
-        return values if mask is None else values.masked_fill(~mask, 0.0)
+        ctx.attentions = _without_tensors(student), _without_tensors(teacher)
+        ctx.divergence, ctx.mask = divergence, mask
+        one = full_precision(query).new_ones(query.shape[0], query.shape[2])
+        weights = one if mask is None else one * mask
+        if not any(ctx.needs_input_grad):
+            return _values_and_gradients(student, teacher, divergence, mask, None)[0]
+        # Whoever takes a sum or a mean weighs all queries alike, and then the gradient is this one times a number.
+        values, grad_query, grad_key = _values_and_gradients(student, teacher, divergence, mask, weights)
+        ctx.save_for_backward(query, key, teacher.query, teacher.key, grad_query, grad_key)
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, teacher_query, teacher_key = ctx.saved_tensors
-        student = replace(ctx.attentions[0], query=query, key=key)
-        teacher = replace(ctx.attentions[1], query=teacher_query, key=teacher_key)
-        if ctx.mask is not None:
-            grad = grad.masked_fill(~ctx.mask, 0.0)
-        grad_query, grad_key = (torch.zeros_like(full_precision(x)) for x in (query, key))
-        num_keys = _num_keys(key.shape[0], key.shape[2], ctx.mask, key.device)
-        heads, same_heads = query.shape[1], query.shape[1] == teacher_query.shape[1]
-        for rows, queries in _blocks(student):
-            scores = student.scores(rows, queries)
-            s, t = scores.softmax(-1), teacher.scores(rows, queries).softmax(-1)
-            factor = grad[rows, None, queries, None] / heads
-            if ctx.divergence == "kl" and same_heads:
-                # Keys that the student cannot see are constants, whatever the teacher thinks of them.
-                grad_scores = (s - t).mul_(factor).masked_fill_(scores == torch.finfo(scores.dtype).min, 0.0)
-            else:
-                mean_s, mean_t = (s, t) if same_heads else (s.mean(1, keepdim=True), t.mean(1, keepdim=True))
-                if ctx.divergence == "mse":
-                    grad_s = (mean_s - mean_t) * (2 * factor / num_keys[rows][:, None, :, None])
-                else:
-                    grad_s = mean_t / mean_s.clamp(min=torch.finfo(s.dtype).tiny) * -factor
-                grad_scores = s * (grad_s - (s * grad_s).sum(-1, keepdim=True))
-            if ctx.mask is not None:
-                # A factor of 0 is not enough where a padded token holds NaN.
-                grad_scores.masked_fill_(~ctx.mask[rows, None, queries, None], 0.0)
-            with torch.autocast(query.device.type, enabled=False):
-                grad_query[rows, :, queries] = grad_scores @ full_precision(key[rows]) * student.scaling
-                grad_key[rows] += (
-                    grad_scores.transpose(-1, -2) @ full_precision(query[rows, :, queries]) * student.scaling
-                )
-        if ctx.mask is not None:
-            padded = ~ctx.mask[:, None, :, None]
-            grad_query.masked_fill_(padded, 0.0)
-            if key.shape[2] == query.shape[2]:
-                grad_key.masked_fill_(padded, 0.0)
+        query, key, teacher_query, teacher_key, grad_query, grad_key = ctx.saved_tensors
+        counted = grad.flatten() if ctx.mask is None else grad[ctx.mask]
+        if counted.numel() and not bool((counted == counted[0]).all()):
+            student = replace(ctx.attentions[0], query=query, key=key)
+            teacher = replace(ctx.attentions[1], query=teacher_query, key=teacher_key)
+            weights = grad if ctx.mask is None else grad.masked_fill(~ctx.mask, 0.0)
+            _, grad_query, grad_key = _values_and_gradients(student, teacher, ctx.divergence, ctx.mask, weights)
+        elif counted.numel():
+            grad_query, grad_key = grad_query * counted[0], grad_key * counted[0]
         return grad_query.to(query.dtype), grad_key.to(key.dtype), None, None, None, None
+
+
+def _values_and_gradients(
+    student: Attention,
+    teacher: Attention,
+    divergence: AttentionDivergence,
+    mask: Tensor | None,
+    weights: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values ``[B, T]``, and the gradient of their weighted sum for the student's queries and keys (0 where None)."""
+    # What stands in padded tokens is nobody's business, not even as NaN; from here on it is 0.
+    student, teacher = _at_real_tokens(student, mask), _at_real_tokens(teacher, mask)
+    query, key = student.query, student.key
+    heads, same_heads = query.shape[1], query.shape[1] == teacher.query.shape[1]
+    num_keys = _num_keys(key.shape[0], key.shape[2], mask, key.device)
+    values = query.new_zeros(query.shape[0], query.shape[2])
+    grad_query, grad_key = torch.zeros_like(query), torch.zeros_like(key)
+    for rows, queries, keys in _blocks(student, mask):
+        scores, teacher_scores = student.scores(rows, queries, keys), teacher.scores(rows, queries, keys)
+        # The gradient of a value with respect to `scores`, but for a factor of each query.
+        factor = 1 / query.new_tensor(heads)
+        if divergence == "kl" and same_heads:
+            log_s, log_t = (x.log_softmax(-1).clamp_(min=LOG_ZERO) for x in (scores, teacher_scores))
+            s, t, grad_p = log_s.exp(), log_t.exp(), None
+            values[rows, queries] = (t * log_t.sub_(log_s)).sum(-1).mean(1)
+        else:
+            s, t = scores.softmax(-1), teacher_scores.softmax(-1)
+            p, r = (s, t) if same_heads else (s.mean(1, keepdim=True), t.mean(1, keepdim=True))
+            if divergence == "mse":
+                grad_p = p - r
+                values[rows, queries] = grad_p.square().sum(-1).mean(1) / num_keys[rows]
+                factor = 2 * factor / num_keys[rows, None, :, None]
+            else:
+                p = p.clamp(min=torch.finfo(s.dtype).tiny)
+                values[rows, queries] = (torch.xlogy(r, r) - r * p.log()).sum(-1).mean(1)
+                grad_p = -r / p
+        if weights is None:
+            continue
+        if grad_p is None:
+            # Keys that the student cannot see are constants, whatever the teacher thinks of them.
+            grad_scores = (s - t).masked_fill_(scores == torch.finfo(scores.dtype).min, 0.0)
+        else:
+            grad_scores = torch.ops.aten._softmax_backward_data(grad_p.expand_as(s), s, -1, s.dtype)
+        factor = factor * student.scaling * weights[rows, None, queries, None]
+        with torch.autocast(query.device.type, enabled=False):
+            grad_query[rows, :, queries] = grad_scores @ key[rows, :, keys] * factor
+            grad_key[rows, :, keys] += grad_scores.transpose(-1, -2) @ (query[rows, :, queries] * factor)
+    return values if mask is None else values * mask, grad_query, grad_key
 
 
 def _without_tensors(attention: Attention) -> Attention:
@@ -214,16 +221,32 @@ def _without_tensors(attention: Attention) -> Attention:
     return replace(attention, query=nothing, key=nothing, value=nothing)
 
 
-def _blocks(attention: Attention) -> Iterator[tuple[slice, slice]]:
-    """Slices of rows and of queries whose scores fit the budget together."""
+def _at_real_tokens(attention: Attention, mask: Tensor | None) -> Attention:
+    query, key = full_precision(attention.query), full_precision(attention.key)
+    if mask is not None:
+        padded = ~mask[:, None, :, None]
+        query = query.masked_fill(padded, 0.0)
+        key = key.masked_fill(padded, 0.0) if key.shape[2] == mask.shape[1] else key
+    return replace(attention, query=query, key=key)
+
+
+def _blocks(attention: Attention, mask: Tensor | None) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices of rows, queries and keys whose scores fit the budget together, and that hold all real tokens."""
     rows, heads, queries, _ = attention.query.shape
-    budget = _BLOCK_ELEMENTS.get(attention.query.device.type, _BLOCK_ELEMENTS_ELSEWHERE)
-    per_query = heads * attention.key.shape[2]
-    query_step = min(queries, max(1, budget // per_query))
-    row_step = max(1, budget // (per_query * queries))
+    keys, device = attention.key.shape[2], attention.query.device.type
+    budget = _BLOCK_ELEMENTS.get(device, _BLOCK_ELEMENTS_ELSEWHERE)
+    row_step = max(1, budget // (heads * queries * keys))
     for row in range(0, rows, row_step):
-        for query in range(0, queries, query_step):
-            yield slice(row, row + row_step), slice(query, query + query_step)
+        begin, end = 0, queries
+        # Elsewhere the look at the mask would make the device wait.
+        if mask is not None and device == "cpu":
+            real = mask[row : row + row_step].any(0).nonzero()
+            begin, end = (int(real[0]), int(real[-1]) + 1) if len(real) else (0, 0)
+        of_keys = slice(begin, end) if keys == queries else slice(None)
+        width = end - begin if keys == queries else keys
+        query_step = max(1, budget // max(1, heads * width))
+        for query in range(begin, end, query_step):
+            yield slice(row, row + row_step), slice(query, min(query + query_step, end)), of_keys
 
 
 def _num_keys(batch: int, keys: int, mask: Tensor | None, device: torch.device) -> Tensor:

@@ -1,8 +1,6 @@
 """The recipe: what it writes, what it says of wrong input, which flags reach the Trainer."""
 
-import json
 import re
-import runpy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,38 +9,17 @@ import pytest
 import torch
 import transformers
 
+from lightning_distill import student_from_teacher
+from lightning_distill.report import read_curves
 from tests.helpers.models import bert
-from tests.helpers.text import write_sentiment, write_tokenizer
+from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
 
-RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "distilbert.py"
-
-# A recipe says what is expected by name; these are about data of a few rows.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval"),
-    pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),
-]
+pytestmark = OF_A_FEW_ROWS
 
 
 @pytest.fixture(scope="module")
 def main() -> Callable[[list[str]], None]:
-    return runpy.run_path(str(RECIPE))["main"]
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """A fine-tuned teacher of four layers and its data, as flags of a run of one epoch."""
-    tokenizer = write_tokenizer(tmp_path / "teacher")
-    names = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
-    bert(layers=4, vocab_size=len(tokenizer), max_position_embeddings=64, **names).save_pretrained(tmp_path / "teacher")
-    flags = [f"--model.teacher={tmp_path / 'teacher'}", f"--output_dir={tmp_path / 'out'}", "--trainer.max_epochs=1"]
-    for index, split in enumerate(("train", "val", "test")):
-        flags.append(f"--data.{split}_file={write_sentiment(tmp_path / f'{split}.tsv', seed=index)}")
-    return [*flags, "--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-
-
-def summary(tmp_path: Path) -> dict[str, Any]:
-    return json.loads((tmp_path / "out" / "summary.json").read_text())
+    return load_recipe("distilbert")
 
 
 def test_summary_student_and_curves(main: Any, files: list[str], tmp_path: Path, capsys: Any) -> None:
@@ -166,3 +143,16 @@ def test_help_and_print_config(main: Any, capsys: Any) -> None:
         with pytest.raises(SystemExit, match="0"):
             main([flag])
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_two_processes_by_flag(main: Any, files: list[str], tmp_path: Path) -> None:
+    main([*files, "--trainer.strategy=ddp_fork", "--trainer.devices=2", "--trainer.precision=bf16-mixed"])
+    found = summary(tmp_path)
+    steps, _ = read_curves(tmp_path / "out" / "logs" / "student" / "metrics.csv")["val_loss"]
+    assert steps == [1]  # 24 rows are two steps of 8 in each of two processes
+    assert found["student"]["metric"] >= 0.5
+    student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    start = student_from_teacher(str(tmp_path / "teacher"), num_layers=2)
+    assert not torch.equal(student.classifier.weight, start.classifier.weight)

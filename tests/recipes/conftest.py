@@ -1,0 +1,20 @@
+"""Data and a teacher that a recipe trains on in a second."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.models import bert
+from tests.helpers.text import write_sentiment, write_tokenizer
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    """A fine-tuned teacher of four layers and its data, as flags of a run of one epoch."""
+    tokenizer = write_tokenizer(tmp_path / "teacher")
+    names = {"id2label": {0: "negative", 1: "positive"}, "label2id": {"negative": 0, "positive": 1}}
+    bert(layers=4, vocab_size=len(tokenizer), max_position_embeddings=64, **names).save_pretrained(tmp_path / "teacher")
+    flags = [f"--model.teacher={tmp_path / 'teacher'}", f"--output_dir={tmp_path / 'out'}", "--trainer.max_epochs=1"]
+    for index, split in enumerate(("train", "val", "test")):
+        flags.append(f"--data.{split}_file={write_sentiment(tmp_path / f'{split}.tsv', seed=index)}")
+    return [*flags, "--data.batch_size=8", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
