@@ -9,10 +9,8 @@ leaves when all of its rows would. Static truncation is the student up to a laye
 """
 
 import argparse
-import copy
 import json
 import logging
-import statistics
 import time
 import warnings
 from pathlib import Path
@@ -28,8 +26,8 @@ from lightning_distill import DistillationModule
 from lightning_distill.callbacks import EarlyExit
 from lightning_distill.data import TextClassificationData
 from lightning_distill.early_exit import Confidence, EarlyExitModel, Entropy, Patience
+from lightning_distill.measure import throughput
 from lightning_distill.pretrained import load_pretrained
-from lightning_distill.tasks import call_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 BATCHES = {1: 150, 8: 40, 32: 25}  # batches timed, by size
@@ -79,22 +77,6 @@ def score(model: EarlyExitModel, batches: list[dict[str, Tensor]]) -> tuple[floa
         depth += int((exit_layer + 1).sum())
         count += len(logits)
     return right / count, depth / count
-
-
-@torch.no_grad()
-def throughput(models: dict[str, Any], batches: list[dict[str, Tensor]], rounds: int) -> dict[str, float]:
-    """Rows per second of each, which take turns on every batch."""
-    times: dict[str, list[list[float]]] = {name: [[] for _ in batches] for name in models}
-    for turn in range(rounds + 1):
-        for index, batch in enumerate(batches):
-            inputs = {key: value for key, value in batch.items() if key != "labels"}
-            for name, model in models.items():
-                start = time.perf_counter()
-                model.predict(inputs) if isinstance(model, EarlyExitModel) else call_model(model, inputs)
-                if turn:  # the first turn warms the caches up
-                    times[name][index].append(time.perf_counter() - start)
-    rows = sum(len(batch["labels"]) for batch in batches)
-    return {name: rows / sum(map(statistics.median, per_batch)) for name, per_batch in times.items()}
 
 
 def entropy_threshold(model: EarlyExitModel, data: TextClassificationData, floor: float) -> float:
@@ -188,7 +170,7 @@ def main() -> None:
     for size, count in BATCHES.items():
         some, everything = batches_of(data, size, count), batches_of(data, size)
         there = {name: one for name, one in models.items() if name != "DeeBERT-like" or size == 1}
-        speed = throughput(there, some, arguments.rounds)
+        speed = throughput(there, some, repeats=arguments.rounds)
         table = Table("", "accuracy", "layers", "rows / s", "ratio", title=f"batch {size}", title_justify="left")
         for name, one in there.items():
             good, depth = accuracy["full"] if name == "full" else score(one, everything)
@@ -202,7 +184,7 @@ def main() -> None:
     # The frontier: other promises, other layers, other patience.
     frontier: list[tuple[str, EarlyExitModel]] = []
     for drop in (0.005, 0.01, 0.015, 0.02, 0.03, 0.05):
-        again = copy.copy(ours)
+        again = variant({}, Confidence())
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = again.calibrate(data.val_dataloader(), max_drop=drop)
@@ -211,7 +193,7 @@ def main() -> None:
     frontier += [("PABEE-like", variant(k, WholeBatchPatience(k))) for k in (1, 2, 3)]
     some = batches_of(data, 32, 30)
     named = {str(index): one for index, (_, one) in enumerate(frontier)}
-    speed = throughput({"full": student, **named}, some, 3)
+    speed = throughput({"full": student, **named}, some, repeats=3)
     points: dict[str, list[dict[str, float]]] = {"early exit": [], "static": [], "PABEE-like": []}
     for index, (kind, one) in enumerate(frontier):
         good, depth = score(one, batches)

@@ -229,22 +229,35 @@ class TextRun:
         (scores,) = self.trainer.test(module, datamodule=self.data, verbose=False)
         self.scores[phase] = dict(scores)
 
-    def report(self) -> None:
-        """Measure the models side by side on rank 0; print the table, write ``summary.json`` and ``curves.png``."""
+    def test_batches(self, size: int, count: int) -> list[Any]:
+        """Batches of test rows in the order of the file.
+
+        Args:
+            size: Rows of each.
+            count: How many at most; a trial run that tests on a few batches gets as few.
+        """
+        rows: Any = self.data.predict_dataloader().dataset
+        limit = self.config.trainer.limit_test_batches
+        count = min(count, limit) if isinstance(limit, int) and limit > 0 else count
+        groups = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)][:count]
+        return [self.data.collate([rows[row] for row in group]) for group in groups]
+
+    def report(self, **more: Any) -> None:
+        """Measure the models side by side on rank 0; print the table, write ``summary.json`` and ``curves.png``.
+
+        Args:
+            **more: What else ``summary.json`` holds.
+        """
         assert self.trainer is not None
         if not self.trainer.is_global_zero:
             return
         config, data, models, metric = self.config, self.data, self.models, self.metric
         seconds = time.perf_counter() - self.started
         rows_of_test: Any = data.predict_dataloader().dataset
-        # A trial run that tests on a few batches is timed on as few.
-        limit = config.trainer.limit_test_batches
-        latency = {}
-        for size, count in ((1, 64), (32, 8)):
-            count = min(count, limit) if isinstance(limit, int) and limit > 0 else count
-            groups = [range(i, min(i + size, len(rows_of_test))) for i in range(0, len(rows_of_test), size)][:count]
-            batches = [data.collate([rows_of_test[row] for row in group]) for group in groups]
-            latency[size] = latency_ms(models, batches, device=self.trainer.strategy.root_device)
+        latency = {
+            size: latency_ms(models, self.test_batches(size, count), device=self.trainer.strategy.root_device)
+            for size, count in ((1, 64), (32, 8))
+        }
         rows = {
             name: {
                 "parameters": count_parameters(model),
@@ -262,6 +275,7 @@ class TextRun:
             "versions": versions(),
             "seed": config.seed,
             "seconds": round(seconds, 1),
+            **more,
         }
         write_summary(config.output_dir / "summary.json", summary)
         panels = {

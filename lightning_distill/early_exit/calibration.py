@@ -114,6 +114,18 @@ class Calibration:
             for name, value in asdict(self).items()
         }
 
+    def write(self, model: EarlyExitModel, folder: str | os.PathLike[str]) -> None:
+        """Write the model's ramps, ``early_exit.json`` (with this report) and ``early_exit.png``.
+
+        Args:
+            model: The calibrated model.
+            folder: Where to write; made if it does not exist.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        model.ramps.save(folder, **model.settings(), calibration=json.loads(json.dumps(self.as_dict())))
+        plot_calibration(self, folder / "early_exit.png")
+
 
 def calibrate(
     model: EarlyExitModel,
@@ -189,7 +201,7 @@ def calibrate(
     )
     model.temperatures, model.thresholds = report.temperatures, report.thresholds
     if folder is not None:
-        write(model, report, Path(folder))
+        report.write(model, folder)
     return report
 
 
@@ -341,13 +353,6 @@ def collect(model: EarlyExitModel, dataloader: Iterable[Any]) -> Answers:
             f"label {int(answers.labels[0])}. Shuffle before taking a part of the data."
         )
     return answers
-
-
-def write(model: EarlyExitModel, report: Calibration, folder: Path) -> None:
-    """Write ``early_exit.json`` (ramps, criterion, thresholds and the report), the ramps, and ``early_exit.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.ramps.save(folder, **model.config(), calibration=json.loads(json.dumps(report.as_dict())))
-    plot_calibration(report, folder / "early_exit.png")
 
 
 def _path(criterion: Criterion, search: Answers, temperatures: list[float], depths: Tensor, size: int) -> Tensor:

@@ -102,6 +102,7 @@ class EarlyExitModel(L.LightningModule):
             between(f"temperatures[{layer}]", value, 0)
         self.thresholds = thresholds
         self.sort = sort
+        self._metric_name, self.metric = tasks.default_metric(ramps.task)
         self.nonfinite_rows = 0
         self.cost = Cost()
         self._dimensions = BatchDimensions()
@@ -155,9 +156,9 @@ class EarlyExitModel(L.LightningModule):
 
     # -- inference ---------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Any) -> Tensor:
-        """Logits of a batch; see :meth:`predict`."""
-        return self.predict(batch).logits
+    def forward(self, batch: Any = None, **inputs: Any) -> Tensor:
+        """Logits of a batch, or of inputs by name as the student takes them; see :meth:`predict`."""
+        return self.predict(inputs if batch is None else batch).logits
 
     @torch.no_grad()
     def predict(self, batch: Any) -> Prediction:
@@ -217,11 +218,8 @@ class EarlyExitModel(L.LightningModule):
         logits, labels, mask = tasks.align(task, logits, batch)
         self.log("test_mean_depth", (exit_layer + 1).float().mean(), batch_size=len(exit_layer), sync_dist=True)
         if labels is not None:
-            if not hasattr(self, "metric"):
-                self.metric_name, self.metric = tasks.default_metric(task)
-                self.metric.to(logits.device)
             self.metric.update(*tasks.flatten(task, logits, labels, mask))
-            self.log(f"test_{self.metric_name}", self.metric)
+            self.log(f"test_{self._metric_name}", self.metric)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each layer and each ramp, as the batch shrinks between them; arguments are those of torch.compile."""
@@ -242,7 +240,7 @@ class EarlyExitModel(L.LightningModule):
 
         return export_onnx(self, folder, batch)
 
-    def config(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """Criterion, thresholds and temperatures, as primitives."""
         return {
             "criterion": self.criterion.config(),
@@ -261,7 +259,7 @@ class EarlyExitModel(L.LightningModule):
             The folder.
         """
         path = export(self.student, folder, tokenizer)
-        self.ramps.save(path, **self.config())
+        self.ramps.save(path, **self.settings())
         return path
 
     @classmethod
