@@ -6,6 +6,7 @@ if __name__ != "lightning_distill.callbacks":
         f"`{__name__}`. Write `from lightning_distill.callbacks import ...`, so that no class exists twice."
     )
 
+from lightning_distill.callbacks.early_exit import EarlyExit
 from lightning_distill.callbacks.gptq import GPTQ
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.callbacks.init_policy import InitPolicy
@@ -13,4 +14,4 @@ from lightning_distill.callbacks.loss_advice import LossAdvice
 from lightning_distill.callbacks.lr_finder import LRFinder
 from lightning_distill.callbacks.schedule_free import ScheduleFree
 
-__all__ = ["GPTQ", "GradientClipping", "InitPolicy", "LRFinder", "LossAdvice", "ScheduleFree"]
+__all__ = ["GPTQ", "EarlyExit", "GradientClipping", "InitPolicy", "LRFinder", "LossAdvice", "ScheduleFree"]

@@ -4,11 +4,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_distill.pretrained import export
 from lightning_distill.tasks import call_model
@@ -62,21 +64,63 @@ def latency_ms(
         >>> times["narrow"] < times["wide"]
         True
     """
+    times = _times(models, batches, repeats, device)
+    return {name: 1000 * statistics.median(chain.from_iterable(per_batch)) for name, per_batch in times.items()}
+
+
+def throughput(
+    models: Mapping[str, nn.Module],
+    batches: Sequence[Any],
+    *,
+    repeats: int = 5,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """Rows per second of several models on the same batches, which may take different times.
+
+    A batch's time is the median over the repeats; see :func:`latency_ms` for the rest.
+
+    Args:
+        models: The models by name.
+        batches: What the models are called with; the first tensor of each has its rows first.
+        repeats: How many times each batch is run.
+        device: Where to measure.
+
+    Returns:
+        Rows per second by name.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_distill.measure import throughput
+        >>> wide = nn.Sequential(nn.Linear(8, 4096), nn.Linear(4096, 8))
+        >>> rates = throughput({"narrow": nn.Linear(8, 8), "wide": wide}, [torch.randn(32, 8)])
+        >>> rates["narrow"] > rates["wide"]
+        True
+    """
+    times = _times(models, batches, repeats, device)
+    rows = sum(len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))) for batch in batches)
+    return {name: rows / sum(map(statistics.median, per_batch)) for name, per_batch in times.items()}
+
+
+def _times(
+    models: Mapping[str, nn.Module], batches: Sequence[Any], repeats: int, device: torch.device | str
+) -> dict[str, list[list[float]]]:
+    """Seconds of each model, batch and repeat."""
     batches = [move_data_to_device(batch, device) for batch in batches]
     modes = {name: model.training for name, model in models.items()}
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[list[float]]] = {name: [[] for _ in batches] for name in models}
     for model in models.values():
         model.eval().to(device)  # outside of inference mode, where the int8 weights of torchao cannot be moved
     with torch.inference_mode():
         for model in models.values():
             _timed(model, batches[0])
         for _ in range(repeats):
-            for batch in batches:
+            for index, batch in enumerate(batches):
                 for name, model in models.items():
-                    times[name].append(_timed(model, batch))
+                    times[name][index].append(_timed(model, batch))
     for name, model in models.items():
         model.train(modes[name])
-    return {name: 1000 * statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def _timed(model: nn.Module, batch: Any) -> float:

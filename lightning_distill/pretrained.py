@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,8 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
     """Write a model so that others load it without this library.
 
     A transformers model becomes a folder for ``from_pretrained``. Any other module becomes ``model.safetensors`` and
-    ``config.json``, which holds its class and its hyper-parameters (``model.hparams``, where it has them).
+    ``config.json``, which holds its class and its hyper-parameters (``model.hparams``, where it has them). Ramps for
+    early exit go beside them, into ``ramps.safetensors`` and ``early_exit.json``.
 
     Args:
         model: The model.
@@ -86,13 +89,34 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, transformers.PreTrainedModel):
-        model.save_pretrained(folder)
-    else:
-        safetensors.torch.save_model(model, str(folder / "model.safetensors"))
-        hparams = dict(getattr(model, "hparams", {}))
-        config = {"class_path": f"{type(model).__module__}.{type(model).__qualname__}", "init_args": hparams}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    with without_ramps(model, folder):
+        if isinstance(model, transformers.PreTrainedModel):
+            model.save_pretrained(folder)
+        else:
+            safetensors.torch.save_model(model, str(folder / "model.safetensors"))
+            hparams = dict(getattr(model, "hparams", {}))
+            config = {"class_path": f"{type(model).__module__}.{type(model).__qualname__}", "init_args": hparams}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def without_ramps(model: nn.Module, folder: Path) -> Iterator[None]:
+    """Let a model be written as others know it, its ramps for early exit, if it has any, into files of their own.
+
+    Args:
+        model: The model.
+        folder: Where it is written.
+    """
+    ramps: Any = model._modules.get("ramps")
+    if not hasattr(ramps, "save"):
+        yield
+        return
+    del model._modules["ramps"]
+    try:
+        yield
+    finally:
+        model._modules["ramps"] = ramps
+    ramps.save(folder)

@@ -142,7 +142,7 @@ class TextRun:
         """
         with one_line_errors(self.parser.prog):
             for objectives in (*stages, self.objectives):
-                module = self._module(self.teacher, self.new_student(), copy.deepcopy(objectives))
+                module = self.module(self.teacher, self.new_student(), copy.deepcopy(objectives))
             optimizer = optimizer_from_flags(self.config, module, self.defaults["lr"])
             # As if for a long training: how long it will be, its Trainer knows.
             schedule_from_flags(self.config, module, optimizer, num_training_steps=10**9)
@@ -235,7 +235,7 @@ class TextRun:
         trainer = make_trainer(self.parser, config, phase, callbacks=[*callbacks, checkpoint], max_epochs=epochs)
         if self.recommended is not None and config.lr_finder.suggestion is None:
             self.recommended.warn_if_far(config.optimizer.lr or self.defaults["lr"])
-        module = self._module(teacher, student, objectives)
+        module = self.module(teacher, student, objectives)
         trainer.fit(module, datamodule=self.data)
         if checkpoint.best_model_path:
             module.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
@@ -244,7 +244,7 @@ class TextRun:
             module.export(config.output_dir / phase)
             self.curves[phase] = read_curves(config.output_dir / "logs" / phase / "metrics.csv")
 
-    def _module(self, teacher: Any, student: Any, objectives: list[Objective] | None) -> DistillationModule:
+    def module(self, teacher: Any, student: Any, objectives: list[Objective] | None) -> DistillationModule:
         """The module of a phase; optimizer and schedule are made when its Trainer is there."""
         module = DistillationModule(
             teacher,
@@ -300,23 +300,36 @@ class TextRun:
         measured = {"metric": metric, "metric_before": metric_before, "seconds": round(written["seconds"], 1)}
         return {**kept, **measured, "latency_ms_batch1": latency_ms_batch1}
 
-    def report(self) -> None:
-        """Measure the models side by side on rank 0; print the table, write ``summary.json`` and ``curves.png``."""
+    def test_batches(self, size: int, count: int) -> list[Any]:
+        """Batches of test rows in the order of the file.
+
+        Args:
+            size: Rows of each.
+            count: How many at most; a trial run that tests on a few batches gets as few.
+        """
+        rows: Any = self.data.predict_dataloader().dataset
+        limit = self.config.trainer.limit_test_batches
+        count = min(count, limit) if isinstance(limit, int) and limit > 0 else count
+        groups = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)][:count]
+        return [self.data.collate([rows[row] for row in group]) for group in groups]
+
+    def report(self, **more: Any) -> None:
+        """Measure the models side by side on rank 0; print the table, write ``summary.json`` and ``curves.png``.
+
+        Args:
+            **more: What else ``summary.json`` holds.
+        """
         assert self.trainer is not None
         if not self.trainer.is_global_zero:
             return
         config, data, models, metric = self.config, self.data, self.models, self.metric
         seconds = time.perf_counter() - self.started
         rows_of_test: Any = data.predict_dataloader().dataset
-        # A trial run that tests on a few batches is timed on as few.
-        limit = config.trainer.limit_test_batches
         timed = models if self.quantized is None else {**models, "student-gptq": self.quantized}
-        latency = {}
-        for size, count in ((1, 64), (32, 8)):
-            count = min(count, limit) if isinstance(limit, int) and limit > 0 else count
-            groups = [range(i, min(i + size, len(rows_of_test))) for i in range(0, len(rows_of_test), size)][:count]
-            batches = [data.collate([rows_of_test[row] for row in group]) for group in groups]
-            latency[size] = latency_ms(timed, batches, device=self.trainer.strategy.root_device)
+        latency = {
+            size: latency_ms(timed, self.test_batches(size, count), device=self.trainer.strategy.root_device)
+            for size, count in ((1, 64), (32, 8))
+        }
         rows = {
             name: {
                 "parameters": count_parameters(model),
@@ -334,6 +347,7 @@ class TextRun:
             "versions": versions(),
             "seed": config.seed,
             "seconds": round(seconds, 1),
+            **more,
         }
         if self.quantized is not None:
             summary["gptq"] = self._gptq_summary(latency[1]["student-gptq"])

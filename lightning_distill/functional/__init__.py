@@ -7,6 +7,7 @@ from lightning_distill.functional.batch_relations import (
     relational_distance,
     similarity_preserving,
 )
+from lightning_distill.functional.early_exit import agreement_run, confidence, margin, normalized_entropy
 from lightning_distill.functional.features import attention_transfer, flow, neuron_selectivity, normalized_mse
 from lightning_distill.functional.hard_label import IGNORE_INDEX, hard_label
 from lightning_distill.functional.hidden_state import hidden_state_cosine, hidden_state_mse
@@ -17,10 +18,12 @@ from lightning_distill.functional.soft_target import soft_target
 
 __all__ = [
     "IGNORE_INDEX",
+    "agreement_run",
     "attention_divergence",
     "attention_map",
     "attention_transfer",
     "combine_teachers",
+    "confidence",
     "contrastive",
     "decoupled",
     "flow",
@@ -29,7 +32,9 @@ __all__ = [
     "hidden_state_mse",
     "logits_mse",
     "lr_suggestion",
+    "margin",
     "neuron_selectivity",
+    "normalized_entropy",
     "normalized_mse",
     "relation",
     "relational_angle",

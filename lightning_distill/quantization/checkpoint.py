@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.pretrained import export
+from lightning_distill.pretrained import export, without_ramps
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
 from lightning_distill.quantization.packing import pack, unpack_zeros
@@ -89,6 +89,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None
     state: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name, tensor in model.state_dict().items():
+        if name.startswith("ramps."):
+            continue  # early exit: in files of their own
         key = (tensor.data_ptr(), tensor.shape)
         if tensor.numel() and key in seen:
             continue  # tied
@@ -101,6 +103,8 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None
         raise OSError(f"Expected room for {needed:,} bytes at {folder.parent}, but {free:,} are free; free some.")
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        with without_ramps(model, temporary):
+            pass
         if hasattr(model, "save_pretrained"):
             model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
             model.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
@@ -154,7 +158,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
             f"quant_method={method!r}, checkpoint_format={version!r}."
         )
     state: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(set(folder.glob("*.safetensors")) - {folder / "ramps.safetensors"}):
         state.update(safetensors.torch.load_file(path))
     model = _build(folder, config) if model is None else model
     separate_experts(model, {key.partition(".experts.")[0] + ".experts" for key in state if ".experts.0." in key})

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_distill.callbacks import GPTQ, GradientClipping, InitPolicy, LossAdvice, LRFinder
+from lightning_distill.callbacks import GPTQ, EarlyExit, GradientClipping, InitPolicy, LossAdvice, LRFinder
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,21 @@ ROWS = [
             {"recommended_range": (1.0, 0.1)},
             {"keep_callbacks": "EMA"},
             {"snapshot": "cloud"},
+        ),
+    ),
+    Row(
+        EarlyExit,
+        {"exits": [1], "student": "", "layers": "body", "task": "regression", "training": "alternate", "lr": 0.02},
+        bad=(
+            {"exits": "some"},
+            {"criterion": 0.9},
+            {"training": "three_stage"},
+            {"ramp": "deep"},
+            {"loss_weights": "random"},
+            {"teacher_weight": 2.0},
+            {"temperature": 0.0},
+            {"lr": 0.0},
+            {"init": "magic"},
         ),
     ),
     Row(LossAdvice, {"window": 2}, bad=({"window": 0}, {"min_fall": 2.0})),

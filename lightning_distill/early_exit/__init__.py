@@ -1,0 +1,32 @@
+"""Early exit: ramps, criteria, exact batched inference, calibration."""
+
+from lightning_distill.early_exit.calibration import Calibration, calibrate
+from lightning_distill.early_exit.criteria import (
+    AllOf,
+    AnyOf,
+    Confidence,
+    Criterion,
+    Entropy,
+    LearnedGate,
+    Margin,
+    Patience,
+)
+from lightning_distill.early_exit.model import EarlyExitModel
+from lightning_distill.early_exit.ramps import Ramp, Ramps, make_ramps
+
+__all__ = [
+    "AllOf",
+    "AnyOf",
+    "Calibration",
+    "Confidence",
+    "Criterion",
+    "EarlyExitModel",
+    "Entropy",
+    "LearnedGate",
+    "Margin",
+    "Patience",
+    "Ramp",
+    "Ramps",
+    "calibrate",
+    "make_ramps",
+]
