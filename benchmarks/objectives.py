@@ -6,7 +6,7 @@ python benchmarks/objectives.py --rows 500 --seeds 0
 All combinations train in lockstep in one process: the same batches, one forward of the teacher for all of them, then a
 step of each student. So a machine that slows down slows all alike. Every student takes the same number of steps; the
 two stages of TinyBERT share them. Seconds are one thread's CPU time: the student's own steps, and the teacher's
-forward for those that have one.
+forward for those that have one. Everything runs under bfloat16 autocast, as with bf16-mixed.
 
 Needs ../shared (SST-2 and a real teacher).
 """
@@ -104,7 +104,9 @@ class Racer:
 
 
 def signals(model: nn.Module, recorder: Recorder, batch: dict[str, Tensor]) -> Signals:
-    logits = tasks.logits_of(tasks.call_model(model, batch))
+    # As `--trainer.precision bf16-mixed` does; the objectives compute in float32 themselves.
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = tasks.logits_of(tasks.call_model(model, batch))
     return Signals(logits, batch["labels"], None, tasks.token_mask(batch), **recorder.take())
 
 
