@@ -118,7 +118,8 @@ def generator_for(name: str, seed: int) -> Generator:
         >>> torch.equal(*(torch.rand(2, generator=generator_for("head.weight", 1)) for _ in range(2)))
         True
     """
-    return torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ (seed << 32))
+    # One hash of both: of a seed, torch's generator on the CPU reads 32 bits.
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
 
 
 @torch.no_grad()

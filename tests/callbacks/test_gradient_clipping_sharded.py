@@ -36,7 +36,7 @@ class Sharded(Regression):
         super().__init__()
         with torch.random.fork_rng():
             torch.manual_seed(4)
-            self.body = nn.Sequential(nn.Linear(4, 17), nn.Tanh(), nn.Linear(17, 16), nn.Tanh())
+            self.body = nn.Sequential(nn.Linear(4, 17), nn.Tanh(), nn.Linear(17, 32), nn.Tanh())
 
     def configure_model(self) -> None:
         if self.device_mesh is not None:

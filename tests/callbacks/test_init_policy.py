@@ -368,7 +368,7 @@ class Late(Regression):
 
     def configure_model(self) -> None:
         if not hasattr(self, "head"):
-            self.head = nn.Linear(16, 1)
+            self.head = nn.Linear(32, 1)
 
 
 def test_what_configure_model_builds_is_drawn_as_well(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_audit_and_picture(tmp_path: Path) -> None:
     saved = json.loads((tmp_path / "init_policy.json").read_text())
     first = saved["weights"][0]
     assert {name: first[name] for name in ("parameter", "activation", "rule", "fan_in", "fan_out")} == {
-        "parameter": "body.0.weight", "activation": "tanh", "rule": "xavier_uniform", "fan_in": 4, "fan_out": 16,
+        "parameter": "body.0.weight", "activation": "tanh", "rule": "xavier_uniform", "fan_in": 4, "fan_out": 32,
     }  # fmt: skip
     assert first["measured_std"] == pytest.approx(first["target_std"], rel=0.2)
     assert saved["left_alone"] == []
@@ -424,3 +424,8 @@ def test_a_pattern_that_matches_nothing_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, InitPolicy(only="x*"), max_steps=1).fit(Regression())
     with pytest.raises(ValueError, match="on the meta device"):
         initialize(nn.Sequential(nn.Linear(1, 1, device="meta")))
+
+
+def test_another_seed_or_name_gives_other_numbers() -> None:
+    drawn = [torch.rand(3, generator=generator_for(name, seed)) for name in ("a", "b") for seed in (0, 1, 2**32)]
+    assert len({tuple(numbers.tolist()) for numbers in drawn}) == len(drawn)

@@ -38,12 +38,12 @@ def test_it_speaks_after_the_fit(lr: float, advice: str, tmp_path: Path) -> None
         def configure_optimizers(self) -> Any:
             return torch.optim.SGD(self.parameters(), lr)
 
-    # Whole passes over the three batches, so that windows are comparable.
+    # Whole passes over the eight batches, so that windows are comparable.
     with pytest.warns(UserWarning, match=advice):
-        trainer(tmp_path, LossAdvice(window=3), max_steps=12).fit(WithRate())
+        trainer(tmp_path, LossAdvice(window=8), max_steps=32).fit(WithRate())
 
 
 def test_a_curve_that_falls_needs_no_advice(tmp_path: Path) -> None:
-    advice = LossAdvice(window=3)
-    trainer(tmp_path, advice, max_steps=15).fit(Regression())
+    advice = LossAdvice(window=8)
+    trainer(tmp_path, advice, max_steps=32).fit(Regression())
     assert advice.verdict == "falling"

@@ -184,7 +184,7 @@ class _Layer(nn.Module):
 
 def test_the_batch_dimension_is_learned_not_guessed() -> None:
     x = torch.randn(6, 8)
-    model = early(Shared(), batch=x, layers="layers", widths=8, num_outputs=3)
+    model = early(Shared(), 0.2, batch=x, layers="layers", widths=8, num_outputs=3)
     logits, exits = model.predict(x)
     assert len(exits.unique()) >= 2
     assert (exits == DEPTH - 1).sum() > 1
