@@ -46,7 +46,8 @@ def test_callbacks_make_the_pictures_of_the_guides(tmp_path: Path, monkeypatch: 
     names = run("callbacks.md", tmp_path, monkeypatch)
     assert len(names["init"].audit) == 12
     assert 1e-5 < names["finder"].lr < 1e-2
-    assert 0.1 < names["trainer"].callback_metrics["clipped_share"] < 0.5
+    # Above the 90th percentile of those before it lies about every tenth norm.
+    assert 0.05 < names["trainer"].callback_metrics["clipped_share"] < 0.5
     for picture in ("init_policy.png", "lr_finder.png", "gradient_clipping.png"):
         assert (tmp_path / "digits" / picture).read_bytes()[:4] == b"\x89PNG"
         assert (DOCS / "images" / picture).exists()
