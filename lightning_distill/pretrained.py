@@ -49,13 +49,7 @@ def architecture_of(path: str, name: str) -> Any:
     Raises:
         ValueError: If there is no config, or it names no class of transformers with a head.
     """
-    try:
-        config = transformers.AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"Expected argument `{name}` to be a folder or hub id of a transformers model, but got {path!r}: "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    config = read_config(path, name)
     architecture = (getattr(config, "architectures", None) or [""])[0]
     if not has_head(config) or not hasattr(transformers, architecture):
         raise ValueError(
@@ -64,6 +58,25 @@ def architecture_of(path: str, name: str) -> Any:
             f"`AutoModelForSequenceClassification.from_pretrained({path!r}, num_labels=...)`, and pass the model."
         )
     return getattr(transformers, architecture)
+
+
+def read_config(path: str, name: str) -> Any:
+    """The config of a transformers folder or hub id.
+
+    Args:
+        path: The folder or hub id.
+        name: What the argument is called where the user gave it, for the error.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return transformers.AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"Expected argument `{name}` to be a folder or hub id of a transformers model, but got {path!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 def has_head(config: Any) -> bool:

@@ -29,7 +29,7 @@ from lightning_distill.measure import count_bytes, count_parameters, latency_ms
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
 from lightning_distill.optim import LRRange, recommended_lr
-from lightning_distill.pretrained import has_head, load_pretrained
+from lightning_distill.pretrained import has_head, load_pretrained, read_config
 from lightning_distill.quantization import load, use_kernels
 from lightning_distill.report import Curves, plot_curves, print_table, ratios, read_curves, versions, write_summary
 from lightning_distill.student import student_from_teacher
@@ -39,7 +39,7 @@ from lightning_distill.teacher import has_placeholder_labels
 GIVEN = {"lr": 8e-5, "epochs": 3, "teacher_epochs": 3}
 EMBEDDED = {"lr": 1e-3, "epochs": 2, "teacher_epochs": 4}
 EMBEDDED_ROWS_PER_CLASS = 700
-_say = rank_zero_only(print)
+say = rank_zero_only(print)
 BASELINE = "student_without_distillation"
 
 
@@ -148,7 +148,7 @@ class TextRun:
             schedule_from_flags(self.config, module, optimizer, num_training_steps=10**9)
         if self.config.model.finetune_teacher or not self.config.model.teacher:
             epochs = self.config.model.teacher_epochs or self.defaults["teacher_epochs"]
-            _say(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
+            say(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
             self.teacher.requires_grad_(True)  # the modules above froze it
             self._fit("teacher", self.teacher, teacher=None, objectives=None, epochs=epochs)
         else:
@@ -209,7 +209,7 @@ class TextRun:
             report: Whether the student as it is now has a row in the report; a later phase may train it on.
         """
         epochs = epochs or self.epochs
-        _say(f"\nTraining {phase.replace('_', ' ')}, for {epochs} epochs: {_describe(student)}")
+        say(f"\nTraining {phase.replace('_', ' ')}, for {epochs} epochs: {_describe(student)}")
         self._fit(phase, student, self.teacher, objectives, epochs, monitor)
         if report:
             self.models[phase] = student
@@ -393,6 +393,7 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
     teacher: Any
     if path is None or not (config.data.train_file or config.data.hub_dataset):
         raise ValueError("--model.teacher and --data.train_file (or --data.hub_dataset) go together; one is missing")
+    with_head = has_head(read_config(path, "--model.teacher"))
     arguments = config.data.as_dict() | {"tokenizer": path, "seed": config.seed}
     if config.model.finetune_teacher:
         data = TextClassificationData(**arguments)
@@ -401,7 +402,7 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
             path, num_labels=data.num_labels, dtype="float32", use_safetensors=True, **names
         )
         return data, teacher
-    if not has_head(transformers.AutoConfig.from_pretrained(path)):
+    if not with_head:
         raise ValueError(
             f"{path}: the teacher has no fine-tuned head; --model.finetune_teacher true fine-tunes it on the data first"
         )

@@ -24,17 +24,15 @@ from typing import Any
 
 import lightning as L
 import transformers
-from lightning.pytorch.utilities import rank_zero_only
 
 from lightning_distill.callbacks import EarlyExit
 from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
 from lightning_distill.measure import throughput
-from lightning_distill.recipe import TextRun, text_parser
+from lightning_distill.recipe import TextRun, say, text_parser
 
 LR = 2e-3  # ramps are small and new; the models they stand on do not move
-say = rank_zero_only(print)
 
 
 def main(argv: list[str] | None = None) -> None:

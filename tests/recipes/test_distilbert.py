@@ -114,6 +114,14 @@ def test_wrong_files_are_one_line_and_exit_code_2(
         (["--data.val_file=nowhere.tsv"], "nowhere.tsv"),
         (["--trainer.max_epochs=many"], "max_epochs"),
         (["--model.nonsense=1"], "nonsense"),
+        (["--model.teacher=nowhere"], "`--model.teacher` to be a folder or hub id .* but got 'nowhere'"),
+        (["--gradient_clipping.algorithm=norm", "--gradient_clipping.threshold=-1"], "`threshold`"),
+        (["--gradient_clipping.algorithm=norm", "--trainer.gradient_clip_val=0.3"], "clip twice"),
+        (["--optimizer=adamax"], "optimizer.name"),
+        (["--optimizer=sgd", "--optimizer.betas=[0.9,0.99]"], "`betas` to be left out for 'sgd'"),
+        (["--optimizer=adamw_8bit"], "needs CUDA"),
+        (["--lr_scheduler=zigzag"], "`name` to be one of"),
+        (["--lr_scheduler=reduce_on_plateau"], "`monitor`"),
     ],
 )
 def test_wrong_flags_exit_with_2(
@@ -121,7 +129,7 @@ def test_wrong_flags_exit_with_2(
 ) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([*files, *flags])
-    assert message in capsys.readouterr().err
+    assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
 
 
@@ -211,24 +219,3 @@ def test_weights_from_the_teacher_by_flag(main: Any, files: list[str], tmp_path:
     main([*files, "--model.init=random", "--init_policy=from_teacher", "--init_policy.layers=last"])
     audit = json.loads((tmp_path / "out" / "logs" / "student" / "init_policy.json").read_text())
     assert {line["rule"] for line in audit["weights"]} == {"from_teacher"}
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--gradient_clipping.algorithm=norm", "--gradient_clipping.threshold=-1"], "`threshold`"),
-        (["--gradient_clipping.algorithm=norm", "--trainer.gradient_clip_val=0.3"], "clip twice"),
-        (["--optimizer=adamax"], "optimizer.name"),
-        (["--optimizer=sgd", "--optimizer.betas=[0.9,0.99]"], "`betas` to be left out for 'sgd'"),
-        (["--optimizer=adamw_8bit"], "needs CUDA"),
-        (["--lr_scheduler=zigzag"], "`name` to be one of"),
-        (["--lr_scheduler=reduce_on_plateau"], "`monitor`"),
-    ],
-)
-def test_wrong_callbacks_and_optimizers_exit_with_2(
-    main: Any, files: list[str], tmp_path: Path, capsys: Any, flags: list[str], message: str
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main([*files, *flags])
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
