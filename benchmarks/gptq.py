@@ -192,7 +192,7 @@ def quality(options: argparse.Namespace) -> None:
                 "rounding": quantize(model, None, **settings)[0],
                 "the paper's, float64": by_paper(model, names, data, bits, group),
                 "ours": ours,
-                "ours, asymmetric": quantize(model, data, asymmetric=True, **settings)[0],
+                f"ours, asymmetric={bits > 2}": quantize(model, data, asymmetric=bits > 2, **settings)[0],
             }
             with quiet():
                 out = options.cache / "gptqmodel" / f"{title.split()[0]}-{bits}"
@@ -398,7 +398,7 @@ def plot(options: argparse.Namespace) -> None:
         axes.set_xticks([2, 3, 4])
         axes.set_xlabel("bits")
         axes.set_title(f"{label}, {name}", fontsize=9)
-        axes.set_yscale("log")
+        axes.set_yscale("log" if axes is left else "linear")
     (base,) = [row["perplexity"] for row in rows if row["method"] == "float"]
     middle.axhline(base, color="black", linewidth=0.8, linestyle=":")
     left.legend(frameon=False)

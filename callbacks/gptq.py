@@ -60,7 +60,7 @@ class GPTQ(L.Callback):
         mse: Search smaller ranges.
         damp_percent: Damping.
         true_sequential: See :func:`lightning_distill.quantization.quantize`, also for ``asymmetric``.
-        asymmetric: Ask each layer for the float model's outputs.
+        asymmetric: Ask each layer for the float model's outputs; not beside ``sensitive_layers`` or ``budget_bytes``.
         embedding_bits: 8, 4, or None for float embeddings.
         include: Patterns of the layers to quantise.
         exclude: Patterns of the layers to leave.
@@ -100,7 +100,7 @@ class GPTQ(L.Callback):
         mse: bool = False,
         damp_percent: float = 0.01,
         true_sequential: bool = True,
-        asymmetric: bool = False,
+        asymmetric: bool | None = None,
         embedding_bits: int | None = None,
         include: Sequence[str] = ("*",),
         exclude: Sequence[str] = EXCLUDE,
@@ -129,6 +129,14 @@ class GPTQ(L.Callback):
                 raise ValueError(f"Expected argument `{name}` to be at least 1 or None, but got {value}.")
             if value is not None and (monitor is None or max_drop is None):
                 raise ValueError(f"Expected argument `{name}` to come with `monitor` and `max_drop`, but one is None.")
+        if sensitive_layers is not None or budget_bytes is not None:
+            # Which layer hurts is measured with it alone quantised, and asymmetric ones answer for those before them.
+            if asymmetric:
+                raise ValueError(
+                    "Expected argument `asymmetric` to be off beside `sensitive_layers` and `budget_bytes`, which "
+                    "measure each layer alone, but got True."
+                )
+            asymmetric = False
         self.calibration, self.monitor, self.mode, self.max_drop = calibration, monitor, mode, max_drop
         self.sensitive_layers, self.sensitive_bits, self.budget_bytes = sensitive_layers, sensitive_bits, budget_bytes
         self.attribute, self.folder = attribute, folder

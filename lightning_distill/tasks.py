@@ -1,7 +1,8 @@
 """What a batch asks for: where its labels are, which logits answer them, how an answer is scored."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -168,7 +169,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     """Run a model on what it takes of a batch, never on the labels: it would compute a loss in vain."""
     if not isinstance(batch, Mapping):
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    accepted = inspect.signature(model.forward).parameters
+    accepted = _parameters(getattr(model.forward, "__func__", model.forward))
     # Teacher and student may differ in what they take: DistilBERT has no token_type_ids. A transformers forward also
     # has **kwargs, but what it does not name it hands to the attention function.
     named_only = hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in accepted.values())
@@ -176,6 +177,12 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return model(**inputs)
+
+
+@lru_cache(maxsize=256)
+def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    # Reading a signature takes as long as a small layer.
+    return inspect.signature(forward).parameters
 
 
 def logits_of(output: Any) -> Tensor:

@@ -8,19 +8,21 @@ python recipes/fastbert.py --model.teacher <folder or hub id> --model.num_layers
     --data.text_columns sentence --data.label_column label --trainer.max_epochs 1
     Your own teacher and data. Every --trainer.* flag is the Trainer's.
 
-The ramps learn what the last layer answers, without labels and without touching the model. The validation rows then
-choose the thresholds: with 95 % confidence at most --model.max_drop of the accuracy is lost, or nothing leaves early,
-and the recipe says how many rows that promise would take.
+The ramps and all layers learn together what the model answered before (--model.ramp_training joint), so that low layers
+become good at the task; with self_distill the model stays as it is and only the ramps move. No labels are used. The
+validation rows then choose the thresholds: with 95 % confidence at most --model.max_drop of the accuracy is lost, or
+nothing leaves early, and the recipe says how many rows that promise would take.
 
 Writes to --output_dir: student/, early_exit_teacher/ and early_exit_student/ (for EarlyExitModel.from_pretrained, with
-early_exit.png), summary.json (`early_exit` is the teacher's, `early_exit_student` the student's), curves.png.
+early_exit.png), summary.json (`early_exit` is the teacher's, `early_exit_student` the student's; `metric_full` is that
+of the model before it had ramps), curves.png.
 
 Source: Liu et al., "FastBERT: a Self-distilling BERT with Adaptive Inference Time", 2020.
 """
 
 import copy
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import transformers
@@ -30,14 +32,22 @@ from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
 from lightning_distill.measure import throughput
+from lightning_distill.objectives import SoftTarget
 from lightning_distill.recipe import TextRun, say, text_parser
 
-LR = 2e-3  # ramps are small and new; the models they stand on do not move
+LR = 1e-3  # of the ramps, which are small and new
+TEMPERATURE = 2.0
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = text_parser(__doc__, output_dir="runs/fastbert")
     parser.add_argument("--model.exits", type=str, default="all", help="layers with a ramp: all or every_<n>")
+    parser.add_argument(
+        "--model.ramp_training",
+        type=Literal["joint", "self_distill"],
+        default="joint",
+        help="what learns: all, or ramps",
+    )
     parser.add_argument("--model.ramp_epochs", type=int | None, help="epochs of the ramps (default: the student's)")
     parser.add_argument("--model.max_drop", type=float, default=0.02, help="accuracy that may be lost")
     run = TextRun.start(parser, argv)
@@ -63,15 +73,19 @@ def main(argv: list[str] | None = None) -> None:
 def early_exit(run: TextRun, name: str, model: transformers.PreTrainedModel) -> dict[str, Any]:
     """Train ramps, choose thresholds, measure; the numbers, on rank 0."""
     config, phase = run.config, f"early_exit_{name}"
-    model = copy.deepcopy(model)  # the report is of the models without ramps
+    before, model = model, copy.deepcopy(model)  # the report is of the models without ramps
     epochs = config.model.ramp_epochs or run.epochs
     say(f"\nTraining ramps of the {name}, for {epochs} epochs")
     L.seed_everything(config.seed, workers=True, verbose=False)
-    ramps = EarlyExit(config.model.exits, training="self_distill", lr=LR)
+    if config.model.ramp_training == "joint":
+        module = run.module(before, model, [SoftTarget(temperature=TEMPERATURE)])
+        learning = {"training": "joint", "teacher_weight": 1.0, "temperature": TEMPERATURE}
+    else:
+        module, learning = run.module(None, model, None), {"training": "self_distill"}
+    module.student.requires_grad_(True)  # a teacher comes frozen; where only ramps learn, the callback freezes the rest
+    ramps = EarlyExit(config.model.exits, lr=LR, **learning)
     checkpoint = best_checkpoint(config, phase, "val_loss")
     trainer = make_trainer(run.parser, config, phase, callbacks=[checkpoint, ramps], max_epochs=epochs)
-    module = run.module(None, model, None)
-    module.requires_grad_(True)  # a teacher comes frozen; the callback freezes all but the ramps itself
     trainer.fit(module, datamodule=run.data)
     if not trainer.is_global_zero:
         return {}
@@ -81,22 +95,20 @@ def early_exit(run: TextRun, name: str, model: transformers.PreTrainedModel) -> 
     report = early.calibrate(run.data.val_dataloader(), max_drop=config.model.max_drop)
     folder = early.save_pretrained(config.output_dir / phase, run.data.tokenizer)
     report.write(early, folder)
-    scores = {}
-    for kind, one in (("full", EarlyExitModel(model)), ("early", early)):  # the first has no thresholds: nothing leaves
-        tester = L.Trainer(accelerator="cpu" if device.type == "cpu" else "auto", devices=1, logger=False,
-                           enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-                           limit_test_batches=config.trainer.limit_test_batches)  # fmt: skip
-        (scores[kind],) = tester.test(one, datamodule=run.data, verbose=False)
+    tester = L.Trainer(accelerator="cpu" if device.type == "cpu" else "auto", devices=1, logger=False,
+                       enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+                       limit_test_batches=config.trainer.limit_test_batches)  # fmt: skip
+    (scores,) = tester.test(early, datamodule=run.data, verbose=False)
     ratios = {}
     for size, count in ((1, 64), (32, 8)):
         rates = throughput({"full": model, "early": early}, run.test_batches(size, count), device=device)
         ratios[f"throughput_ratio_batch{size}"] = round(rates["early"] / rates["full"], 4)
-    full_metric, early_metric = (scores[kind][f"test_{run.metric}"] for kind in ("full", "early"))
+    full_metric, early_metric = run.scores[name][f"test_{run.metric}"], scores[f"test_{run.metric}"]
     return {
         "metric_full": full_metric,
         "metric_early": early_metric,
         "metric_drop": full_metric - early_metric,
-        "mean_depth": scores["early"]["test_mean_depth"],
+        "mean_depth": scores["test_mean_depth"],
         **ratios,
         "guarantee": asdict(report)["guarantee"],
     }

@@ -4,8 +4,8 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,11 @@ class Answers:
         gates = None if self.gates is None else self.gates[:, items]
         renumbered = (kept.cumsum(0) - 1)[self.sequence[items]]
         return Answers(self.logits[:, items], gates, self.labels[items], renumbered)
+
+    def only(self, exits: list[int]) -> "Answers":
+        """What some of the exits said, by their place, and the full model."""
+        gates = None if self.gates is None else self.gates[exits]
+        return replace(self, logits=self.logits[[*exits, -1]], gates=gates)
 
     def mean_of_items(self, values: Tensor) -> Tensor:
         """Mean over the items of each sequence: ``[..., M]`` to ``[..., N]``."""
@@ -131,6 +136,7 @@ def calibrate(
     model: EarlyExitModel,
     dataloader: Iterable[Any],
     *,
+    exits: Sequence[int] | None = None,
     max_drop: float = 0.005,
     confidence: float = 0.95,
     temperature_scaling: bool = True,
@@ -152,6 +158,8 @@ def calibrate(
     Args:
         model: The model; its thresholds and temperatures are set.
         dataloader: Batches as in training. Without labels the promise is about agreement with the full model.
+        exits: The exits that may be used; None for all. A ramp costs every row that passes it, in small batches up to a
+            tenth of a layer: two or three are often faster than all.
         max_drop: How much accuracy may be lost (per token, in token classification).
         confidence: How sure the promise is.
         temperature_scaling: Whether to divide each ramp's logits by a temperature of its own.
@@ -163,7 +171,8 @@ def calibrate(
         The report.
 
     Raises:
-        ValueError: If the data have one class only or no rows, or the criterion has no threshold to be found.
+        ValueError: If the data have one class only or no rows, the criterion has no threshold to be found, or an exit
+            has no ramp.
 
     Example:
         >>> import torch
@@ -183,14 +192,17 @@ def calibrate(
     between("max_drop", max_drop, 0, 1)
     between("confidence", confidence, 0.5, 1)
     between("search_share", search_share, 0.05, 0.9)
-    criterion, exits, depth = model.criterion, list(model.ramps.exits), model.depth
+    criterion, ramps, depth = model.criterion, list(model.ramps.exits), model.depth
+    exits = ramps if exits is None else sorted(set(exits))
+    if not exits or not set(exits) <= set(ramps):
+        raise ValueError(f"Expected argument `exits` to name exits of {ramps}, but got {exits}.")
     if isinstance(criterion, AnyOf) or model.ramps.task == "regression":
         raise ValueError(
             "Expected a model with one criterion that classifies, whose threshold can be found, but got "
             f"{criterion!r} in {model.ramps.task}. Set `model.thresholds` or its parts by hand."
         )
     report = choose(
-        collect(model, dataloader),
+        collect(model, dataloader).only([ramps.index(layer) for layer in exits]),
         criterion,
         [*exits, depth - 1],
         max_drop=max_drop,

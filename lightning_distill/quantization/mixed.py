@@ -23,7 +23,8 @@ def sensitivity(
 ) -> dict[str, float]:
     """How much each quantised layer alone changes the model's answer.
 
-    One layer after the other takes its quantised weight in the float model, and the outputs are compared.
+    One layer after the other takes its quantised weight in the float model, and the outputs are compared. Layers that
+    were calibrated ``asymmetric``, to answer for those before them, say nothing alone.
 
     Args:
         model: The float model that was quantised; as it was, afterwards.

@@ -35,7 +35,8 @@ class LayerReport:
         shape: ``(out, in)``.
         bits: Bits of its codes; 0 if it was left in floating point.
         group_size: Inputs that share a scale.
-        error: Relative squared error of its output on the calibration inputs.
+        error: Relative squared error of its output on the calibration inputs; with ``asymmetric`` from the output that
+            makes good what the layers before have lost.
         rounding_error: The same for rounding to nearest.
         seconds: Time, shared out by outputs among the layers with one input.
         note: What was done otherwise than asked, and why; empty where nothing was.
@@ -63,7 +64,7 @@ def quantize(
     mse: bool = False,
     damp_percent: float = 0.01,
     true_sequential: bool = True,
-    asymmetric: bool = False,
+    asymmetric: bool | None = None,
     embedding_bits: int | None = None,
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = EXCLUDE,
@@ -96,7 +97,7 @@ def quantize(
         true_sequential: Calibrate each layer on what the quantised layers before it give; otherwise on what the float
             model gives.
         asymmetric: Ask each layer for the float model's outputs, though its inputs are the quantised model's (see
-            :func:`retarget`); needs the memory of a second model.
+            :func:`retarget`); needs the memory of a second model. None: where ``bits`` is 2, which loses most.
         embedding_bits: 8 or 4 rounds large embeddings row by row (plain transformers cannot load those); None
             leaves them.
         include: Patterns of the layers to quantise.
@@ -138,6 +139,8 @@ def quantize(
         true_sequential,
         asymmetric,
     )
+    if asymmetric is None:
+        asymmetric = bits == 2 and true_sequential and dataloader is not None
     if asymmetric and dataloader is None:
         raise ValueError("Expected argument `asymmetric` to come with calibration data, but got dataloader=None.")
     already = any(isinstance(module, (QuantLinear, QuantEmbedding)) for module in model.modules())
@@ -242,7 +245,7 @@ def check_options(
     group_size_by_pattern: Mapping[str, int] | None,
     num_samples: int,
     true_sequential: bool,
-    asymmetric: bool,
+    asymmetric: bool | None,
 ) -> None:
     """Refuse what :func:`quantize` cannot do."""
     for value in (bits, *(bits_by_pattern or {}).values()):

@@ -233,6 +233,7 @@ def test_distillation_with_captured_signals(tmp_path: Path) -> None:
         ({"calibration": "test"}, "calibration"),
         ({"num_samples": 0}, "num_samples"),
         ({"asymmetric": True, "true_sequential": False}, "asymmetric"),
+        ({"asymmetric": True, "sensitive_layers": 1}, "`asymmetric` to be off beside `sensitive_layers`"),
         ({"sensitive_layers": 1, "monitor": None}, "sensitive_layers"),
     ],
 )

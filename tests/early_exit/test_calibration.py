@@ -154,6 +154,25 @@ def test_every_criterion_gets_thresholds_that_the_model_keeps(criterion: Criteri
     assert logits.shape == (400, 3)
 
 
+@pytest.mark.parametrize("criterion", [Confidence(), Patience()], ids=str)
+def test_only_the_exits_that_are_named_are_used(criterion: Criterion) -> None:
+    model = early(student(num_labels=3), criterion=Confidence())
+    net = model.student
+    model = EarlyExitModel(net, net.ramps, criterion=criterion)
+    batch = tokens(400, 10)
+    data = [{**batch, "labels": net(**batch).logits.argmax(-1)}]
+    report = calibrate(model, data, exits=[2, 0], max_drop=0.9)
+    assert set(model.thresholds) <= {0, 2}
+    assert list(report.exit_share) == list(report.accuracy) == [0, 2, 3]
+    every, two = net.ramps, make_ramps(net, [0, 2])
+    for layer in ("0", "2"):
+        two[layer].load_state_dict(every[layer].state_dict())
+    alone = EarlyExitModel(net, two, criterion=criterion)
+    # As if there were no other ramps.
+    assert calibrate(alone, data, max_drop=0.9) == report
+    assert set(alone.predict(batch).exit_layer.unique().tolist()) <= {0, 2, 3}
+
+
 def test_gates_and_tokens_are_calibrated_too() -> None:
     net = student(num_labels=3)
     gated = EarlyExitModel(net, make_ramps(net, criterion=LearnedGate()))
@@ -213,6 +232,9 @@ def test_bad_input_is_refused() -> None:
         model.calibrate([{**batch, "labels": torch.ones(20, dtype=torch.long)}])
     with pytest.raises(ValueError, match="to give calibration rows, but got none"):
         model.calibrate([])
+    for exits in ([], [0, 3], [7]):
+        with pytest.raises(ValueError, match=r"`exits` to name exits of \[0, 1, 2\]"):
+            model.calibrate([batch], exits=exits)
     with pytest.raises(ValueError, match="`max_drop`"):
         model.calibrate([batch], max_drop=2.0)
     either = EarlyExitModel(model.student, criterion=AnyOf(Confidence(0.9), Patience(2)))

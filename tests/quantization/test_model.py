@@ -146,7 +146,7 @@ def test_layers_see_what_a_plain_forward_gives_them_without_padding() -> None:
 def test_later_layers_are_calibrated_on_quantised_ones() -> None:
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
     data = [torch.randn(64, 32) for _ in range(3)]
-    quantized, report = quantize(model, data, bits=2, group_size=32)
+    quantized, report = quantize(model, data, bits=2, group_size=32, asymmetric=False)
     weight = model[2].weight.detach()
     hidden = torch.relu(quantized[0](torch.cat(data))).detach()
     left = (hidden @ (weight - quantized[2].dequantize()).T).square().sum()
@@ -174,7 +174,19 @@ def test_asymmetric_calibration_comes_nearer_to_the_float_model(build) -> None:
         assert not any(layer.note for layer in report)
         return sum(float((logits(quantized, batch) - logits(model, batch)).square().sum()) for batch in data)
 
-    assert distance(asymmetric=True) < distance()
+    assert distance(asymmetric=True) < distance(asymmetric=False)
+
+
+def test_two_bits_are_asymmetric_by_themselves() -> None:
+    model = bert()
+    data = batches(model, 16)
+
+    def answer(bits: int, **options) -> torch.Tensor:
+        return logits(quantize(model, data, bits=bits, group_size=32, **options)[0], data[0])
+
+    assert torch.equal(answer(2), answer(2, asymmetric=True))
+    assert not torch.equal(answer(2), answer(2, asymmetric=False))
+    assert torch.equal(answer(3), answer(3, asymmetric=False))
 
 
 def test_a_plain_lightning_module_that_has_been_fitted() -> None:
