@@ -119,3 +119,24 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor | None, labels: 
         )
     if labels is not None and not labels.is_floating_point() and student_logits.shape[-1] > 1:
         _check_range(labels, student_logits.shape[-1], "the first batch")
+
+
+def enable_gradient_checkpointing(student: nn.Module) -> None:
+    """Let the layers of a transformers model run again in the backward instead of keeping what they computed.
+
+    Args:
+        student: The model, in place.
+
+    Raises:
+        ValueError: If it is no transformers model, or one without layers that can.
+    """
+    model: Any = student
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            "Expected argument `student` to be a transformers model with gradient checkpointing, but got "
+            f"{type(student).__name__}; call `torch.utils.checkpoint.checkpoint` in its forward instead."
+        )
+    # Reentrant checkpointing would run the layers without a gradient, and what is recorded in them would have none.
+    # The second name is that of transformers before 5.20.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
