@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lightning_distill.objectives import Objective
+from lightning_distill.precision import is_quantized
 
 _STYLES = {
     "colwise": ColwiseParallel,
@@ -135,7 +136,7 @@ def parallelize(student: nn.Module, teacher: nn.Module | None, objectives: nn.Mo
         ValueError: If the student has no plan.
     """
     learning = [objective for objective in objectives.values() if any(True for _ in objective.parameters())]
-    resting = [] if teacher is None or _is_quantized(teacher) else [teacher]
+    resting = [] if teacher is None or is_quantized(teacher) else [teacher]
     if mesh["tensor_parallel"].size() > 1:
         tensor_parallel(student, mesh["tensor_parallel"])
         for model in resting:
@@ -147,10 +148,6 @@ def parallelize(student: nn.Module, teacher: nn.Module | None, objectives: nn.Mo
     if mesh["data_parallel"].size() > 1:
         for model in (student, *resting, *learning):
             shard(model, mesh["data_parallel"])
-
-
-def _is_quantized(model: nn.Module) -> bool:
-    return not all(parameter.is_floating_point() for parameter in model.parameters())
 
 
 def check_signals(objectives: Iterable[Objective]) -> None:

@@ -23,7 +23,8 @@ def load_teacher(teacher: nn.Module | str, precision: TeacherPrecision | None) -
     Args:
         teacher: A module, a transformers folder, or a hub id.
         precision: ``"32"``, ``"bf16"`` or ``"16"`` (a module is cast in place); ``"int8"``, ``"nf4"`` or ``"fp4"``: the
-            linear layers but the classifier by bitsandbytes, the rest in float32 (a module is copied). None: as it is.
+            linear layers but the classifier by bitsandbytes, the rest in float32 (a module is copied, unless it is
+            quantised already). None: as it is.
 
     Returns:
         The model.
@@ -45,6 +46,8 @@ def load_teacher(teacher: nn.Module | str, precision: TeacherPrecision | None) -
         return model if precision is None else model.to(_DTYPES[precision])
     if isinstance(teacher, str):
         return _quantized(teacher, precision)
+    if is_quantized(teacher):
+        return teacher
     if not isinstance(teacher, transformers.PreTrainedModel):
         raise ValueError(
             f"Expected argument `teacher` to be a transformers model, its folder or hub id for `teacher_precision="
@@ -54,6 +57,11 @@ def load_teacher(teacher: nn.Module | str, precision: TeacherPrecision | None) -
     with tempfile.TemporaryDirectory() as folder:
         teacher.save_pretrained(folder)
         return _quantized(folder, precision)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model holds weights that are no floating-point numbers, which nothing can cast or cut."""
+    return not all(parameter.is_floating_point() for parameter in model.parameters())
 
 
 def _quantized(folder: str, precision: str) -> nn.Module:
