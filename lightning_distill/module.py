@@ -382,7 +382,12 @@ class DistillationModule(L.LightningModule):
         parallel.parallelize(self.student, self.teacher, self.objectives, mesh)
 
     def on_fit_start(self) -> None:
-        """Keep Lightning from warning that the teacher is in eval; where anything else is, it still warns."""
+        """Refuse an optimizer that would divide by 0, and keep Lightning from warning that the teacher is in eval.
+
+        Where anything else is in eval, it still warns.
+        """
+        for optimizer in self.trainer.optimizers:
+            preflight.check_eps(optimizer)
         resting = sum(not module.training for module in self.modules())
         if self.teacher is not None and resting == sum(1 for _ in self.teacher.modules()):
             warnings.filterwarnings("ignore", rf"Found {resting} module\(s\) in eval mode at the start of training")

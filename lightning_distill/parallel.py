@@ -181,14 +181,21 @@ def check_trainer(trainer: L.Trainer, student: nn.Module, teacher: nn.Module | N
         teacher: The model that is imitated, or None.
 
     Raises:
-        ValueError: If DeepSpeed would save the teacher, SyncBatchNorm would have to run on a CPU, or the teachers of
-            two processes differ.
+        ValueError: If DeepSpeed would save the teacher, a static graph would meet accumulation, SyncBatchNorm would
+            have to run on a CPU, or the teachers of two processes differ.
     """
     strategy = trainer.strategy
     if isinstance(strategy, DeepSpeedStrategy) and teacher is not None and not strategy.exclude_frozen_parameters:
         raise ValueError(
             "Expected argument `strategy` of the Trainer to leave the frozen teacher out of checkpoints, but got a "
             "DeepSpeedStrategy that saves it; pass `DeepSpeedStrategy(..., exclude_frozen_parameters=True)`."
+        )
+    static = isinstance(strategy, DDPStrategy) and strategy._ddp_kwargs.get("static_graph")
+    if static and trainer.accumulate_grad_batches > 1:
+        raise ValueError(
+            "Expected argument `accumulate_grad_batches` of the Trainer to be 1 with `DDPStrategy(static_graph=True)`, "
+            f"but got {trainer.accumulate_grad_batches}: torch learns the graph in the first backward, which "
+            "accumulation leaves without DDP. Use `strategy='ddp'`."
         )
     on_cpu = strategy.root_device.type == "cpu"
     if getattr(strategy, "_layer_sync", None) is not None and on_cpu:

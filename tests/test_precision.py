@@ -79,6 +79,17 @@ def test_every_precision_trains_as_float32_does(task: str, precision: str, tmp_p
     assert distance(*students) <= tolerance * moved
 
 
+def test_an_eps_that_is_0_in_float16_is_refused(tmp_path: Path) -> None:
+    def module(eps: float) -> DistillationModule:
+        return DistillationModule(*pair("causal_lm"), optimizer=lambda p: torch.optim.AdamW(p, lr=1e-3, eps=eps))
+
+    with pytest.raises(ValueError, match=r"`eps` of the optimizer to be above 0 in torch.float16, but got 1e-08"):
+        trainer(tmp_path, "16-true").fit(module(1e-8), loader("causal_lm"))
+    good = module(1e-4)
+    trainer(tmp_path, "16-true").fit(good, loader("causal_lm"))
+    assert all(parameter.isfinite().all() for parameter in good.student.parameters())
+
+
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_objectives_are_computed_in_float32_inside_autocast_and_under_a_half_default(
