@@ -424,10 +424,14 @@ class DistillationModule(L.LightningModule):
         self._scale = None if scaler is None else scaler.get_scale()
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step the schedule, unless the GradScaler has left the optimizer's step out: it lowers its scale then."""
+        """Step the schedule, unless it follows the steps and the GradScaler has left this one out."""
         scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
-        if metric is not None or scaler is None or self._scale is None or scaler.get_scale() >= self._scale:
-            super().lr_scheduler_step(scheduler, metric)
+        config = next(config for config in self.trainer.lr_scheduler_configs if config.scheduler is scheduler)
+        follows = config.interval == "step" and config.frequency == 1
+        # It lowers its scale then, and only then.
+        if follows and self._scale is not None and scaler.get_scale() < self._scale:
+            return
+        super().lr_scheduler_step(scheduler, metric)
 
     def on_fit_end(self) -> None:
         """Refuse a fit in which there was nothing to learn from."""
@@ -445,5 +449,15 @@ class DistillationModule(L.LightningModule):
         self._recorders = {}
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the student where others load it: see :func:`lightning_distill.pretrained.export`."""
+        """Write the student where others load it: see :func:`lightning_distill.pretrained.export`.
+
+        Raises:
+            ValueError: If this process has only a part of the student.
+        """
+        if parallel.is_parallel(self.student):
+            raise ValueError(
+                "Expected a whole student to export, but got one in parts. Save a checkpoint with "
+                "`ModelParallelStrategy(save_distributed_checkpoint=False)`, load it in one process "
+                "(`DistillationModule.load_from_checkpoint`) and export that."
+            )
         return export(self.student, folder, self.tokenizer)

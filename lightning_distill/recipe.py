@@ -10,6 +10,7 @@ import lightning as L
 import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -140,7 +141,9 @@ class TextRun:
             if config.gptq.bits is not None:
                 run._gptq()
             build_callbacks(config, "student")
-            make_trainer(parser, config, "student", logger=False)
+            trainer = make_trainer(parser, config, "student", logger=False)
+            if isinstance(trainer.strategy, ModelParallelStrategy):
+                raise ValueError("--trainer.strategy: a recipe writes whole models; shard in a script of your own")
         return run
 
     def prepare(self, *stages: list[Objective] | None) -> None:

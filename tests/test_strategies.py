@@ -128,7 +128,7 @@ def fit_strategy(
 
 
 def shards() -> ModelParallelStrategy:
-    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, save_distributed_checkpoint=False)
 
 
 def tensor_parallel() -> ModelParallelStrategy:
@@ -196,8 +196,9 @@ def work(folder: Path) -> None:
     results["quantised teacher"] = [type(p).__name__ for p in quantized.teacher.parameters()]
     for name, precision in PRECISIONS:
         results[f"{name} {precision}"] = weights(fit_precision(STRATEGIES[name](), precision))
-    checkpoint = fit_strategy("llama", shards()).trainer
-    checkpoint.save_checkpoint(folder / "sharded.ckpt")
+    sharded = fit_strategy("llama", shards())
+    sharded.trainer.save_checkpoint(folder / "sharded.ckpt")
+    results["errors"].append(error_of(lambda: sharded.export(folder)))
     if dist.get_rank() == 0:
         torch.save(results, folder / "results.pt")
 
@@ -341,7 +342,8 @@ def test_ddp_sends_nothing_of_the_teacher(two: dict[str, Any]) -> None:
 
 @pytest.mark.forks
 def test_what_two_processes_are_refused(two: dict[str, Any]) -> None:
-    other, synced, attention, static = two["errors"]
+    other, synced, attention, static, exported = two["errors"]
+    assert "Expected a whole student to export" in exported
     assert "`accumulate_grad_batches` of the Trainer to be 1 with `DDPStrategy(static_graph=True)`" in static
     assert "`teacher` to be the same on every process" in other
     assert "`sync_batchnorm` of the Trainer to be False on a CPU" in synced

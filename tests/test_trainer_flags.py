@@ -1,4 +1,4 @@
-"""The guide to the Trainer's flags is true: named tests exist, snippets run, the command parses, figures are measured."""
+"""The guide to the Trainer's flags is true: its tests exist, snippets run, the command parses, figures are measured."""
 
 import ast
 import importlib.util
