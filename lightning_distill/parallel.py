@@ -72,6 +72,7 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     """
     _check_heads(model, mesh.size())
     plan = _plan(model)
+    trained = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, module in list(model.named_modules()):
         style = next((style for pattern, style in plan.items() if fnmatchcase(name, pattern)), None)
         if style is None:
@@ -82,6 +83,8 @@ def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     if transformer.config.tie_word_embeddings:
         # Each has got a parameter of its own above; both are cut by the words.
         transformer.get_output_embeddings().weight = transformer.get_input_embeddings().weight
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(trained[name])  # a new parameter asks for a gradient, a teacher's too
     return model
 
 
