@@ -1,10 +1,12 @@
 """The precision a teacher answers in, whatever the Trainer's is."""
 
+import copy
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import safetensors.torch
 import torch
 import transformers
 from lightning_utilities import apply_to_collection
@@ -55,7 +57,11 @@ def load_teacher(teacher: nn.Module | str, precision: TeacherPrecision | None) -
             f"{type(teacher).__name__}; use '32', 'bf16' or '16'."
         )
     with tempfile.TemporaryDirectory() as folder:
-        teacher.save_pretrained(folder)
+        # Not by `save_pretrained`, which writes on the first process alone once there are several.
+        config = copy.deepcopy(teacher.config)
+        config.architectures = [type(teacher).__name__]
+        config.save_pretrained(folder)
+        safetensors.torch.save_model(teacher, f"{folder}/model.safetensors", metadata={"format": "pt"})
         return _quantized(folder, precision)
 
 
