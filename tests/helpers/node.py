@@ -1,4 +1,4 @@
-"""What torchrun starts on each node in tests/test_torchrun.py: distil, and let the first process write the weights."""
+"""What torchrun starts on each node in tests/test_torchrun.py: distil, and write each process's address and the first one's weights."""
 
 import socket
 import sys
@@ -33,6 +33,6 @@ if __name__ == "__main__":
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((sys.argv[2], 9))
         address = probe.getsockname()[0]
-    print(f"rank {strategy.global_rank} of {strategy.world_size} at {address}", flush=True)
+    (Path(sys.argv[1]) / f"{strategy.global_rank} of {strategy.world_size}").write_text(address)
     if strategy.global_rank == 0:
         torch.save(module.state_dict(), Path(sys.argv[1]) / "weights.pt")
