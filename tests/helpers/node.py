@@ -1,4 +1,4 @@
-"""What torchrun starts on each node in tests/test_torchrun.py: distil, and write each process's address and the first one's weights."""
+"""What torchrun starts on each node in tests/test_torchrun.py: distil, write where it ran, and the weights once."""
 
 import socket
 import sys
