@@ -216,7 +216,8 @@ def test_the_teacher_answers_in_its_own_precision(own: Any, precision: str, tmp_
             return found
 
     teacher = wide(3)
-    module = Watch(teacher, wide(), [SoftTarget(), HiddenState()], teacher_precision=own)
+    sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.1)  # noqa: E731
+    module = Watch(teacher, wide(), [SoftTarget(), HiddenState()], optimizer=sgd, teacher_precision=own)
     data = batch("classification", classes=3, seed=0)
     alone = module.teacher_step(data).logits
     tensors = {name: tensor.clone() for name, tensor in module.teacher.named_parameters()}
