@@ -13,6 +13,7 @@ import transformers
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
 from lightning_distill.callbacks import GradientClipping, InitPolicy, LRFinder, ScheduleFree
@@ -235,7 +236,7 @@ def one_line_errors(program: str) -> Iterator[None]:
     """Turn what is wrong with the user's input into one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, MisconfigurationException) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

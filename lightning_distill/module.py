@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,14 +14,16 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.regression import PearsonCorrCoef
 
-from lightning_distill import preflight, tasks
+from lightning_distill import parallel, preflight, tasks
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
+from lightning_distill.functional.clipping import group_tensors, scale_, total_norm
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
+from lightning_distill.objectives.objective import named
+from lightning_distill.precision import TeacherPrecision, cast_floats, keeping_dtype, load_teacher, own_precision
 from lightning_distill.pretrained import export, load_pretrained
 from lightning_distill.signals import Recorder, Request, Signals, describe, find_decoder
-from lightning_distill.teacher import freeze, keep_out_of_checkpoints
+from lightning_distill.teacher import freeze, keep_out_of_checkpoints, tensor_names
 
-Objectives = Sequence[Objective] | Mapping[str, Objective]
 _STAGES = ("val", "test")
 
 
@@ -56,6 +58,11 @@ class DistillationModule(L.LightningModule):
         metrics: torchmetrics called with logits and labels of the items that count. Default: accuracy, perplexity for
             language models, Pearson correlation for regression.
         tokenizer: Saved beside the student by :meth:`export`.
+        teacher_precision: What the teacher computes in, whatever the Trainer's ``precision`` is: ``"32"``, ``"bf16"``,
+            ``"16"`` (a module is cast in place), or ``"int8"``, ``"nf4"``, ``"fp4"`` (transformers models, by
+            bitsandbytes, all but the classifier). None: what the Trainer says.
+        gradient_checkpointing: Whether the layers of a transformers student keep only their inputs and run again in the
+            backward: less memory for about a third more time.
 
     Raises:
         ValueError: If student and teacher cannot be compared (shared parameters; other numbers of classes,
@@ -90,8 +97,12 @@ class DistillationModule(L.LightningModule):
         lr_scheduler: Callable[[Optimizer], Any] | None = None,
         metrics: Metric | MetricCollection | None = None,
         tokenizer: Any = None,
+        teacher_precision: TeacherPrecision | None = None,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        # It is about sharding, and `configure_model` does nothing without it.
+        warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
         # Only paths and names are written to checkpoints: a module or a callable in the hyper-parameters would keep
         # the checkpoint from loading under `weights_only`.
         ignored = ["objectives", "optimizer", "lr_scheduler", "metrics", "tokenizer"]
@@ -100,7 +111,10 @@ class DistillationModule(L.LightningModule):
         self.save_hyperparameters(ignore=ignored)
 
         self.student = load_pretrained(student, "student").train()
-        self.teacher = None if teacher is None else freeze(load_pretrained(teacher, "teacher"))
+        if gradient_checkpointing:
+            preflight.enable_gradient_checkpointing(self.student)
+        self.teacher_precision = teacher_precision
+        self.teacher = None if teacher is None else freeze(load_teacher(teacher, teacher_precision))
         keep_out_of_checkpoints(self)
         self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task
         self.tokenizer = tokenizer
@@ -110,6 +124,7 @@ class DistillationModule(L.LightningModule):
         # How much each objective has counted since the last optimizer step, and the share of it before this batch.
         self._window_counts: Tensor | None = None
         self._earlier_share: Tensor | None = None
+        self._scale: float | None = None  # of the GradScaler, before the optimizer's step
 
         if objectives is None:
             objectives = (
@@ -117,7 +132,7 @@ class DistillationModule(L.LightningModule):
                 if teacher is not None
                 else [HardLabel()]
             )
-        self.objectives = nn.ModuleDict(_named(objectives))
+        self.objectives = nn.ModuleDict(named(objectives))
         self._bind()
         self._recorders: dict[str, Recorder] = {}
 
@@ -164,7 +179,11 @@ class DistillationModule(L.LightningModule):
     def teacher_step(self, batch: Any) -> Signals:
         """The teacher's forward for a batch, under ``no_grad``, with its classes in the student's order."""
         assert self.teacher is not None
-        signals = self._step("teacher", self.teacher, batch)
+        if self.teacher_precision is None:
+            signals = self._step("teacher", self.teacher, batch)
+        else:
+            with own_precision(self.teacher_precision, self.device) as dtype:
+                signals = self._step("teacher", self.teacher, cast_floats(batch, dtype))
         if self._label_order is not None:
             signals.logits = signals.logits[..., self._label_order.to(signals.logits.device)]
         return signals
@@ -330,8 +349,45 @@ class DistillationModule(L.LightningModule):
             self.teacher.eval()
         return self
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModule":
+        """Move, and cast all but a teacher whose precision was chosen: bf16-true would undo the choice."""
+        if self.teacher is None or self.teacher_precision is None:
+            return super()._apply(fn, recurse)
+        teacher = self.teacher
+        self._modules["teacher"] = None
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self._modules["teacher"] = teacher
+        teacher._apply(keeping_dtype(fn))
+        return self
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        # Read by DDP: what every process has loaded and none changes is not sent around.
+        return [] if self.teacher is None else tensor_names(self.teacher, "teacher.")
+
+    def setup(self, stage: str) -> None:
+        """Refuse a Trainer that would train or save something else than is meant."""
+        if stage == "fit":
+            parallel.check_trainer(self.trainer, self.student, self.teacher)
+
+    def configure_model(self) -> None:
+        """Under ``ModelParallelStrategy``: split student, teacher and objectives by plan and shard them by layer."""
+        mesh = self.device_mesh
+        if mesh is None or parallel.is_parallel(self):
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            parallel.check_signals(self._each_objective().values())
+        parallel.parallelize(self.student, self.teacher, self.objectives, mesh)
+
     def on_fit_start(self) -> None:
-        """Keep Lightning from warning that the teacher is in eval; where anything else is, it still warns."""
+        """Refuse an optimizer that would divide by 0, and keep Lightning from warning that the teacher is in eval.
+
+        Where anything else is in eval, it still warns.
+        """
+        for optimizer in self.trainer.optimizers:
+            preflight.check_eps(optimizer)
         resting = sum(not module.training for module in self.modules())
         if self.teacher is not None and resting == sum(1 for _ in self.teacher.modules()):
             warnings.filterwarnings("ignore", rf"Found {resting} module\(s\) in eval mode at the start of training")
@@ -352,15 +408,30 @@ class DistillationModule(L.LightningModule):
         weights = share.new_tensor([objective.weight for objective in self._each_objective().values()])
         share = (share * weights).sum() / weights.sum()
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, share.to(gradients[0].dtype))
+        scale_(group_tensors(gradients), share.to(gradients[0].dtype))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         clips = any(isinstance(callback, GradientClipping) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
         if not clips and every and (self.global_step + 1) % every == 0:
             gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-            self.log("grad_norm", torch.nn.utils.get_total_norm(gradients))
+            norm = total_norm(group_tensors(gradients))
+            # A fused optimizer unscales in its step, which is to come.
+            fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
+            self.log("grad_norm", norm / scaler.get_scale() if fused else norm)
+        self._scale = None if scaler is None else scaler.get_scale()
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
+        """Step the schedule, unless it follows the steps and the GradScaler has left this one out."""
+        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
+        config = next(config for config in self.trainer.lr_scheduler_configs if config.scheduler is scheduler)
+        follows = config.interval == "step" and config.frequency == 1
+        # It lowers its scale then, and only then.
+        if follows and self._scale is not None and scaler.get_scale() < self._scale:
+            return
+        super().lr_scheduler_step(scheduler, metric)
 
     def on_fit_end(self) -> None:
         """Refuse a fit in which there was nothing to learn from."""
@@ -378,24 +449,15 @@ class DistillationModule(L.LightningModule):
         self._recorders = {}
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the student where others load it: see :func:`lightning_distill.pretrained.export`."""
+        """Write the student where others load it: see :func:`lightning_distill.pretrained.export`.
+
+        Raises:
+            ValueError: If this process has only a part of the student.
+        """
+        if parallel.is_parallel(self.student):
+            raise ValueError(
+                "Expected a whole student to export, but got one in parts. Save a checkpoint with "
+                "`ModelParallelStrategy(save_distributed_checkpoint=False)`, load it in one process "
+                "(`DistillationModule.load_from_checkpoint`) and export that."
+            )
         return export(self.student, folder, self.tokenizer)
-
-
-def _named(objectives: Objectives) -> dict[str, Objective]:
-    if not objectives:
-        raise ValueError("Expected argument `objectives` to have at least one objective, but got none.")
-    values = list(objectives.values() if isinstance(objectives, Mapping) else objectives)
-    constant = [value.constant_weight for value in values]
-    if not any(weight is None or weight > 0 for weight in constant):
-        raise ValueError(f"Expected argument `objectives` to have a weight above 0, but got the weights {constant}.")
-    if isinstance(objectives, Mapping):
-        return dict(objectives)
-    names = [objective.name for objective in objectives]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(
-            f"Expected argument `objectives` to have different names, but got {twice[0]!r} twice. Pass `name=...` to "
-            "one of them, or a dictionary."
-        )
-    return dict(zip(names, objectives, strict=True))

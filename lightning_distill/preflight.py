@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_distill import tasks
 from lightning_distill.teacher import align_labels
@@ -119,3 +120,45 @@ def check_logits(student_logits: Tensor, teacher_logits: Tensor | None, labels: 
         )
     if labels is not None and not labels.is_floating_point() and student_logits.shape[-1] > 1:
         _check_range(labels, student_logits.shape[-1], "the first batch")
+
+
+def check_eps(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose ``eps`` is 0 in the type of its parameters, as 1e-8 is in float16.
+
+    Args:
+        optimizer: The optimizer, with the parameters as they are trained.
+
+    Raises:
+        ValueError: If so: where a squared gradient is 0 in that type too, the step would be 0 / 0.
+    """
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or eps == 0:
+            continue
+        for dtype in {parameter.dtype for parameter in group["params"]}:
+            if torch.tensor(eps, dtype=torch.float64).to(dtype) == 0:
+                raise ValueError(
+                    f"Expected argument `eps` of the optimizer to be above 0 in {dtype}, but got {eps}, which is 0 "
+                    "there: the step would be 0 / 0. Use `precision='bf16-true'` or `'16-mixed'`, or pass `eps=1e-4`."
+                )
+
+
+def enable_gradient_checkpointing(student: nn.Module) -> None:
+    """Let the layers of a transformers model run again in the backward instead of keeping what they computed.
+
+    Args:
+        student: The model, in place.
+
+    Raises:
+        ValueError: If it is no transformers model, or one without layers that can.
+    """
+    model: Any = student
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            "Expected argument `student` to be a transformers model with gradient checkpointing, but got "
+            f"{type(student).__name__}; call `torch.utils.checkpoint.checkpoint` in its forward instead."
+        )
+    # Reentrant checkpointing would run the layers without a gradient, and what is recorded in them would have none.
+    # The second name is that of transformers before 5.20.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

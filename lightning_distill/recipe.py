@@ -10,6 +10,7 @@ import lightning as L
 import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
@@ -29,6 +30,7 @@ from lightning_distill.measure import count_bytes, count_parameters, latency_ms
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
 from lightning_distill.optim import LRRange, recommended_lr
+from lightning_distill.precision import TeacherPrecision, load_teacher
 from lightning_distill.pretrained import has_head, load_pretrained, read_config
 from lightning_distill.quantization import load, use_kernels
 from lightning_distill.report import Curves, plot_curves, print_table, ratios, read_curves, versions, write_summary
@@ -64,6 +66,14 @@ def text_parser(description: str | None, *, output_dir: str) -> ArgumentParser:
     parser.add_argument("--model.finetune_teacher", type=bool, default=False, help="fine-tune the teacher first")
     parser.add_argument("--model.teacher_epochs", type=int | None, help="epochs of a teacher trained here")
     parser.add_argument("--model.baseline", type=bool, default=False, help="train a student on the labels alone, too")
+    parser.add_argument(
+        "--model.teacher_precision",
+        type=TeacherPrecision | None,
+        help="what the teacher computes in, whatever --trainer.precision is (none: the same)",
+    )
+    parser.add_argument(
+        "--model.gradient_checkpointing", type=bool, default=False, help="less memory of the student, for more time"
+    )
     parser.add_argument("--gptq.bits", type=int | None, help="quantise the student in the end: 2, 3, 4 or 8")
     parser.add_argument("--gptq.group_size", type=int, default=128, help="inputs that share a scale; -1: all")
     parser.add_argument("--gptq.embedding_bits", type=int | None, help="8 or 4; none leaves the embeddings")
@@ -88,6 +98,7 @@ class TextRun:
         curves: What each phase of training logged, on rank 0.
         trainer: The one that tested the last phase.
         quantized: The student in few bits, where it was asked for.
+        imitated: The teacher in the precision that was asked for; None: as it is.
     """
 
     parser: ArgumentParser
@@ -101,6 +112,7 @@ class TextRun:
     curves: dict[str, Curves] = field(default_factory=dict)
     trainer: L.Trainer | None = None
     quantized: nn.Module | None = None
+    imitated: nn.Module | None = None
 
     @classmethod
     def start(cls, parser: ArgumentParser, argv: list[str] | None = None) -> "TextRun":
@@ -129,6 +141,9 @@ class TextRun:
             if config.gptq.bits is not None:
                 run._gptq()
             build_callbacks(config, "student")
+            trainer = make_trainer(parser, config, "student", logger=False)
+            if isinstance(trainer.strategy, ModelParallelStrategy):
+                raise ValueError("--trainer.strategy: a recipe writes whole models; shard in a script of your own")
         return run
 
     def prepare(self, *stages: list[Objective] | None) -> None:
@@ -141,8 +156,9 @@ class TextRun:
             SystemExit: With code 2, after one line on stderr, before anything is written.
         """
         with one_line_errors(self.parser.prog):
+            self._imitate()
             for objectives in (*stages, self.objectives):
-                module = self.module(self.teacher, self.new_student(), copy.deepcopy(objectives))
+                module = self.module(self.imitated or self.teacher, self.new_student(), copy.deepcopy(objectives))
             optimizer = optimizer_from_flags(self.config, module, self.defaults["lr"])
             # As if for a long training: how long it will be, its Trainer knows.
             schedule_from_flags(self.config, module, optimizer, num_training_steps=10**9)
@@ -154,6 +170,12 @@ class TextRun:
         else:
             self._test("teacher", DistillationModule(None, self.teacher))
         self.models["teacher"] = self.teacher
+        self._imitate()
+
+    def _imitate(self) -> None:
+        """Make the teacher that students see: a copy, as students are made of the one that the report is about."""
+        if self.config.model.teacher_precision is not None:
+            self.imitated = load_teacher(copy.deepcopy(self.teacher), self.config.model.teacher_precision)
 
     @property
     def objectives(self) -> list[Objective] | None:
@@ -210,7 +232,7 @@ class TextRun:
         """
         epochs = epochs or self.epochs
         say(f"\nTraining {phase.replace('_', ' ')}, for {epochs} epochs: {_describe(student)}")
-        self._fit(phase, student, self.teacher, objectives, epochs, monitor)
+        self._fit(phase, student, self.imitated or self.teacher, objectives, epochs, monitor)
         if report:
             self.models[phase] = student
 
@@ -253,6 +275,8 @@ class TextRun:
             optimizer=lambda _: optimizer_from_flags(self.config, module, self.defaults["lr"]),
             lr_scheduler=lambda optimizer: schedule_from_flags(self.config, module, optimizer),
             tokenizer=self.data.tokenizer,
+            teacher_precision=self.config.model.teacher_precision if teacher is self.imitated is not None else None,
+            gradient_checkpointing=teacher is not None and self.config.model.gradient_checkpointing,
         )
         return module
 

@@ -60,6 +60,16 @@ def _forgive_teacher(module: nn.Module, incompatible_keys: _IncompatibleKeys) ->
     missing[:] = [key for key in missing if not key.startswith(prefix)]
 
 
+def tensor_names(module: nn.Module, prefix: str = "") -> list[str]:
+    """Names of all parameters and buffers, those that no state dict holds too.
+
+    Args:
+        module: The module.
+        prefix: Put before each.
+    """
+    return [prefix + name for tensors in (module.named_parameters(), module.named_buffers()) for name, _ in tensors]
+
+
 def align_labels(student_labels: dict[str, int], teacher_labels: dict[str, int]) -> torch.Tensor | None:
     """Index that puts the teacher's classes in the student's order.
 

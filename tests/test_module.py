@@ -191,6 +191,8 @@ def test_paths_are_hyper_parameters_and_objects_are_not(tmp_path: Path) -> None:
         "teacher": str(tmp_path / "teacher"),
         "student": str(tmp_path / "student"),
         "task": "auto",
+        "teacher_precision": None,
+        "gradient_checkpointing": False,
     }
     assert module.student.dtype == torch.float32
     assert module.student.training

@@ -330,7 +330,9 @@ class TextClassificationData(L.LightningDataModule):
         dataset = self._datasets[split]
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             return self._loader_in_file_order(split)  # Lightning wants to replace the sampler then, and could not
-        sampler = BucketBatchSampler(dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle)
+        # Under tensor parallelism several processes read the same batches, which only the strategy knows.
+        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
+        sampler = BucketBatchSampler(dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle, **share)
         return ResumableDataLoader(dataset, sampler, **self._loader_options())
 
     def _loader_in_file_order(self, split: str) -> DataLoader:

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -178,3 +178,30 @@ def check_paths(objective: Objective, pairs: list[tuple[str, str]], student: Mod
             f"Expected argument `layers` of objective `{objective.name}` to name modules of the encoders or of the "
             f"decoders, but got both: {pairs}. They read other tokens; give each its own objective."
         )
+
+
+def named(objectives: Sequence[Objective] | Mapping[str, Objective]) -> dict[str, Objective]:
+    """Objectives by the name they are logged as.
+
+    Args:
+        objectives: A list, or a dictionary that names them.
+
+    Raises:
+        ValueError: If there is none, two have one name, or all have weight 0.
+    """
+    if not objectives:
+        raise ValueError("Expected argument `objectives` to have at least one objective, but got none.")
+    values = list(objectives.values() if isinstance(objectives, Mapping) else objectives)
+    constant = [value.constant_weight for value in values]
+    if not any(weight is None or weight > 0 for weight in constant):
+        raise ValueError(f"Expected argument `objectives` to have a weight above 0, but got the weights {constant}.")
+    if isinstance(objectives, Mapping):
+        return dict(objectives)
+    names = [objective.name for objective in objectives]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(
+            f"Expected argument `objectives` to have different names, but got {twice[0]!r} twice. Pass `name=...` to "
+            "one of them, or a dictionary."
+        )
+    return dict(zip(names, objectives, strict=True))

@@ -4,6 +4,7 @@ import copy
 import importlib
 import os
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +109,8 @@ def _load_bitsandbytes(folder: str | os.PathLike[str], exclude: Sequence[str], *
     left = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and matches(name, exclude)]
     config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=left or ["-"], **settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    # bitsandbytes multiplies in float16 whatever comes in, and says so at the first batch.
+    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
     model: nn.Module = architecture.from_pretrained(
         os.fspath(folder), use_safetensors=True, dtype="float32", device_map=device, quantization_config=config
     )

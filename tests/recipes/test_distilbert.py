@@ -120,6 +120,8 @@ def test_wrong_files_are_one_line_and_exit_code_2(
         (["--optimizer=adamax"], "optimizer.name"),
         (["--optimizer=sgd", "--optimizer.betas=[0.9,0.99]"], "`betas` to be left out for 'sgd'"),
         (["--optimizer=adamw_8bit"], "needs CUDA"),
+        (["--trainer.strategy=fsdp"], "requires a GPU accelerator"),
+        (["--model.teacher_precision=int4"], "teacher_precision"),
         (["--lr_scheduler=zigzag"], "`name` to be one of"),
         (["--lr_scheduler=reduce_on_plateau"], "`monitor`"),
     ],
@@ -213,6 +215,21 @@ def test_every_optimizer_without_a_schedule_too(main: Any, files: list[str], tmp
     checkpoint = torch.load(tmp_path / "out" / "checkpoints" / "student" / "last.ckpt", weights_only=True)
     assert checkpoint["lr_schedulers"] == []
     assert "z" in checkpoint["optimizer_states"][0]["state"][0]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_the_teachers_precision_and_gradient_checkpointing_by_flag(
+    main: Any, files: list[str], tmp_path: Path, precision: str
+) -> None:
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "teacher")
+    names = {"id2label": config.id2label, "label2id": config.label2id}
+    wide = {"hidden_size": 64, "intermediate_size": 64, "max_position_embeddings": 64}
+    bert(layers=4, vocab_size=config.vocab_size, **names, **wide).save_pretrained(tmp_path / "teacher")
+    main([*files, f"--model.teacher_precision={precision}", "--model.gradient_checkpointing=true"])
+    # The report is of the teacher as it was given, and the student is in float32.
+    student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    assert student.dtype == torch.float32
+    assert summary(tmp_path)["teacher"]["bytes"] > 4 * summary(tmp_path)["teacher"]["parameters"] * 0.9
 
 
 def test_weights_from_the_teacher_by_flag(main: Any, files: list[str], tmp_path: Path) -> None:

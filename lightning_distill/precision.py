@@ -1,0 +1,141 @@
+"""The precision a teacher answers in, whatever the Trainer's is."""
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import safetensors.torch
+import torch
+import transformers
+from lightning_utilities import apply_to_collection
+from torch import Tensor, nn
+
+from lightning_distill.arguments import one_of
+from lightning_distill.pretrained import load_pretrained
+
+TeacherPrecision = Literal["32", "bf16", "16", "int8", "nf4", "fp4"]
+_DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+
+
+def load_teacher(teacher: nn.Module | str, precision: TeacherPrecision | None) -> nn.Module:
+    """Load a teacher in a precision of its own.
+
+    Args:
+        teacher: A module, a transformers folder, or a hub id.
+        precision: ``"32"``, ``"bf16"`` or ``"16"`` (a module is cast in place); ``"int8"``, ``"nf4"`` or ``"fp4"``: the
+            linear layers but the classifier by bitsandbytes, the rest in float32 (a module is copied, unless it is
+            quantised already). None: as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: If there is no such precision, or bitsandbytes is to quantise what is no transformers model.
+        ModuleNotFoundError: If bitsandbytes is asked for and not installed.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.precision import load_teacher
+        >>> load_teacher(nn.Linear(2, 2), "bf16").weight.dtype
+        torch.bfloat16
+    """
+    if precision is not None:
+        one_of("teacher_precision", precision, get_args(TeacherPrecision))
+    if precision is None or precision in _DTYPES:
+        model = load_pretrained(teacher, "teacher")
+        return model if precision is None else model.to(_DTYPES[precision])
+    if isinstance(teacher, str):
+        return _quantized(teacher, precision)
+    if is_quantized(teacher):
+        return teacher
+    if not isinstance(teacher, transformers.PreTrainedModel):
+        raise ValueError(
+            f"Expected argument `teacher` to be a transformers model, its folder or hub id for `teacher_precision="
+            f"{precision!r}`, because bitsandbytes quantises while transformers loads, but got "
+            f"{type(teacher).__name__}; use '32', 'bf16' or '16'."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        # Not by `save_pretrained`, which writes on the first process alone once there are several.
+        config = copy.deepcopy(teacher.config)
+        config.architectures = [type(teacher).__name__]
+        config.save_pretrained(folder)
+        safetensors.torch.save_model(teacher, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        return _quantized(folder, precision)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether a model holds weights that are no floating-point numbers, which nothing can cast or cut."""
+    return not all(parameter.is_floating_point() for parameter in model.parameters())
+
+
+def _quantized(folder: str, precision: str) -> nn.Module:
+    # Here, because quantisation imports the callbacks, which this module is below.
+    from lightning_distill.quantization import load_in_4bit, load_in_8bit
+
+    return load_in_8bit(folder) if precision == "int8" else load_in_4bit(folder, precision)  # type: ignore[arg-type]
+
+
+@contextmanager
+def own_precision(precision: TeacherPrecision, device: torch.device) -> Iterator[torch.dtype]:
+    """Run a teacher as if no precision plugin were there: no autocast, its own type for what it creates.
+
+    Args:
+        precision: What :func:`load_teacher` was called with.
+        device: Where the teacher runs.
+
+    Yields:
+        The type of its floating-point inputs.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.precision import own_precision
+        >>> with torch.autocast("cpu", torch.bfloat16), own_precision("32", torch.device("cpu")):
+        ...     print((torch.ones(2, 2) @ torch.ones(2, 2)).dtype)
+        torch.float32
+    """
+    dtype, default = _DTYPES.get(precision, torch.float32), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # bf16-true, 16-true and 64-true set their own around a step
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield dtype
+    finally:
+        torch.set_default_dtype(default)
+
+
+def cast_floats(batch: Any, dtype: torch.dtype) -> Any:
+    """A batch whose floating-point tensors have another type; the others, and the structure, stay.
+
+    Args:
+        batch: Any nesting of mappings and sequences.
+        dtype: The type.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.precision import cast_floats
+        >>> [x.dtype for x in cast_floats((torch.ones(1), torch.arange(2)), torch.bfloat16)]
+        [torch.bfloat16, torch.int64]
+    """
+    return apply_to_collection(batch, Tensor, lambda x: x.to(dtype) if x.is_floating_point() else x)
+
+
+def keeping_dtype(convert: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What ``nn.Module.to`` does to each tensor, less the change of type.
+
+    Args:
+        convert: From a tensor to a tensor of perhaps another device and type.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.precision import keeping_dtype
+        >>> keeping_dtype(torch.Tensor.half)(torch.ones(2)).dtype
+        torch.float32
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        # Asked of an empty tensor, because a cast and a cast back would lose bits.
+        probe = convert(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+        return convert(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+    return moved
