@@ -10,18 +10,21 @@ import lightning as L
 import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lightning_distill.callbacks import GPTQ
 from lightning_distill.cli import (
+    begin_run,
     best_checkpoint,
     build_callbacks,
+    end_run,
     make_trainer,
     one_line_errors,
     optimizer_from_flags,
     quiet,
     recipe_parser,
+    resume_from,
+    say,
     schedule_from_flags,
 )
 from lightning_distill.data import TextClassificationData
@@ -39,7 +42,6 @@ from lightning_distill.teacher import has_placeholder_labels
 GIVEN = {"lr": 8e-5, "epochs": 3, "teacher_epochs": 3}
 EMBEDDED = {"lr": 1e-3, "epochs": 2, "teacher_epochs": 4}
 EMBEDDED_ROWS_PER_CLASS = 700
-say = rank_zero_only(print)
 BASELINE = "student_without_distillation"
 
 
@@ -141,11 +143,13 @@ class TextRun:
             SystemExit: With code 2, after one line on stderr, before anything is written.
         """
         with one_line_errors(self.parser.prog):
+            make_trainer(self.parser, self.config, "student", logger=False)
             for objectives in (*stages, self.objectives):
                 module = self.module(self.teacher, self.new_student(), copy.deepcopy(objectives))
             optimizer = optimizer_from_flags(self.config, module, self.defaults["lr"])
             # As if for a long training: how long it will be, its Trainer knows.
             schedule_from_flags(self.config, module, optimizer, num_training_steps=10**9)
+            begin_run(self.parser, self.config)
         if self.config.model.finetune_teacher or not self.config.model.teacher:
             epochs = self.config.model.teacher_epochs or self.defaults["teacher_epochs"]
             say(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
@@ -236,7 +240,8 @@ class TextRun:
         if self.recommended is not None and config.lr_finder.suggestion is None:
             self.recommended.warn_if_far(config.optimizer.lr or self.defaults["lr"])
         module = self.module(teacher, student, objectives)
-        trainer.fit(module, datamodule=self.data)
+        # A finished phase resumes from its last step: there is nothing left to train, and its best epoch is taken.
+        trainer.fit(module, datamodule=self.data, ckpt_path=resume_from(config, phase))
         if checkpoint.best_model_path:
             module.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
         self._test(phase, module)
@@ -352,6 +357,7 @@ class TextRun:
         if self.quantized is not None:
             summary["gptq"] = self._gptq_summary(latency[1]["student-gptq"])
         write_summary(config.output_dir / "summary.json", summary)
+        end_run(config)
         panels = {
             "training loss": ["train_loss"],
             f"validation {metric}": [f"val_{metric}"],

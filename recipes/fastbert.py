@@ -26,11 +26,11 @@ import lightning as L
 import transformers
 
 from lightning_distill.callbacks import EarlyExit
-from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors
+from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors, resume_from, say
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
 from lightning_distill.measure import throughput
-from lightning_distill.recipe import TextRun, say, text_parser
+from lightning_distill.recipe import TextRun, text_parser
 
 LR = 2e-3  # ramps are small and new; the models they stand on do not move
 
@@ -72,7 +72,7 @@ def early_exit(run: TextRun, name: str, model: transformers.PreTrainedModel) -> 
     trainer = make_trainer(run.parser, config, phase, callbacks=[checkpoint, ramps], max_epochs=epochs)
     module = run.module(None, model, None)
     module.requires_grad_(True)  # a teacher comes frozen; the callback freezes all but the ramps itself
-    trainer.fit(module, datamodule=run.data)
+    trainer.fit(module, datamodule=run.data, ckpt_path=resume_from(config, phase))
     if not trainer.is_global_zero:
         return {}
 
