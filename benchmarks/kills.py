@@ -79,8 +79,8 @@ def kill_and_resume(
         seed: Of the moments.
 
     Returns:
-        ``kills``, ``in_a_write`` (a write had begun), ``nothing_left`` (no checkpoint could be loaded) and ``lost``, the
-        most steps that were done and not in the newest good checkpoint.
+        ``kills``, ``in_a_write`` (a write had begun), ``nothing_left`` (no checkpoint could be loaded) and ``lost``,
+        the most steps that were done and not in the newest good checkpoint.
     """
     chance = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,7 @@ def kill_and_resume(
         child = multiprocessing.get_context("fork").Process(target=train, args=(folder, io, width, interval, newest))
         child.start()
         while int((folder / "step").read_text() or 0) < begun + interval + 1:  # one checkpoint of its own at least
+            assert child.is_alive()
             time.sleep(0.005)
         time.sleep(chance.uniform(0, 0.3))
         assert child.pid is not None
@@ -133,7 +134,7 @@ def main() -> None:
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as disk, tempfile.TemporaryDirectory(dir=options.temporary) as temporary:
         tempfile.tempdir = temporary
-        rows["another_file_system"] = os.stat(disk).st_dev != os.stat(temporary).st_dev
+        rows["another_file_system"] = Path(disk).stat().st_dev != Path(temporary).stat().st_dev
         rows["seconds_of_a_save"] = cost(Path(disk), options.width)
         for io in (AtomicCheckpointIO(), TorchCheckpointIO()):
             folder = Path(disk) / type(io).__name__

@@ -405,7 +405,7 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
         data = TextClassificationData(**arguments)
         names = {"id2label": data.id2label, "label2id": data.label2id} if data.label_names else {}
         teacher = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=data.num_labels, dtype="float32", use_safetensors=True, **names
+            path, num_labels=data.num_labels, dtype="float32", use_safetensors=True, trust_remote_code=False, **names
         )
         return data, teacher
     if not with_head:

@@ -312,7 +312,7 @@ class TextClassificationData(L.LightningDataModule):
                 "Expected argument `tokenizer` to be a tokenizer or the name or folder of one, but got None"
             )
         if isinstance(self.tokenizer, str | Path):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
                 "The tokenizer has no padding token; set it, for example `tokenizer.pad_token = tokenizer.eos_token`, "

@@ -104,7 +104,7 @@ def _load_bitsandbytes(folder: str | os.PathLike[str], exclude: Sequence[str], *
     _require("bitsandbytes", "bitsandbytes")
     architecture = architecture_of(os.fspath(folder), "folder")
     with torch.device("meta"):
-        empty = architecture(transformers.AutoConfig.from_pretrained(folder))
+        empty = architecture(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     left = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and matches(name, exclude)]
     config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=left or ["-"], **settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
