@@ -68,10 +68,10 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(
         OSError, match=r"room on the disk for the checkpoint .*last.ckpt.*earlier last.ckpt is intact"
     ) as e:
         AtomicCheckpointIO().save_checkpoint({**WEIGHTS, "global_step": 2}, path)
-    assert e.value.errno in (errno.ENOSPC, errno.EFBIG)
+    assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
     with pytest.raises(OSError, match="There is no earlier one"):
         AtomicCheckpointIO().save_checkpoint(WEIGHTS, tmp_path / "run" / "other.ckpt")
-    assert os.listdir(tmp_path / "run") == ["last.ckpt"]
+    assert list((tmp_path / "run").iterdir()) == [path]
     assert newest_checkpoint(tmp_path / "run") == path
     assert read_checkpoint(path)["global_step"] == 1
 
@@ -204,10 +204,10 @@ def test_code_beside_a_model_does_not_run_and_nobody_is_asked(tmp_path: Path) ->
     config = transformers.BertConfig.from_pretrained(tmp_path / "model").to_dict()
     config |= {
         "model_type": "mine",
-        "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForSequenceClassification": "mine.Mine"},
+        "auto_map": {"AutoConfig": "mine.Mine"},
     }
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="`teacher`.*trust_remote_code"):
+    with pytest.raises(ValueError, match=r"`teacher`.*trust_remote_code"):
         DistillationModule(str(tmp_path / "model"), bert())
     assert not mark.exists()
 
@@ -217,7 +217,7 @@ def test_a_folder_cannot_name_a_function_to_call(tmp_path: Path) -> None:
     described = {"class_path": "os.system", "init_args": {"command": f"touch {mark}"}}
     (tmp_path / "config.json").write_text(json.dumps({**described, "quantization_config": {"bits": 4}}))
     safetensors.torch.save_file({}, str(tmp_path / "model.safetensors"))
-    with pytest.raises(ValueError, match="os.system"):
+    with pytest.raises(ValueError, match=r"os\.system"):
         load(tmp_path)
     assert not mark.exists()
 

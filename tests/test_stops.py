@@ -113,9 +113,7 @@ class Poisoned(Regression):
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_loss_that_is_not_finite_stops_before_the_update(value: float, tmp_path: Path) -> None:
     module = Poisoned((4,), value)
-    with pytest.raises(
-        RuntimeError, match=r"finite loss, but got loss = (nan|inf) at step 4, batch 1 of epoch 1; nothing"
-    ):
+    with pytest.raises(RuntimeError, match=r"but got loss = (nan|inf) at step 4, batch 1 of epoch 1; nothing"):
         trainer(tmp_path, GradientClipping(), FiniteLoss()).fit(module)
     last = read_checkpoint(tmp_path / "step=4.ckpt")["state_dict"]
     assert same(last, dict(module.state_dict()))

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import pytest
 import torch
 
-from lightning_distill import cli
 from lightning_distill.report import read_curves
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
 
@@ -22,33 +20,16 @@ pytestmark = [
     pytest.mark.forks,
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning"),
 ]
-FLAGS = ["--model.teacher_epochs=2", "--model.finetune_teacher=true", "--model.baseline=true", "--save_every_n_steps=1"]
-
-
-class Break(L.Callback):
-    """Sends a signal in one phase, after its second step."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == 2:
-            os.kill(os.getpid(), self.number)
+BREAK = "--trainer.callbacks=[{class_path: tests.helpers.recipes.Break}]"
+FLAGS = [BREAK, "--save_every_n_steps=1"]
+ALL = ["--model.teacher_epochs=2", "--model.finetune_teacher=true", "--model.baseline=true"]
 
 
 def cut(main: Callable[[list[str]], None], flags: list[str], phase: str, number: int) -> int | None:
-    """Run in a child process whose trainer of one phase breaks; its exit code."""
+    """Run in a child process that gets a signal in one phase; its exit code."""
 
     def child() -> None:
-        make = cli.best_checkpoint.__globals__["L"].Trainer
-
-        def trainer(*args: Any, **arguments: Any) -> L.Trainer:
-            folders = [str(getattr(each, "dirpath", "")) for each in arguments["callbacks"]]
-            if any(folder.endswith(f"checkpoints/{phase}") for folder in folders):
-                arguments["callbacks"] = [*arguments["callbacks"], Break(number)]
-            return make(*args, **arguments)
-
-        cli.L.Trainer = trainer  # type: ignore[misc]
+        os.environ["BREAK"] = f"{phase}:{int(number)}"
         main(flags)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -69,11 +50,11 @@ def test_it_goes_on_in_the_phase_that_was_cut(
     phase: str, number: int, code: int, files: list[str], tmp_path: Path, capsys: Any
 ) -> None:
     main = load_recipe("distilbert")
-    main([*files, *FLAGS, f"--output_dir={tmp_path / 'whole'}"])
-    assert cut(main, [*files, *FLAGS], phase, number) == code
+    main([*files, *FLAGS, *ALL, f"--output_dir={tmp_path / 'whole'}"])
+    assert cut(main, [*files, *FLAGS, *ALL], phase, number) == code
     assert (tmp_path / "out" / "unfinished.yaml").exists()
     capsys.readouterr()
-    main([*files, *FLAGS, "--resume"])
+    main([*files, *FLAGS, *ALL, "--resume"])
     said = capsys.readouterr().out
     assert f"Resuming {phase.replace('_', ' ')} from {tmp_path / 'out' / 'checkpoints' / phase}" in said
     assert not (tmp_path / "out" / "unfinished.yaml").exists()
@@ -93,7 +74,7 @@ def test_damaged_and_malicious_checkpoints_are_skipped_and_other_flags_refused(
     main = load_recipe("distilbert")
     main([*files, "--resume"])  # nothing there yet: begins
     assert f"Nothing to resume in {tmp_path / 'out'}" in capsys.readouterr().out
-    assert cut(main, [*files, "--save_every_n_steps=1"], "student", signal.SIGKILL) == -9
+    assert cut(main, [*files, *FLAGS], "student", signal.SIGKILL) == -9
     folder = tmp_path / "out" / "checkpoints" / "student"
     whole = (folder / "newest.ckpt").read_bytes()
     mark = tmp_path / "ran"
@@ -106,12 +87,12 @@ def test_damaged_and_malicious_checkpoints_are_skipped_and_other_flags_refused(
     (folder / "zzz.ckpt").write_bytes(pickle.dumps(Bomb()))
     torch.save({"state_dict": Bomb()}, folder / "zzzz.ckpt")
     with pytest.raises(SystemExit, match="2"):
-        main([*files, "--save_every_n_steps=1", "--optimizer.lr=1e-3", "--resume"])
+        main([*files, *FLAGS, "--optimizer.lr=1e-3", "--resume"])
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "these are others: lr" in error
     with pytest.warns(UserWarning, match="is skipped") as caught:
-        main([*files, "--save_every_n_steps=1", "--resume"])
+        main([*files, *FLAGS, "--resume"])
     assert len([w for w in caught if "is skipped" in str(w.message)]) == 3
     assert f"Resuming student from {folder / 'newest.ckpt'}, step 2" in capsys.readouterr().out
     assert not mark.exists()
@@ -119,7 +100,7 @@ def test_damaged_and_malicious_checkpoints_are_skipped_and_other_flags_refused(
 
 def test_a_run_begun_anew_puts_the_cut_one_away(files: list[str], tmp_path: Path, capsys: Any) -> None:
     main = load_recipe("distilbert")
-    assert cut(main, [*files, "--save_every_n_steps=1"], "student", signal.SIGKILL) == -9
+    assert cut(main, [*files, *FLAGS], "student", signal.SIGKILL) == -9
     main(files)
     assert "holds a run that was cut" in capsys.readouterr().out
     assert (tmp_path / "out" / "checkpoints.earlier" / "student" / "newest.ckpt").exists()
@@ -127,7 +108,7 @@ def test_a_run_begun_anew_puts_the_cut_one_away(files: list[str], tmp_path: Path
 
 def test_the_ramps_of_early_exit_go_on_too(files: list[str], tmp_path: Path, capsys: Any) -> None:
     main = load_recipe("fastbert")
-    flags = [*files, "--model.ramp_epochs=2", "--model.max_drop=0.95", "--save_every_n_steps=1"]
+    flags = [*files, "--model.ramp_epochs=2", "--model.max_drop=0.95", *FLAGS]
     main([*flags, f"--output_dir={tmp_path / 'whole'}"])
     assert cut(main, flags, "early_exit_student", signal.SIGTERM) == 143
     main([*flags, "--resume"])
