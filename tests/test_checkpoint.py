@@ -66,7 +66,7 @@ def test_a_full_disk_is_a_clear_error_and_the_last_checkpoint_stays(
     small_files()
     with pytest.raises(
         OSError, match=r"room on the disk for the checkpoint .*last.ckpt.*earlier last.ckpt is intact"
-    ) as e:
+    ) as error:
         AtomicCheckpointIO().save_checkpoint({**WEIGHTS, "global_step": 2}, path)
     assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
     with pytest.raises(OSError, match="There is no earlier one"):
