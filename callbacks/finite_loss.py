@@ -9,9 +9,10 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_distill.arguments import integer
+from lightning_distill.arguments import integer, typed
 
 
+@typed
 class FiniteLoss(L.Callback):
     """Stops before the update on a NaN or infinite loss, or leaves that step out.
 

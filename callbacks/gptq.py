@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from tqdm.auto import tqdm
 
-from lightning_distill.arguments import one_of
+from lightning_distill.arguments import one_of, typed
 from lightning_distill.pretrained import export
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.linear import QuantLinear
@@ -32,6 +32,7 @@ _OPTIONS = (
 )
 
 
+@typed
 class GPTQ(L.Callback):
     """Turns the student into a 4-, 3-, 2- or 8-bit model on fit end, or after ``trainer.validate``; once.
 

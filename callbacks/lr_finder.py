@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.functional.lr_suggestion import Suggestion, lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.learning_rates import peak_lrs, scale_peak_lrs, set_lr
 from lightning_distill.optim.recommended import LRRange
@@ -25,6 +25,7 @@ from lightning_distill.snapshot import Snapshot, available_host_memory
 _RULES: tuple[Suggestion, ...] = ("valley", "steepest", "slide", "minimum")
 
 
+@typed
 class LRFinder(L.Callback):
     """Finds a learning rate in a short sweep before training, and trains with it.
 

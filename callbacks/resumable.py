@@ -13,12 +13,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_distill.arguments import integer
+from lightning_distill.arguments import integer, typed
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _METRICS = "last_metrics"  # key of the checkpoint
 
 
+@typed
 class Resumable(L.Callback):
     """Makes a resumed run equal, bit for bit, the run without a break, and stops politely where it is asked to.
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.arguments import typed
 from lightning_distill.initialization import fill_
 from lightning_distill.layer_map import Layers, layer_map
 from lightning_distill.pretrained import load_pretrained
@@ -62,6 +63,7 @@ _AXES: dict[str, tuple[tuple[str, tuple[str, str]], ...]] = {
 _INTERMEDIATE = {"distilbert": "hidden_dim", "gpt2": "n_inner"}
 
 
+@typed
 def student_from_teacher(
     teacher: nn.Module | str | os.PathLike[str],
     *,

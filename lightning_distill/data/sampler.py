@@ -9,9 +9,12 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_distill.arguments import typed
+
 _POOL = 50  # global batches sorted together: enough for little padding, few enough for a random order
 
 
+@typed
 class BucketBatchSampler(DistributedSampler):
     """Batches of similar length, in an order that is a function of the seed and the epoch alone.
 

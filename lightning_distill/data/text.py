@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_distill.arguments import typed
 from lightning_distill.data import files, hub
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
 from lightning_distill.data.files import Table
@@ -93,6 +94,7 @@ class PadBatch:
         return batch
 
 
+@typed
 class TextClassificationData(L.LightningDataModule):
     """Labelled sentences, or pairs of sentences, for a Trainer.
 

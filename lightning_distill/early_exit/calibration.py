@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_distill import tasks
-from lightning_distill.arguments import between
+from lightning_distill.arguments import between, typed
 from lightning_distill.early_exit.criteria import AnyOf, Criterion
 from lightning_distill.early_exit.guarantee import harm_p_value, rows_needed
 from lightning_distill.early_exit.model import EarlyExitModel
@@ -127,6 +127,7 @@ class Calibration:
         plot_calibration(self, folder / "early_exit.png")
 
 
+@typed
 def calibrate(
     model: EarlyExitModel,
     dataloader: Iterable[Any],

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_distill import tasks
-from lightning_distill.arguments import one_of
+from lightning_distill.arguments import one_of, typed
 from lightning_distill.early_exit.criteria import Confidence, Criterion, criterion_from
 from lightning_distill.initialization import Policy, initialize
 from lightning_distill.signals import describe, find_layers, get_submodule
@@ -24,6 +24,7 @@ Exits = str | Sequence[int]
 WEIGHTS, CONFIG = "ramps.safetensors", "early_exit.json"
 
 
+@typed
 class Ramp(nn.Module):
     """A head after one layer: norm, pooling, an optional hidden layer, a linear layer.
 
@@ -279,6 +280,7 @@ def resolve_exits(exits: Exits, depth: int) -> list[int]:
     return chosen
 
 
+@typed
 def make_ramps(
     student: nn.Module,
     exits: Exits = "all",

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.arguments import typed
 from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals import ModelInfo, Request, Signals, is_within, near
 
@@ -46,6 +47,7 @@ class Loss(NamedTuple):
         return self.sum() / self.count().clamp(min=1)
 
 
+@typed
 class Objective(nn.Module):
     """One thing the student learns from the teacher or the data. Subclasses define :meth:`forward`.
 

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_distill.arguments import typed
+
 #: A number, or a function of the training's progress in [0, 1].
 Scheduled = float | Callable[[float], float]
 
@@ -26,6 +28,7 @@ def value_at(scheduled: Scheduled, progress: float) -> float:
     return float(scheduled(progress)) if callable(scheduled) else scheduled
 
 
+@typed
 @dataclass(frozen=True)
 class LinearSchedule:
     """From one number to another in a straight line.
@@ -66,6 +69,7 @@ class LinearSchedule:
         return min(max((progress - self.begin) / (self.finish - self.begin), 0.0), 1.0)
 
 
+@typed
 @dataclass(frozen=True)
 class CosineSchedule(LinearSchedule):
     """From one number to another along half a cosine, slow at both ends.
@@ -90,6 +94,7 @@ class CosineSchedule(LinearSchedule):
         return (1 - math.cos(math.pi * super()._share(progress))) / 2
 
 
+@typed
 @dataclass(frozen=True)
 class StepSchedule:
     """One number after the other.

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_distill.arguments import one_of
+from lightning_distill.arguments import one_of, typed
 from lightning_distill.optim.groups import parameter_groups
 
 
@@ -50,6 +50,7 @@ Name = Literal[
 ]
 
 
+@typed
 def build_optimizer(
     module: nn.Module,
     name: Name = "adamw",

@@ -6,12 +6,13 @@ import lightning as L
 from torch.optim import Optimizer, lr_scheduler
 from transformers import SchedulerType, get_scheduler
 
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 
 _TORCH = ("step", "reduce_on_plateau", "one_cycle", "cyclic", "wsd")
 _PLATEAU = ("reduce_on_plateau", "reduce_lr_on_plateau", "greedy")
 
 
+@typed
 def build_lr_scheduler(
     module: L.LightningModule,
     optimizer: Optimizer,

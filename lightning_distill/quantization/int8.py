@@ -12,12 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_distill.arguments import one_of
+from lightning_distill.arguments import one_of, typed
 from lightning_distill.pretrained import architecture_of
 from lightning_distill.quantization.model import EXCLUDE, matches
 from lightning_distill.tasks import logits_of
 
 
+@typed
 def quantize_int8(model: nn.Module, *, exclude: Sequence[str] = EXCLUDE) -> nn.Module:
     """Make a copy whose linear layers multiply in int8: weights per output, activations per token, as they come.
 

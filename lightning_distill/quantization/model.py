@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_distill.arguments import typed
 from lightning_distill.quantization.calibration import Forward, calibrate, call_model, first_batches
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.finished import FinishedLayers
@@ -51,6 +52,7 @@ class LayerReport:
     note: str = ""
 
 
+@typed
 def quantize(
     model: nn.Module,
     dataloader: Iterable[Any] | None,
