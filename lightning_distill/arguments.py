@@ -36,7 +36,7 @@ def typed(target: _Callable) -> _Callable:
         6
         >>> double("3")
         Traceback (most recent call last):
-        TypeError: Expected argument `value` to be float, but got '3'.
+        TypeError: Expected argument `value` to be a number, but got '3'.
     """
     if isinstance(target, type):
         target.__init__ = typed(target.__init__)  # type: ignore[misc]
@@ -83,7 +83,7 @@ def _fits(value: Any, hint: Any) -> bool:
         if origin is tuple and parts[-1] is not ...:
             return len(value) == len(parts) and all(map(_fits, value, parts))
         return all(_fits(item, parts[0]) for item in value)
-    return True
+    return _is(value, origin)
 
 
 def _is(value: Any, kind: type) -> bool:
@@ -93,14 +93,22 @@ def _is(value: Any, kind: type) -> bool:
         return True
 
 
+_WORDS = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", type(None): "None"}
+
+
 def _describe(hint: Any) -> str:
-    if get_origin(hint) in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_describe, get_args(hint))))
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, get_args(hint)))
-    if hint is type(None):
-        return "None"
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).split(".", 1)[-1]
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(map(_describe, parts)))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if origin is Callable:
+        return "a callable"
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        return "a dictionary"
+    if isinstance(origin, type) and issubclass(origin, Sequence):
+        return f"a list ({str(hint).rpartition('.')[2]})"
+    return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _shown(value: Any) -> str:
@@ -128,6 +136,26 @@ def one_of(name: str, value: object, choices: Iterable[str]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ValueError(f"Expected argument `{name}` to be one of {', '.join(map(repr, choices))}, but got {value!r}.")
+
+
+def finite(name: str, value: float) -> None:
+    """Refuse NaN and infinity.
+
+    Args:
+        name: The argument's name.
+        value: Its value.
+
+    Raises:
+        ValueError: If it is one of them.
+
+    Example:
+        >>> from lightning_distill.arguments import finite
+        >>> finite("start", float("nan"))
+        Traceback (most recent call last):
+        ValueError: Expected argument `start` to be finite, but got nan.
+    """
+    if not math.isfinite(value):
+        raise ValueError(f"Expected argument `{name}` to be finite, but got {value!r}.")
 
 
 def between(name: str, value: float, low: float, high: float = math.inf, *, closed: bool = False) -> None:

@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -15,6 +15,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.regression import PearsonCorrCoef
 
 from lightning_distill import preflight, tasks
+from lightning_distill.arguments import one_of
 from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
@@ -105,6 +106,7 @@ class DistillationModule(L.LightningModule):
         self.student = load_pretrained(student, "student").train()
         self.teacher = None if teacher is None else freeze(load_pretrained(teacher, "teacher"))
         keep_out_of_checkpoints(self)
+        one_of("task", task, ("auto", *get_args(tasks.Task)))
         self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task
         self.tokenizer = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -400,6 +402,11 @@ class DistillationModule(L.LightningModule):
 
 
 def _named(objectives: Objectives) -> dict[str, Objective]:
+    given: Any = objectives.values() if isinstance(objectives, Mapping) else objectives
+    if not isinstance(objectives, (Mapping, Sequence)) or not all(isinstance(each, Objective) for each in given):
+        raise TypeError(
+            f"Expected argument `objectives` to be a list or a dictionary of objectives, but got {objectives!r}."
+        )
     if not objectives:
         raise ValueError("Expected argument `objectives` to have at least one objective, but got none.")
     values = list(objectives.values() if isinstance(objectives, Mapping) else objectives)

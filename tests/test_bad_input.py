@@ -76,7 +76,8 @@ CALLS: dict[Callable[..., Any], dict[str, Callable[[], Any]]] = {
 OPAQUE = {"tokenizer", "metrics", "optimizer", "lr_scheduler", "forward"}
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.sampled_from([math.nan, math.inf, -math.inf, 1e308]),
-    st.text(max_size=3), st.binary(max_size=2), st.lists(st.one_of(st.integers(-1, 2), st.text(max_size=2)), max_size=2),
+    st.text(max_size=3), st.binary(max_size=2),
+    st.lists(st.one_of(st.integers(-1, 2), st.text(max_size=2)), max_size=2),
     st.dictionaries(st.text(max_size=2), st.integers(-1, 1), max_size=1), st.builds(object), st.just({1}), st.just(1j),
 )  # fmt: skip
 
@@ -100,12 +101,15 @@ def test_odd_arguments_are_refused_by_name(call: Callable[..., Any], data: st.Da
     name = data.draw(st.sampled_from(names))
     value = data.draw(ODD)
     given_ = {key: make() for key, make in CALLS[call].items()}
-    refused = False
+    refused = None
+    if isinstance(value, str) and name in ("student", "teacher", "model"):
+        return  # the hub would be asked for it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             call(**{**given_, name: value})
         except (ValueError, TypeError, ImportError) as error:
-            assert f"`{name}`" in str(error) or f"`{name} " in str(error), f"{type(error).__name__}: {error}"
-            refused = True
+            refused = str(error)
+    if refused is not None:
+        assert f"`{name}`" in refused, f"{name}={value!r}: {refused}"
     assert refused or not cannot_be_right(value), f"{name}={value!r} was taken"

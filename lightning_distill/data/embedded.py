@@ -15,7 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lightning_distill.arguments import typed
+from lightning_distill.arguments import integer, typed
 
 # Of the core dependencies, those with text enough; torch depends on networkx and sympy, lightning on numpy.
 _PACKAGES = ("matplotlib", "networkx", "numpy", "python", "sympy", "torch", "transformers")
@@ -111,6 +111,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedT
         >>> tokenizer.decode(tokenizer("A tensor")["input_ids"])
         '[CLS] a tensor [SEP]'
     """
+    integer("vocab_size", vocab_size, 5)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_distill.arguments import typed
+from lightning_distill.arguments import between, finite, typed
 
 #: A number, or a function of the training's progress in [0, 1].
 Scheduled = float | Callable[[float], float]
@@ -55,6 +55,10 @@ class LinearSchedule:
     finish: float = 1.0
 
     def __post_init__(self) -> None:
+        finite("start", self.start)
+        finite("end", self.end)
+        for name, value in (("begin", self.begin), ("finish", self.finish)):
+            between(name, value, 0, 1, closed=True)
         if not 0 <= self.begin < self.finish <= 1:
             raise ValueError(
                 "Expected arguments `begin` and `finish` to satisfy 0 <= begin < finish <= 1, but got "
@@ -117,6 +121,10 @@ class StepSchedule:
     milestones: list[float]
 
     def __post_init__(self) -> None:
+        for value in self.values:
+            finite("values", value)
+        for milestone in self.milestones:
+            between("milestones", milestone, 0, 1, closed=True)
         bounds = [0.0, *self.milestones, 1.0]
         if len(self.values) != len(self.milestones) + 1 or bounds != sorted(bounds):
             raise ValueError(

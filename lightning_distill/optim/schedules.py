@@ -93,7 +93,10 @@ def build_lr_scheduler(
             options["min_lr_ratio"] = min_lr_ratio
         elif min_lr_ratio:
             name, options["min_lr_rate"] = "cosine_with_min_lr", min_lr_ratio
-        made = get_scheduler(name, optimizer, warmup_steps, total, options)
+        try:
+            made = get_scheduler(name, optimizer, warmup_steps, total, options)
+        except TypeError as error:
+            raise ValueError(f"Expected argument `options` to fit {name!r}, but got {options}: {error}.") from error
     return {**config, "scheduler": made}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.arguments import typed
+from lightning_distill.arguments import between, typed
 from lightning_distill.quantization.calibration import Forward, calibrate, call_model, first_batches
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.finished import FinishedLayers
@@ -130,6 +130,7 @@ def quantize(
         >>> all(layer.error < layer.rounding_error for layer in report)
         True
     """
+    between("damp_percent", damp_percent, 0, 1, closed=True)
     check_options(
         bits,
         group_size,
