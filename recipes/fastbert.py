@@ -12,6 +12,8 @@ The ramps learn what the last layer answers, without labels and without touching
 choose the thresholds: with 95 % confidence at most --model.max_drop of the accuracy is lost, or nothing leaves early,
 and the recipe says how many rows that promise would take.
 
+After a crash, a kill or Ctrl-C: the same command with --resume. See docs/reliability.md.
+
 Writes to --output_dir: student/, early_exit_teacher/ and early_exit_student/ (for EarlyExitModel.from_pretrained, with
 early_exit.png), summary.json (`early_exit` is the teacher's, `early_exit_student` the student's), curves.png.
 
