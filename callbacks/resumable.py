@@ -88,25 +88,21 @@ class Resumable(L.Callback):
     # -- the same validations ----------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Let a checkpoint of the last batch before a validation, or of an epoch, resume before it, not behind it."""
+        """Let a checkpoint of the last batch before a validation resume before it, not behind it."""
         loops = checkpoint.get("loops", {}).get("fit_loop")
         if loops is None or trainer.state.fn != "fit":
             return
         checkpoint[_METRICS] = {name: float(value) for name, value in trainer.callback_metrics.items()}
         progress = loops["epoch_loop.batch_progress"]
         in_batch = progress["current"]["completed"] == progress["current"]["processed"] - 1
-        validates = _validation_is_due(trainer)
-        if not in_batch or not (validates or trainer.is_last_batch):
+        if not in_batch or not _validation_is_due(trainer):
             return
-        # What Lightning's own state would be in the first moment after the batch.
+        # What Lightning's own state would be after the first batch of that validation, which it would then repeat.
         for count in ("current", "total"):
             progress[count]["completed"] = progress[count]["processed"]
-        if validates:
-            none = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
-            begun = {**none, "ready": 1, "started": 1}
-            loops["epoch_loop.val_loop.batch_progress"].update(current=none, total=begun, is_last_batch=False)
-        else:
-            loops["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+        none = dict.fromkeys(("ready", "started", "processed", "completed"), 0)
+        begun = {**none, "ready": 1, "started": 1}
+        loops["epoch_loop.val_loop.batch_progress"].update(current=none, total=begun, is_last_batch=False)
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the checkpoint's metrics until training starts."""
@@ -143,8 +139,10 @@ class Resumable(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save and leave, if a signal came to any of the processes."""
-        # Within an accumulation window the gradients so far would be lost, so it ends first.
-        if not trainer.fit_loop._should_accumulate():
+        # Within an accumulation window the gradients so far would be lost, so it ends first. After the last batch of an
+        # epoch without a validation, Lightning would leave out the end of the epoch: it ends first, too.
+        ends_epoch = trainer.is_last_batch and not _validation_is_due(trainer)
+        if not trainer.fit_loop._should_accumulate() and not ends_epoch:
             self._leave_if_asked(trainer)
         self._seed(trainer, within_step=False)
 
