@@ -2,12 +2,14 @@
 
 import functools
 import inspect
+import itertools
 import math
 import numbers
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+_LOOKED_AT = 100  # items of a list: a data set has millions of lengths
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
@@ -78,11 +80,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if issubclass(origin, Mapping):
         return isinstance(value, Mapping) and all(_fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items())
     if issubclass(origin, Sequence):
+        if hasattr(value, "__array__"):  # NumPy and torch know their own types
+            return True
         if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
             return False
         if origin is tuple and parts[-1] is not ...:
             return len(value) == len(parts) and all(map(_fits, value, parts))
-        return all(_fits(item, parts[0]) for item in value)
+        return all(_fits(item, parts[0]) for item in itertools.islice(value, _LOOKED_AT))
     return _is(value, origin)
 
 

@@ -73,7 +73,7 @@ CALLS: dict[Callable[..., Any], dict[str, Callable[[], Any]]] = {
     DistillationModule: {"teacher": lambda: nn.Linear(4, 2), "student": lambda: nn.Linear(4, 2)},
 }  # fmt: skip
 #: Objects that stand for themselves, which no check of a value could judge.
-OPAQUE = {"tokenizer", "metrics", "optimizer", "lr_scheduler", "forward"}
+OPAQUE = {"tokenizer", "metrics", "optimizer", "lr_scheduler", "forward", "calibration", "dataloader", "texts"}
 ODD = st.one_of(
     st.none(), st.booleans(), st.integers(-3, 3), st.floats(), st.sampled_from([math.nan, math.inf, -math.inf, 1e308]),
     st.text(max_size=3), st.binary(max_size=2),
