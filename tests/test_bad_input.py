@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_distill.optim import build_lr_scheduler, build_optimizer, paramet
 from lightning_distill.quantization import gptq_layer, quantize, quantize_int8
 from tests.helpers.models import batch, bert
 
+EXAMPLES = int(os.environ.get("EXAMPLES", "25"))  # of each call
 torch.manual_seed(0)
 NET = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 BERT = bert()
@@ -92,7 +94,7 @@ def cannot_be_right(value: object) -> bool:
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)
-@settings(deadline=None, max_examples=25, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=EXAMPLES, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_odd_arguments_are_refused_by_name(call: Callable[..., Any], data: st.DataObject) -> None:
     names = arguments(call)
