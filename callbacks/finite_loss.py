@@ -59,7 +59,7 @@ class FiniteLoss(L.Callback):
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         """Ask all processes, without waiting for the device."""
         broken = (~loss.detach().isfinite().all()).float()
-        self._broken = trainer.strategy.reduce(broken, reduce_op="max")  # type: ignore[assignment]
+        self._broken = trainer.strategy.reduce(broken, reduce_op="max")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop, or clear the gradients before anything else looks at them."""

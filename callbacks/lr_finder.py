@@ -104,7 +104,9 @@ class LRFinder(L.Callback):
         one_of("mode", mode, ("exponential", "linear"))
         one_of("snapshot", snapshot, ("auto", "memory", "disk"))
         between("min_lr", min_lr, 0)
-        between("max_lr", max_lr, min_lr)
+        between("max_lr", max_lr, 0)
+        if max_lr <= min_lr:
+            raise ValueError(f"Expected argument `max_lr` to be above `min_lr` ({min_lr}), but got {max_lr}.")
         between("num_steps", num_steps, 32, closed=True)
         between("val_batches", val_batches, 1, closed=True)
         between("smoothing", smoothing, 0, 1, closed=True)

@@ -141,7 +141,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If it is damaged, or holds more than tensors and primitives.
     """
     file = _key_file(Path(path))
-    with _refusing(path):
+    with _refusing(file):
         with zipfile.ZipFile(file) as archive:
             if broken := archive.testzip():
                 raise zipfile.BadZipFile(f"{broken} does not have the checksum it was written with")

@@ -12,6 +12,7 @@ import transformers
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
+from lightning_distill.arguments import integer
 from lightning_distill.callbacks import GPTQ
 from lightning_distill.cli import (
     begin_run,
@@ -121,9 +122,11 @@ class TextRun:
         config = parser.parse_args(argv)
         started = time.perf_counter()
         quiet()
-        L.seed_everything(config.seed, workers=True, verbose=False)
         on_the_spot = not (config.model.teacher or config.data.train_file or config.data.hub_dataset)
         with one_line_errors(parser.prog):
+            integer("--seed", config.seed, 0, 2**32 - 1)
+            integer("--save_every_n_steps", config.save_every_n_steps, 1)
+            L.seed_everything(config.seed, workers=True, verbose=False)
             data, teacher = _embedded(config) if on_the_spot else _given(config)
             data.setup()
             run = cls(parser, config, data, teacher, EMBEDDED if on_the_spot else GIVEN, started)

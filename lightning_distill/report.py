@@ -119,7 +119,7 @@ class CurvesLogger(CSVLogger):
     """
 
     def __init__(self, root: str | os.PathLike[str], name: str, *, keep: bool = False) -> None:
-        super().__init__(root, name=name, version="")
+        super().__init__(os.fspath(root), name=name, version="")
         self._keep = keep
 
     @property
@@ -132,7 +132,7 @@ class CurvesLogger(CSVLogger):
             if self._keep and file.is_file():
                 with file.open(newline="") as stream:
                     rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
-            super().experiment.metrics.extend(rows)  # type: ignore[arg-type]
+            super().experiment.metrics.extend(rows)
         return self._experiment
 
 
@@ -146,6 +146,8 @@ def read_curves(metrics_file: str | os.PathLike[str]) -> dict[str, tuple[list[in
         ``(steps, values)`` by metric; a metric that was never logged has no entry.
     """
     found: dict[str, dict[int, float]] = {}
+    if not Path(metrics_file).exists():  # a run too short to log anything
+        return {}
     with Path(metrics_file).open(newline="") as file:
         for row in csv.DictReader(file):
             for name, value in row.items():

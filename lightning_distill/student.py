@@ -243,7 +243,7 @@ def _sizes(config: Any, width: float) -> dict[str, int]:
 
 def _shape_for(teacher: Any, ratio: float) -> tuple[int, float]:
     """Layers and width of the student whose size is nearest to the teacher's divided by the ratio."""
-    if not ratio > 1:
+    if not 1 < ratio < math.inf:
         advice = f" For a student of {ratio} times the size pass {1 / ratio:.4g}." if 0 < ratio < 1 else ""
         raise ValueError(
             "Expected argument `compression_ratio` to be above 1 (parameters of the teacher / parameters of the "

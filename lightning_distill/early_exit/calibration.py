@@ -182,6 +182,8 @@ def calibrate(
     "Efficiently Controlling Multiple Risks with Pareto Testing", 2023 (the path from a split of the data).
     """
     between("max_drop", max_drop, 0, 1)
+    if max_drop == 1:
+        raise ValueError("Expected argument `max_drop` to be below 1, but got 1; nothing would be promised.")
     between("confidence", confidence, 0.5, 1)
     between("search_share", search_share, 0.05, 0.9)
     criterion, exits, depth = model.criterion, list(model.ramps.exits), model.depth

@@ -133,8 +133,9 @@ def build_optimizer(
             raise ValueError(f"Expected argument `{option}` to be left out for {name!r}, which has {allowed}.")
     if source.library == "bitsandbytes.optim" and not torch.cuda.is_available():
         raise ValueError(f"Expected argument `name` to be an optimizer for this machine, but {name!r} needs CUDA.")
-    for option in options.keys() & {"eps", "momentum", "dampening", "alpha"}:
-        between(option, options[option], 0, closed=True)
+    for option, number in (("eps", eps), ("momentum", momentum), ("dampening", dampening), ("alpha", alpha)):
+        if number is not None:
+            between(option, number, 0, closed=True)
     for beta in betas or ():
         between("betas", beta, 0, 1, closed=True)
     if warmup_steps is not None:
