@@ -156,7 +156,8 @@ def quantize(
     if not plan:
         raise ValueError(
             f"Expected arguments `include` {list(include)}, `exclude` {list(exclude)} and `bits_by_pattern` "
-            f"{dict(bits_by_pattern or {})} to leave linear layers that the format can hold, but none is left of {len(layers)}; their widths must divide by 32."
+            f"{dict(bits_by_pattern or {})} to leave linear layers that the format can hold, but none is left of "
+            f"{len(layers)}; their widths must divide by 32."
         )
     options: dict[str, Any] = {
         "sym": sym, "desc_act": desc_act, "static_groups": static_groups, "mse": mse, "damp_percent": damp_percent
