@@ -7,11 +7,23 @@ if __name__ != "lightning_distill.callbacks":
     )
 
 from lightning_distill.callbacks.early_exit import EarlyExit
+from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gptq import GPTQ
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.callbacks.init_policy import InitPolicy
 from lightning_distill.callbacks.loss_advice import LossAdvice
 from lightning_distill.callbacks.lr_finder import LRFinder
+from lightning_distill.callbacks.resumable import Resumable
 from lightning_distill.callbacks.schedule_free import ScheduleFree
 
-__all__ = ["GPTQ", "EarlyExit", "GradientClipping", "InitPolicy", "LRFinder", "LossAdvice", "ScheduleFree"]
+__all__ = [
+    "GPTQ",
+    "EarlyExit",
+    "FiniteLoss",
+    "GradientClipping",
+    "InitPolicy",
+    "LRFinder",
+    "LossAdvice",
+    "Resumable",
+    "ScheduleFree",
+]

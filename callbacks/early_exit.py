@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill import tasks
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.early_exit.criteria import Criterion
 from lightning_distill.early_exit.ramps import Exits, RampKind, Ramps, find_stack, make_ramps
 from lightning_distill.early_exit.walk import first_tensor
@@ -29,6 +29,7 @@ LossWeights = Literal["uniform", "depth"] | Callable[[int, int], float]
 _PER_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
 
 
+@typed
 class EarlyExit(L.Callback):
     r"""Puts ramps behind layers of a student and trains them; :class:`EarlyExitModel` then lets rows leave there.
 

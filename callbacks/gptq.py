@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from tqdm.auto import tqdm
 
-from lightning_distill.arguments import one_of
+from lightning_distill.arguments import between, finite, one_of, typed
 from lightning_distill.pretrained import export
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.linear import QuantLinear
@@ -32,6 +32,7 @@ _OPTIONS = (
 )
 
 
+@typed
 class GPTQ(L.Callback):
     """Turns the student into a 4-, 3-, 2- or 8-bit model on fit end, or after ``trainer.validate``; once.
 
@@ -122,6 +123,9 @@ class GPTQ(L.Callback):
         if isinstance(calibration, str):
             one_of("calibration", calibration, ("train", "val"))
         one_of("mode", mode, ("max", "min"))
+        between("damp_percent", damp_percent, 0, 1, closed=True)
+        if max_drop is not None:
+            finite("max_drop", max_drop)
         if sensitive_bits not in (8, 0):
             raise ValueError(f"Expected argument `sensitive_bits` to be 8 or 0, but got {sensitive_bits}.")
         for name, value in (("sensitive_layers", sensitive_layers), ("budget_bytes", budget_bytes)):

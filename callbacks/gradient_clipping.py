@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.functional.clipping import (
     all_finite,
     clip_adaptively_,
@@ -35,6 +35,7 @@ _Units = list[list[list[nn.Parameter]]]
 """Parameters by unit (the model or one parameter group), and within a unit by kind (device, type, mesh)."""
 
 
+@typed
 class GradientClipping(L.Callback):
     r"""Clips gradients before every optimizer step, skips steps whose gradient is not finite, and reports both.
 

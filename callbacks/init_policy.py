@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.following_activation import LAYERS, following_activations
 from lightning_distill.initialization import Initialized, Policy, Residual, initialize, materialize, whole
 from lightning_distill.layer_map import Layers
@@ -26,6 +26,7 @@ from lightning_distill.pretrained import load_pretrained
 from lightning_distill.student import copy_from_teacher
 
 
+@typed
 class InitPolicy(L.Callback):
     """Initialises weights before training, and writes an audit of it to ``init_policy.json`` and ``init_policy.png``.
 

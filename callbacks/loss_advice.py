@@ -7,11 +7,12 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lightning_distill.arguments import between
+from lightning_distill.arguments import between, typed
 
 Verdict = Literal["too short", "diverging", "flat", "falling"]
 
 
+@typed
 class LossAdvice(L.Callback):
     """Looks at the training loss after the fit and advises on the learning rate. It changes nothing.
 

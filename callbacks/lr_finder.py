@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.functional.lr_suggestion import Suggestion, lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.learning_rates import peak_lrs, scale_peak_lrs, set_lr
 from lightning_distill.optim.recommended import LRRange
@@ -25,6 +25,7 @@ from lightning_distill.snapshot import Snapshot, available_host_memory
 _RULES: tuple[Suggestion, ...] = ("valley", "steepest", "slide", "minimum")
 
 
+@typed
 class LRFinder(L.Callback):
     """Finds a learning rate in a short sweep before training, and trains with it.
 
@@ -103,7 +104,9 @@ class LRFinder(L.Callback):
         one_of("mode", mode, ("exponential", "linear"))
         one_of("snapshot", snapshot, ("auto", "memory", "disk"))
         between("min_lr", min_lr, 0)
-        between("max_lr", max_lr, min_lr)
+        between("max_lr", max_lr, 0)
+        if max_lr <= min_lr:
+            raise ValueError(f"Expected argument `max_lr` to be above `min_lr` ({min_lr}), but got {max_lr}.")
         between("num_steps", num_steps, 32, closed=True)
         between("val_batches", val_batches, 1, closed=True)
         between("smoothing", smoothing, 0, 1, closed=True)

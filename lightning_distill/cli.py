@@ -1,6 +1,7 @@
 """What every recipe's command line has in common: the flags, the trainer they describe, errors in one line."""
 
 import logging
+import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -13,12 +14,18 @@ import transformers
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_distill.callbacks import GradientClipping, InitPolicy, LRFinder, ScheduleFree
+from lightning_distill.callbacks import FiniteLoss, GradientClipping, InitPolicy, LRFinder, Resumable, ScheduleFree
+from lightning_distill.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from lightning_distill.data import TextClassificationData
 from lightning_distill.optim import LRRange, build_lr_scheduler, build_optimizer
+from lightning_distill.report import CurvesLogger
+
+say = rank_zero_only(print)
 
 # One entry a message: what Lightning says to everybody and a recipe has already decided.
 _EXPECTED_MESSAGES = (
@@ -57,12 +64,15 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
     parser.add_argument("--config", action="config", help="a YAML file with any of these flags")
     parser.add_argument("--output_dir", type=Path, default=output_dir, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --output_dir that was cut")
+    parser.add_argument("--save_every_n_steps", type=int, default=500, help="steps that a crash costs at most")
     parser.add_class_arguments(TextClassificationData, "data", instantiate=False, skip={"tokenizer", "seed"})
     parser.add_function_arguments(build_optimizer, "optimizer", skip={"module"})
     parser.add_function_arguments(build_lr_scheduler, "lr_scheduler", skip={"module", "optimizer"})
     parser.add_class_arguments(GradientClipping, "gradient_clipping", instantiate=False)
     parser.add_class_arguments(LRFinder, "lr_finder", instantiate=False, skip={"output_dir"})
     parser.add_class_arguments(InitPolicy, "init_policy", instantiate=False, skip={"output_dir", "teacher"})
+    parser.add_class_arguments(FiniteLoss, "finite_loss", instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip={"default_root_dir"})
     parser.set_defaults({"optimizer.lr": None, "optimizer.weight_decay": 0.01, "lr_scheduler.warmup": 0.06})
     parser.set_defaults(dict.fromkeys(_SWITCHES.values()))
@@ -70,6 +80,7 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
     return parser
 
 
+_UNFINISHED = "unfinished.yaml"
 _SCHEDULE_FREE = "schedule_free_adamw"
 # The flag that asks for a callback, and the short ones for the name of a thing that has more flags.
 _SWITCHES = {
@@ -185,7 +196,9 @@ def make_trainer(
     """Make a new Trainer from ``--trainer.*`` for one phase of a recipe.
 
     Every phase gets its own: loggers and callbacks from the command line are made anew, and its metrics go to
-    ``<output_dir>/logs/<phase>/metrics.csv`` beside whatever logger was asked for.
+    ``<output_dir>/logs/<phase>/metrics.csv`` beside whatever logger was asked for. Checkpoints are written by
+    :class:`AtomicCheckpointIO`, unless a CheckpointIO is among ``--trainer.plugins``; where there is a ModelCheckpoint,
+    another one keeps the newest every ``--save_every_n_steps``. The run is :class:`Resumable`.
 
     Args:
         parser: The parser that made ``config``.
@@ -203,11 +216,25 @@ def make_trainer(
     loggers = (
         [] if isinstance(loggers, bool) or loggers is None else loggers if isinstance(loggers, list) else [loggers]
     )
-    csv_logger = CSVLogger(config.output_dir / "logs", name=phase, version="")
+    csv_logger = CurvesLogger(config.output_dir / "logs", phase, keep=config.resume)
+    plugins = arguments.pop("plugins") or []
+    plugins = plugins if isinstance(plugins, list) else [plugins]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins = [*plugins, AtomicCheckpointIO()]
+    hint = "the same command with --resume"
+    safe: list[Callback] = [FiniteLoss(**config.finite_loss.as_dict()), Resumable(config.seed, resume_hint=hint)]
+    saves = [callback for callback in callbacks if isinstance(callback, ModelCheckpoint)]
+    if saves:
+        every = config.save_every_n_steps
+        newest = ModelCheckpoint(
+            saves[0].dirpath, "newest", every_n_train_steps=every, enable_version_counter=False, save_top_k=1
+        )
+        safe.append(newest)
     arguments |= {
         "default_root_dir": config.output_dir,
         "logger": [csv_logger, *loggers],
-        "callbacks": [*callbacks, *(asked if isinstance(asked, list) else [asked])],
+        "callbacks": [*callbacks, *(asked if isinstance(asked, list) else [asked]), *safe],
+        "plugins": plugins,
     }
     return L.Trainer(**(arguments | overrides))
 
@@ -231,12 +258,66 @@ def best_checkpoint(config: Namespace, phase: str, monitor: str) -> ModelCheckpo
     )
 
 
+@rank_zero_only
+def begin_run(parser: ArgumentParser, config: Namespace) -> None:
+    """Note the flags for as long as the run lasts; without ``--resume``, put away what another run has left.
+
+    Args:
+        parser: The parser that made ``config``.
+        config: The parsed flags.
+
+    Raises:
+        ValueError: If ``--resume`` comes with other flags than the run that was cut.
+    """
+    folder, unfinished = config.output_dir, config.output_dir / _UNFINISHED
+    noted = config.clone()
+    noted.resume = False
+    flags = parser.dump(noted)
+    if config.resume and unfinished.exists() and unfinished.read_text() != flags:
+        changed = set(flags.splitlines()) ^ set(unfinished.read_text().splitlines())
+        raise ValueError(
+            f"--resume goes on with the flags of the run that was cut, and these are others: "
+            f"{', '.join(sorted({line.split(':')[0].strip() for line in changed}))}. They are in {unfinished}; another "
+            "--output_dir begins another run"
+        )
+    checkpoints, earlier = folder / "checkpoints", folder / "checkpoints.earlier"
+    if config.resume:
+        if not checkpoints.exists():
+            say(f"Nothing to resume in {folder}: the run begins.")
+    elif checkpoints.exists():
+        shutil.rmtree(earlier, ignore_errors=True)
+        checkpoints.rename(earlier)
+        if unfinished.exists():
+            say(f"{folder} holds a run that was cut. Its checkpoints are now in {earlier}: this run begins anew.")
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished.write_text(flags)
+
+
+@rank_zero_only
+def end_run(config: Namespace) -> None:
+    """Note that nothing is left to resume."""
+    (config.output_dir / _UNFINISHED).unlink(missing_ok=True)
+
+
+def resume_from(config: Namespace, phase: str) -> Path | None:
+    """The newest good checkpoint of a phase, where ``--resume`` asks for it, and say which; None to begin the phase.
+
+    Args:
+        config: The parsed flags.
+        phase: Name of the phase.
+    """
+    newest = newest_checkpoint(config.output_dir / "checkpoints" / phase) if config.resume else None
+    if newest is not None:
+        say(f"Resuming {phase.replace('_', ' ')} from {newest}, step {read_checkpoint(newest).get('global_step')}")
+    return newest
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn what is wrong with the user's input into one line on stderr and exit code 2."""
     try:
         yield
-    except (ValueError, ImportError, MisconfigurationException) as error:
+    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 

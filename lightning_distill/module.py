@@ -4,7 +4,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -15,6 +15,8 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.regression import PearsonCorrCoef
 
 from lightning_distill import parallel, preflight, tasks
+from lightning_distill.arguments import one_of
+from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.functional.clipping import group_tensors, scale_, total_norm
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
@@ -40,6 +42,8 @@ class DistillationModule(L.LightningModule):
     Logged: ``train_loss``, ``train_<objective>``, ``grad_norm`` (before clipping), and for validation and test
     ``<stage>_loss``, ``<stage>_<objective>``, ``<stage>_<metric>`` (the student's) and ``<stage>_agreement``: the share
     of predictions in which student and teacher agree (in regression, their Pearson correlation).
+
+    A NaN or infinite loss stops the run before the update, see :class:`~lightning_distill.callbacks.FiniteLoss`.
 
     The teacher is frozen, always in eval, moved and cast with the module, and in no optimizer and no checkpoint.
 
@@ -116,6 +120,7 @@ class DistillationModule(L.LightningModule):
         self.teacher_precision = teacher_precision
         self.teacher = None if teacher is None else freeze(load_teacher(teacher, teacher_precision))
         keep_out_of_checkpoints(self)
+        one_of("task", task, ("auto", *get_args(tasks.Task)))
         self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task
         self.tokenizer = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -210,6 +215,11 @@ class DistillationModule(L.LightningModule):
             optimizer = self._optimizer(parameters)
         schedule = None if self._lr_scheduler is None else self._lr_scheduler(optimizer)
         return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """A loss that is not finite stops the run before the update, unless the Trainer's own callback says else."""
+        given = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, FiniteLoss) for callback in given) else [FiniteLoss()]
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -394,6 +404,14 @@ class DistillationModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tell the objectives how much of the training is done, for their schedules."""
+        self._set_progress()
+
+    def on_validation_start(self) -> None:
+        """Tell the objectives too: a run that resumes at its validation has not had a training batch yet."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._set_progress()
+
+    def _set_progress(self) -> None:
         # Read from the step, not counted here, so that a resumed run stands where it stood.
         steps = self.trainer.estimated_stepping_batches
         for objective in self._each_objective().values():
@@ -408,7 +426,8 @@ class DistillationModule(L.LightningModule):
         weights = share.new_tensor([objective.weight for objective in self._each_objective().values()])
         share = (share * weights).sum() / weights.sum()
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        scale_(group_tensors(gradients), share.to(gradients[0].dtype))
+        if gradients:  # none where the step is left out
+            scale_(group_tensors(gradients), share.to(gradients[0].dtype))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""

@@ -15,7 +15,8 @@ from torch import nn
 def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "model") -> nn.Module:
     """Load a transformers model with the head its config names; a module comes back as it is.
 
-    Remote code is never run, and only safetensors are read: a pickle cannot hide in a model's folder.
+    Only safetensors are read, and code beside the model is never run: whoever trusts it says so by name, to
+    ``from_pretrained(..., trust_remote_code=True)``, and passes the model.
 
     Args:
         model: A module, a local folder, or a hub id.
@@ -35,7 +36,9 @@ def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "mode
             f"Expected argument `{name}` to be an nn.Module, a folder or a hub id, but got {type(model).__name__}."
         )
     architecture = architecture_of(os.fspath(model), name)
-    loaded: nn.Module = architecture.from_pretrained(os.fspath(model), use_safetensors=True, dtype="float32")
+    loaded: nn.Module = architecture.from_pretrained(
+        os.fspath(model), use_safetensors=True, dtype="float32", trust_remote_code=False
+    )
     return loaded
 
 
@@ -71,7 +74,7 @@ def read_config(path: str, name: str) -> Any:
         ValueError: If there is none.
     """
     try:
-        return transformers.AutoConfig.from_pretrained(path)
+        return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Expected argument `{name}` to be a folder or hub id of a transformers model, but got {path!r}: "

@@ -14,15 +14,20 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
+from lightning_distill.arguments import integer
 from lightning_distill.callbacks import GPTQ
 from lightning_distill.cli import (
+    begin_run,
     best_checkpoint,
     build_callbacks,
+    end_run,
     make_trainer,
     one_line_errors,
     optimizer_from_flags,
     quiet,
     recipe_parser,
+    resume_from,
+    say,
     schedule_from_flags,
 )
 from lightning_distill.data import TextClassificationData
@@ -41,7 +46,6 @@ from lightning_distill.teacher import has_placeholder_labels
 GIVEN = {"lr": 8e-5, "epochs": 3, "teacher_epochs": 3}
 EMBEDDED = {"lr": 1e-3, "epochs": 2, "teacher_epochs": 4}
 EMBEDDED_ROWS_PER_CLASS = 700
-say = rank_zero_only(print)
 BASELINE = "student_without_distillation"
 
 
@@ -131,9 +135,11 @@ class TextRun:
         config = parser.parse_args(argv)
         started = time.perf_counter()
         quiet()
-        L.seed_everything(config.seed, workers=True, verbose=False)
         on_the_spot = not (config.model.teacher or config.data.train_file or config.data.hub_dataset)
         with one_line_errors(parser.prog):
+            integer("--seed", config.seed, 0, 2**32 - 1)
+            integer("--save_every_n_steps", config.save_every_n_steps, 1)
+            L.seed_everything(config.seed, workers=True, verbose=False)
             data, teacher = _embedded(config) if on_the_spot else _given(config)
             data.setup()
             run = cls(parser, config, data, teacher, EMBEDDED if on_the_spot else GIVEN, started)
@@ -157,11 +163,13 @@ class TextRun:
         """
         with one_line_errors(self.parser.prog):
             self._imitate()
+            make_trainer(self.parser, self.config, "student", logger=False)
             for objectives in (*stages, self.objectives):
                 module = self.module(self.imitated or self.teacher, self.new_student(), copy.deepcopy(objectives))
             optimizer = optimizer_from_flags(self.config, module, self.defaults["lr"])
             # As if for a long training: how long it will be, its Trainer knows.
             schedule_from_flags(self.config, module, optimizer, num_training_steps=10**9)
+            begin_run(self.parser, self.config)
         if self.config.model.finetune_teacher or not self.config.model.teacher:
             epochs = self.config.model.teacher_epochs or self.defaults["teacher_epochs"]
             say(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
@@ -245,7 +253,7 @@ class TextRun:
         self,
         phase: str,
         student: transformers.PreTrainedModel,
-        teacher: transformers.PreTrainedModel | None,
+        teacher: nn.Module | None,
         objectives: list[Objective] | None,
         epochs: int,
         monitor: str | None = None,
@@ -258,7 +266,8 @@ class TextRun:
         if self.recommended is not None and config.lr_finder.suggestion is None:
             self.recommended.warn_if_far(config.optimizer.lr or self.defaults["lr"])
         module = self.module(teacher, student, objectives)
-        trainer.fit(module, datamodule=self.data)
+        # A finished phase resumes from its last step: there is nothing left to train, and its best epoch is taken.
+        trainer.fit(module, datamodule=self.data, ckpt_path=resume_from(config, phase))
         if checkpoint.best_model_path:
             module.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
         self._test(phase, module)
@@ -376,6 +385,7 @@ class TextRun:
         if self.quantized is not None:
             summary["gptq"] = self._gptq_summary(latency[1]["student-gptq"])
         write_summary(config.output_dir / "summary.json", summary)
+        end_run(config)
         panels = {
             "training loss": ["train_loss"],
             f"validation {metric}": [f"val_{metric}"],
@@ -423,7 +433,7 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
         data = TextClassificationData(**arguments)
         names = {"id2label": data.id2label, "label2id": data.label2id} if data.label_names else {}
         teacher = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=data.num_labels, dtype="float32", use_safetensors=True, **names
+            path, num_labels=data.num_labels, dtype="float32", use_safetensors=True, trust_remote_code=False, **names
         )
         return data, teacher
     if not with_head:

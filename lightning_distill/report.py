@@ -9,6 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
+from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
 
@@ -105,8 +107,37 @@ def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> N
     draft.replace(path)
 
 
+class CurvesLogger(CSVLogger):
+    """Writes ``<root>/<name>/metrics.csv``; a resumed run goes on in the file, where Lightning's begins it anew.
+
+    What a cut run logged after the checkpoint it resumes from is logged again: :func:`read_curves` takes the later.
+
+    Args:
+        root: The folder.
+        name: The folder in it.
+        keep: Whether the rows that are there stay.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], name: str, *, keep: bool = False) -> None:
+        super().__init__(os.fspath(root), name=name, version="")
+        self._keep = keep
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer, made at the first use, with the rows that stay."""
+        if self._experiment is None:
+            file = Path(self.log_dir) / "metrics.csv"
+            rows = []
+            if self._keep and file.is_file():
+                with file.open(newline="") as stream:
+                    rows = [{name: value for name, value in row.items() if value} for row in csv.DictReader(stream)]
+            super().experiment.metrics.extend(rows)
+        return self._experiment
+
+
 def read_curves(metrics_file: str | os.PathLike[str]) -> dict[str, tuple[list[int], list[float]]]:
-    """Steps and values of each metric in the ``metrics.csv`` of Lightning's CSVLogger.
+    """Steps and values of each metric in the ``metrics.csv`` of Lightning's CSVLogger, the later row of a step.
 
     Args:
         metrics_file: The file.
@@ -114,15 +145,15 @@ def read_curves(metrics_file: str | os.PathLike[str]) -> dict[str, tuple[list[in
     Returns:
         ``(steps, values)`` by metric; a metric that was never logged has no entry.
     """
-    curves: dict[str, tuple[list[int], list[float]]] = {}
+    found: dict[str, dict[int, float]] = {}
+    if not Path(metrics_file).exists():  # a run too short to log anything
+        return {}
     with Path(metrics_file).open(newline="") as file:
         for row in csv.DictReader(file):
             for name, value in row.items():
                 if name not in ("step", "epoch") and value:
-                    steps, values = curves.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(value))
-    return curves
+                    found.setdefault(name, {})[int(row["step"])] = float(value)
+    return {name: (sorted(values), [values[step] for step in sorted(values)]) for name, values in found.items()}
 
 
 def plot_curves(

@@ -402,7 +402,8 @@ def get_submodule(model: nn.Module, path: str) -> nn.Module:
     modules = dict(model.named_modules())
     if path not in modules:
         raise ValueError(
-            f"Expected a path of a module in `{type(model).__name__}`, but got {path!r}{near(path, modules)}"
+            f"Expected argument `layers` to name modules of `{type(model).__name__}`, but got {path!r}"
+            f"{near(path, modules)}"
         )
     return modules[path]
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.arguments import typed
 from lightning_distill.initialization import fill_
 from lightning_distill.layer_map import Layers, layer_map
 from lightning_distill.pretrained import load_pretrained
@@ -62,6 +63,7 @@ _AXES: dict[str, tuple[tuple[str, tuple[str, str]], ...]] = {
 _INTERMEDIATE = {"distilbert": "hidden_dim", "gpt2": "n_inner"}
 
 
+@typed
 def student_from_teacher(
     teacher: nn.Module | str | os.PathLike[str],
     *,
@@ -241,7 +243,7 @@ def _sizes(config: Any, width: float) -> dict[str, int]:
 
 def _shape_for(teacher: Any, ratio: float) -> tuple[int, float]:
     """Layers and width of the student whose size is nearest to the teacher's divided by the ratio."""
-    if not ratio > 1:
+    if not 1 < ratio < math.inf:
         advice = f" For a student of {ratio} times the size pass {1 / ratio:.4g}." if 0 < ratio < 1 else ""
         raise ValueError(
             "Expected argument `compression_ratio` to be above 1 (parameters of the teacher / parameters of the "

@@ -14,6 +14,8 @@ python recipes/distilbert.py --gradient_clipping.algorithm zscore --lr_finder.su
     --model.init random --optimizer lion --lr_scheduler cosine
     Callbacks by flag, each with flags of its own; optimizer and schedule by name. See docs/optimization.md.
 
+After a crash, a kill or Ctrl-C: the same command with --resume. See docs/reliability.md.
+
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 """
 

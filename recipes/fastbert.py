@@ -13,6 +13,8 @@ become good at the task; with self_distill the model stays as it is and only the
 validation rows then choose the thresholds: with 95 % confidence at most --model.max_drop of the accuracy is lost, or
 nothing leaves early, and the recipe says how many rows that promise would take.
 
+After a crash, a kill or Ctrl-C: the same command with --resume. See docs/reliability.md.
+
 Writes to --output_dir: student/, early_exit_teacher/ and early_exit_student/ (for EarlyExitModel.from_pretrained, with
 early_exit.png), summary.json (`early_exit` is the teacher's, `early_exit_student` the student's; `metric_full` is that
 of the model before it had ramps), curves.png.
@@ -28,12 +30,12 @@ import lightning as L
 import transformers
 
 from lightning_distill.callbacks import EarlyExit
-from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors
+from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors, resume_from, say
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
 from lightning_distill.measure import throughput
 from lightning_distill.objectives import SoftTarget
-from lightning_distill.recipe import TextRun, say, text_parser
+from lightning_distill.recipe import TextRun, text_parser
 
 LR = 1e-3  # of the ramps, which are small and new
 TEMPERATURE = 2.0
@@ -86,7 +88,7 @@ def early_exit(run: TextRun, name: str, model: transformers.PreTrainedModel) -> 
     ramps = EarlyExit(config.model.exits, lr=LR, **learning)
     checkpoint = best_checkpoint(config, phase, "val_loss")
     trainer = make_trainer(run.parser, config, phase, callbacks=[checkpoint, ramps], max_epochs=epochs)
-    trainer.fit(module, datamodule=run.data)
+    trainer.fit(module, datamodule=run.data, ckpt_path=resume_from(config, phase))
     if not trainer.is_global_zero:
         return {}
 

@@ -11,6 +11,8 @@ Stage 1 needs no label: how each token's query, key and value stand to those of 
 becomes the teacher's. Heads and width may differ. Stage 2 is fine-tuning, with the teacher's predictions beside the
 labels.
 
+After a crash, a kill or Ctrl-C: the same command with --resume. See docs/reliability.md.
+
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 
 Source: Wang et al., "MiniLM", 2020, and "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021.

@@ -11,6 +11,8 @@ Stage 1 needs no label: the student's embedding, hidden states and attention map
 layers. Stage 2 learns the predictions. Both go into the time of the run, and --model.stage_1_epochs says how long
 the first one is.
 
+After a crash, a kill or Ctrl-C: the same command with --resume. See docs/reliability.md.
+
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 
 Source: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", 2020.

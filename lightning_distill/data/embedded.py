@@ -15,6 +15,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lightning_distill.arguments import integer, typed
+
 # Of the core dependencies, those with text enough; torch depends on networkx and sympy, lightning on numpy.
 _PACKAGES = ("matplotlib", "networkx", "numpy", "python", "sympy", "torch", "transformers")
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "_vendor", "vendor"}
@@ -27,6 +29,7 @@ _STRING = re.compile(
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
 
 
+@typed
 def embedded_corpus(max_rows_per_class: int = 1300, *, seed: int = 0) -> list[tuple[str, str]]:
     """Collect first paragraphs of docstrings, labelled by the package they come from.
 
@@ -92,6 +95,7 @@ def _paragraphs(root: Path, generator: random.Random) -> Iterator[str]:
                 yield paragraph
 
 
+@typed
 def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedTokenizerFast:
     """Train an uncased WordPiece tokenizer that frames texts as BERT does.
 
@@ -107,6 +111,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedT
         >>> tokenizer.decode(tokenizer("A tensor")["input_ids"])
         '[CLS] a tensor [SEP]'
     """
+    integer("vocab_size", vocab_size, 5)
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

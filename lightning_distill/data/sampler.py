@@ -9,9 +9,12 @@ import torch
 import torch.distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from lightning_distill.arguments import integer, typed
+
 _POOL = 50  # global batches sorted together: enough for little padding, few enough for a random order
 
 
+@typed
 class BucketBatchSampler(DistributedSampler):
     """Batches of similar length, in an order that is a function of the seed and the epoch alone.
 
@@ -63,6 +66,9 @@ class BucketBatchSampler(DistributedSampler):
             num_replicas = torch.distributed.get_world_size() if distributed else 1
         if rank is None:
             rank = torch.distributed.get_rank() if distributed else 0
+        integer("seed", seed, 0)
+        integer("num_replicas", num_replicas, 1)
+        integer("rank", rank, 0, num_replicas - 1)
         super().__init__(lengths, num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size

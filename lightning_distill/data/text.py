@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lightning_distill.arguments import integer, typed
 from lightning_distill.data import files, hub
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
 from lightning_distill.data.files import Table
@@ -93,6 +94,7 @@ class PadBatch:
         return batch
 
 
+@typed
 class TextClassificationData(L.LightningDataModule):
     """Labelled sentences, or pairs of sentences, for a Trainer.
 
@@ -162,6 +164,8 @@ class TextClassificationData(L.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_train_rows", max_train_rows)):
             if value is not None and value < 1:
                 raise ValueError(f"Expected argument `{name}` to be positive, but got {value}")
+        integer("num_workers", num_workers, 0)
+        integer("seed", seed, 0)
         if not 0 < val_split < 1:
             raise ValueError(f"Expected argument `val_split` to be between 0 and 1, but got {val_split}")
         if task not in ("classification", "regression"):
@@ -312,7 +316,7 @@ class TextClassificationData(L.LightningDataModule):
                 "Expected argument `tokenizer` to be a tokenizer or the name or folder of one, but got None"
             )
         if isinstance(self.tokenizer, str | Path):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
         if self.tokenizer.pad_token_id is None:
             raise ValueError(
                 "The tokenizer has no padding token; set it, for example `tokenizer.pad_token = tokenizer.eos_token`, "

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
 from lightning_distill import tasks
-from lightning_distill.arguments import between
+from lightning_distill.arguments import between, typed
 from lightning_distill.early_exit.criteria import AnyOf, Criterion
 from lightning_distill.early_exit.guarantee import harm_p_value, rows_needed
 from lightning_distill.early_exit.model import EarlyExitModel
@@ -132,6 +132,7 @@ class Calibration:
         plot_calibration(self, folder / "early_exit.png")
 
 
+@typed
 def calibrate(
     model: EarlyExitModel,
     dataloader: Iterable[Any],
@@ -190,6 +191,8 @@ def calibrate(
     "Efficiently Controlling Multiple Risks with Pareto Testing", 2023 (the path from a split of the data).
     """
     between("max_drop", max_drop, 0, 1)
+    if max_drop == 1:
+        raise ValueError("Expected argument `max_drop` to be below 1, but got 1; nothing would be promised.")
     between("confidence", confidence, 0.5, 1)
     between("search_share", search_share, 0.05, 0.9)
     criterion, ramps, depth = model.criterion, list(model.ramps.exits), model.depth

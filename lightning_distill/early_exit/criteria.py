@@ -6,12 +6,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_distill.arguments import between
+from lightning_distill.arguments import between, typed
 from lightning_distill.functional import agreement_run, confidence, margin, normalized_entropy
 
 State = tuple[Tensor, ...]
 
 
+@typed
 class Criterion:
     """A measure of how sure an exit is, and the threshold it must pass.
 
@@ -126,6 +127,7 @@ class LearnedGate(Criterion):
         return gate.float().sigmoid(), state
 
 
+@typed
 class Patience(Criterion):
     """Leaves where ``threshold`` exits in a row agreed with the one before them.
 

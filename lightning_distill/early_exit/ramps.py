@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_distill import tasks
-from lightning_distill.arguments import one_of
+from lightning_distill.arguments import integer, one_of, typed
 from lightning_distill.early_exit.criteria import Confidence, Criterion, criterion_from
 from lightning_distill.initialization import Policy, initialize
 from lightning_distill.signals import describe, find_layers, get_submodule
@@ -24,6 +24,7 @@ Exits = str | Sequence[int]
 WEIGHTS, CONFIG = "ramps.safetensors", "early_exit.json"
 
 
+@typed
 class Ramp(nn.Module):
     """A head after one layer: norm, pooling, an optional hidden layer, a linear layer.
 
@@ -279,6 +280,7 @@ def resolve_exits(exits: Exits, depth: int) -> list[int]:
     return chosen
 
 
+@typed
 def make_ramps(
     student: nn.Module,
     exits: Exits = "all",
@@ -334,9 +336,14 @@ def make_ramps(
     config = getattr(student, "config", None)
     if widths is None:
         widths = getattr(config, "hidden_size", None) or [_width(stack[: layer + 1]) for layer in chosen]
+    for width in [widths] if isinstance(widths, int) else widths:
+        integer("widths", width, 1)
     sizes = [widths] * len(chosen) if isinstance(widths, int) else list(widths)
     if num_outputs is None:
         num_outputs = getattr(config, "num_labels", None) or _width([student])
+    integer("num_outputs", num_outputs, 1)
+    if len(sizes) != len(chosen):
+        raise ValueError(f"Expected argument `widths` to have one per exit ({len(chosen)}), but got {list(sizes)}.")
     causal = any(getattr(module, "is_causal", False) for module in stack[0].modules())
     pooling: Pooling = "none" if task == "token_classification" else "last" if causal else "first"
     described = None if criterion is None else criterion.config()

@@ -6,6 +6,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from lightning_distill import functional
+from lightning_distill.arguments import typed
 from lightning_distill.functional.attention_map import AttentionDivergence
 from lightning_distill.layer_map import layer_map
 from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
@@ -53,6 +54,7 @@ class _AttentionObjective(Objective):
         )
 
 
+@typed
 class AttentionMap(_AttentionObjective):
     """Difference of attention maps, see :func:`lightning_distill.functional.attention_divergence`.
 
@@ -114,6 +116,7 @@ class AttentionMap(_AttentionObjective):
         return Loss(torch.stack(values).mean(0), mask)
 
 
+@typed
 class AttentionRelation(_AttentionObjective):
     """Self-attention relations of MiniLM and MiniLMv2, see :func:`lightning_distill.functional.relation`.
 

@@ -5,7 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.arguments import typed
 
+
+@typed
 class UncertaintyBalance(nn.Module):
     r"""Weights learned from the uncertainty of each objective.
 
@@ -48,6 +51,7 @@ class UncertaintyBalance(nn.Module):
         return ((-self.log_variance).exp() * ordered + self.log_variance / 2).sum()
 
 
+@typed
 class GradientNormBalance(nn.Module):
     r"""Weights under which every objective pulls equally hard.
 

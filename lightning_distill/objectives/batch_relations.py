@@ -9,12 +9,14 @@ from typing import ClassVar, Literal, get_args
 from torch import Tensor
 
 from lightning_distill import functional
+from lightning_distill.arguments import typed
 from lightning_distill.objectives.features import FeatureLayers, FeatureObjective, pool
 from lightning_distill.objectives.schedule import Scheduled
 
 Pooling = Literal["mean", "first", "flatten"]
 
 
+@typed
 class _Rows(FeatureObjective):
     """Compares one vector per row; widths may differ, and no projection is made."""
 
@@ -145,6 +147,7 @@ class RelationalAngle(_Rows):
         return functional.relational_angle(student, teacher, mask=mask, reduction="none")
 
 
+@typed
 class Contrastive(_Rows):
     """Finding the teacher's row of the same input, see :func:`lightning_distill.functional.contrastive`.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill import functional
+from lightning_distill.arguments import typed
 from lightning_distill.functional.reduction import full_precision
 from lightning_distill.layer_map import layer_map
 from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
@@ -18,6 +19,7 @@ from lightning_distill.signals import ModelInfo, Request, Signals
 FeatureLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]] | None
 
 
+@typed
 class FeatureObjective(Objective):
     """Compares features of paired layers; subclasses define :meth:`compare`.
 
@@ -238,6 +240,7 @@ class PatientHiddenState(FeatureObjective):
         return functional.normalized_mse(s, t, mask=_row_mask(mask), reduction="none")
 
 
+@typed
 class NeuronSelectivity(FeatureObjective):
     """Where each neuron is active (NST), see :func:`lightning_distill.functional.neuron_selectivity`.
 

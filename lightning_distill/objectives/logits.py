@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill import functional
+from lightning_distill.arguments import typed
 from lightning_distill.functional.soft_target import Divergence
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled, value_at
@@ -30,6 +31,7 @@ class _Softened(Objective):
         return f"{super().extra_repr()}, temperature={self.temperature}"
 
 
+@typed
 class SoftTarget(_Softened):
     """The teacher's softened prediction, see :func:`lightning_distill.functional.soft_target`.
 
@@ -93,6 +95,7 @@ class SoftTarget(_Softened):
         return Loss(values, student.mask)
 
 
+@typed
 class TopKSoftTarget(_Softened):
     """The teacher's k best classes and its tail's mass, see :func:`lightning_distill.functional.top_k_soft_target`.
 
@@ -135,6 +138,7 @@ class TopKSoftTarget(_Softened):
         return Loss(values, student.mask)
 
 
+@typed
 class Decoupled(_Softened):
     """Target and non-target part of the soft target apart, see :func:`lightning_distill.functional.decoupled`.
 
@@ -191,6 +195,7 @@ class Decoupled(_Softened):
         return Loss(values, mask)
 
 
+@typed
 class LogitsMSE(Objective):
     """Mean squared difference of the logits, see :func:`lightning_distill.functional.logits_mse`.
 
@@ -215,6 +220,7 @@ class LogitsMSE(Objective):
         return Loss(values, student.mask)
 
 
+@typed
 class HardLabel(Objective):
     """The labels of the data: cross entropy, or squared error where labels are floating point or there is one logit.
 

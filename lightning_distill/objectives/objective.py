@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.arguments import typed
 from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals import ModelInfo, Request, Signals, is_within, near
 
@@ -46,6 +47,7 @@ class Loss(NamedTuple):
         return self.sum() / self.count().clamp(min=1)
 
 
+@typed
 class Objective(nn.Module):
     """One thing the student learns from the teacher or the data. Subclasses define :meth:`forward`.
 
@@ -187,12 +189,17 @@ def named(objectives: Sequence[Objective] | Mapping[str, Objective]) -> dict[str
         objectives: A list, or a dictionary that names them.
 
     Raises:
+        TypeError: If it is something else.
         ValueError: If there is none, two have one name, or all have weight 0.
     """
+    given: Any = objectives.values() if isinstance(objectives, Mapping) else objectives
+    if not isinstance(objectives, (Mapping, Sequence)) or not all(isinstance(each, Objective) for each in given):
+        raise TypeError(
+            f"Expected argument `objectives` to be a list or a dictionary of objectives, but got {objectives!r}."
+        )
     if not objectives:
         raise ValueError("Expected argument `objectives` to have at least one objective, but got none.")
-    values = list(objectives.values() if isinstance(objectives, Mapping) else objectives)
-    constant = [value.constant_weight for value in values]
+    constant = [objective.constant_weight for objective in given]
     if not any(weight is None or weight > 0 for weight in constant):
         raise ValueError(f"Expected argument `objectives` to have a weight above 0, but got the weights {constant}.")
     if isinstance(objectives, Mapping):

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from lightning_distill.arguments import between, finite, typed
+
 #: A number, or a function of the training's progress in [0, 1].
 Scheduled = float | Callable[[float], float]
 
@@ -26,6 +28,7 @@ def value_at(scheduled: Scheduled, progress: float) -> float:
     return float(scheduled(progress)) if callable(scheduled) else scheduled
 
 
+@typed
 @dataclass(frozen=True)
 class LinearSchedule:
     """From one number to another in a straight line.
@@ -52,6 +55,10 @@ class LinearSchedule:
     finish: float = 1.0
 
     def __post_init__(self) -> None:
+        finite("start", self.start)
+        finite("end", self.end)
+        for name, value in (("begin", self.begin), ("finish", self.finish)):
+            between(name, value, 0, 1, closed=True)
         if not 0 <= self.begin < self.finish <= 1:
             raise ValueError(
                 "Expected arguments `begin` and `finish` to satisfy 0 <= begin < finish <= 1, but got "
@@ -66,6 +73,7 @@ class LinearSchedule:
         return min(max((progress - self.begin) / (self.finish - self.begin), 0.0), 1.0)
 
 
+@typed
 @dataclass(frozen=True)
 class CosineSchedule(LinearSchedule):
     """From one number to another along half a cosine, slow at both ends.
@@ -90,6 +98,7 @@ class CosineSchedule(LinearSchedule):
         return (1 - math.cos(math.pi * super()._share(progress))) / 2
 
 
+@typed
 @dataclass(frozen=True)
 class StepSchedule:
     """One number after the other.
@@ -112,6 +121,10 @@ class StepSchedule:
     milestones: list[float]
 
     def __post_init__(self) -> None:
+        for value in self.values:
+            finite("values", value)
+        for milestone in self.milestones:
+            between("milestones", milestone, 0, 1, closed=True)
         bounds = [0.0, *self.milestones, 1.0]
         if len(self.values) != len(self.milestones) + 1 or bounds != sorted(bounds):
             raise ValueError(

@@ -6,9 +6,10 @@ from typing import Any
 
 from torch import nn
 
-from lightning_distill.arguments import between
+from lightning_distill.arguments import between, typed
 
 
+@typed
 def parameter_groups(
     module: nn.Module,
     lr: float,

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_distill.arguments import one_of
+from lightning_distill.arguments import between, integer, one_of, typed
 from lightning_distill.optim.groups import parameter_groups
 
 
@@ -50,6 +50,7 @@ Name = Literal[
 ]
 
 
+@typed
 def build_optimizer(
     module: nn.Module,
     name: Name = "adamw",
@@ -132,6 +133,13 @@ def build_optimizer(
             raise ValueError(f"Expected argument `{option}` to be left out for {name!r}, which has {allowed}.")
     if source.library == "bitsandbytes.optim" and not torch.cuda.is_available():
         raise ValueError(f"Expected argument `name` to be an optimizer for this machine, but {name!r} needs CUDA.")
+    for option, number in (("eps", eps), ("momentum", momentum), ("dampening", dampening), ("alpha", alpha)):
+        if number is not None:
+            between(option, number, 0, closed=True)
+    for beta in betas or ():
+        between("betas", beta, 0, 1, closed=True)
+    if warmup_steps is not None:
+        integer("warmup_steps", warmup_steps, 0)
     groups = parameter_groups(module, lr, weight_decay, lr_by_name=lr_by_name, layer_decay=layer_decay)
     if name == "muon":
         groups = _split_for_muon(module, groups, adamw_lr)

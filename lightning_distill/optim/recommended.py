@@ -3,7 +3,7 @@
 import warnings
 from typing import Literal, NamedTuple
 
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 
 _TASKS = {
     "classification": (1e-5, 3e-5),
@@ -45,6 +45,7 @@ class LRRange(NamedTuple):
             )
 
 
+@typed
 def recommended_lr(
     task: Literal["classification", "regression", "token_classification", "generation"] = "classification",
     method: Literal["full", "head", "lora"] = "full",

@@ -6,12 +6,13 @@ import lightning as L
 from torch.optim import Optimizer, lr_scheduler
 from transformers import SchedulerType, get_scheduler
 
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 
 _TORCH = ("step", "reduce_on_plateau", "one_cycle", "cyclic", "wsd")
 _PLATEAU = ("reduce_on_plateau", "reduce_lr_on_plateau", "greedy")
 
 
+@typed
 def build_lr_scheduler(
     module: L.LightningModule,
     optimizer: Optimizer,
@@ -92,7 +93,10 @@ def build_lr_scheduler(
             options["min_lr_ratio"] = min_lr_ratio
         elif min_lr_ratio:
             name, options["min_lr_rate"] = "cosine_with_min_lr", min_lr_ratio
-        made = get_scheduler(name, optimizer, warmup_steps, total, options)
+        try:
+            made = get_scheduler(name, optimizer, warmup_steps, total, options)
+        except TypeError as error:
+            raise ValueError(f"Expected argument `options` to fit {name!r}, but got {options}: {error}.") from error
     return {**config, "scheduler": made}
 
 

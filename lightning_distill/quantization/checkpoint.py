@@ -1,9 +1,9 @@
 """The common GPTQ checkpoint: a folder with safetensors, config.json and quantize_config.json."""
 
-import importlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -188,14 +188,19 @@ def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
     if "class_path" in config:
         module, _, name = config["class_path"].rpartition(".")
         try:
-            built: nn.Module = getattr(importlib.import_module(module), name)(**config["init_args"])
+            # Only a class that the program has imported itself: a folder from elsewhere could name any function, with
+            # any arguments, and importing a module runs it.
+            kind = getattr(sys.modules[module], name) if module in sys.modules else None
+            if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+                raise ImportError("it is no nn.Module that was imported; import its module before")
+            built: nn.Module = kind(**config["init_args"])
         except (ImportError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"Expected config.json to say how to build {config['class_path']}, but it failed: {error}. Pass a "
                 "float model of the same shape as `model`."
             ) from error
         return built
-    settings = transformers.AutoConfig.from_pretrained(folder)
+    settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
     architecture: Any = getattr(transformers, (settings.architectures or [""])[0], None)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     transformers.utils.logging.disable_progress_bar()
     model = load_pretrained(arguments.model, "--model")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"Expected argument `--model` to hold a tokenizer, but got {arguments.model}: {str(error).splitlines()[0]}"

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lightning_distill.arguments import typed
+
 BITS = (2, 3, 4, 8)
 #: Columns that are corrected at once for everything before them, and within those, for everything in the same block.
 BLOCK, SUB_BLOCK = 128, 32
@@ -170,6 +172,7 @@ def _nearest(values: Tensor, scale: Tensor, zero: Tensor, top: int) -> Tensor:
     return (values / scale).round_().clamp_(-zero, top - zero).mul_(scale)
 
 
+@typed
 def gptq_layer(
     weight: Tensor,
     hessian: Tensor | None,

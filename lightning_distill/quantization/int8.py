@@ -13,12 +13,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_distill.arguments import one_of
+from lightning_distill.arguments import one_of, typed
 from lightning_distill.pretrained import architecture_of
 from lightning_distill.quantization.model import EXCLUDE, matches
 from lightning_distill.tasks import logits_of
 
 
+@typed
 def quantize_int8(model: nn.Module, *, exclude: Sequence[str] = EXCLUDE) -> nn.Module:
     """Make a copy whose linear layers multiply in int8: weights per output, activations per token, as they come.
 
@@ -105,7 +106,7 @@ def _load_bitsandbytes(folder: str | os.PathLike[str], exclude: Sequence[str], *
     _require("bitsandbytes", "bitsandbytes")
     architecture = architecture_of(os.fspath(folder), "folder")
     with torch.device("meta"):
-        empty = architecture(transformers.AutoConfig.from_pretrained(folder))
+        empty = architecture(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
     left = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and matches(name, exclude)]
     config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=left or ["-"], **settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_distill.arguments import between, typed
 from lightning_distill.quantization.calibration import Forward, calibrate, call_model, first_batches
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.finished import FinishedLayers
@@ -52,6 +53,7 @@ class LayerReport:
     note: str = ""
 
 
+@typed
 def quantize(
     model: nn.Module,
     dataloader: Iterable[Any] | None,
@@ -129,6 +131,7 @@ def quantize(
         >>> all(layer.error < layer.rounding_error for layer in report)
         True
     """
+    between("damp_percent", damp_percent, 0, 1, closed=True)
     check_options(
         bits,
         group_size,
@@ -155,8 +158,9 @@ def quantize(
         reports[name] = LayerReport(name, (0, 0), 0, 0, 0.0, 0.0, 0.0, f"left in floating point: {note}")
     if not plan:
         raise ValueError(
-            f"Expected arguments `include` {list(include)} and `exclude` {list(exclude)} to leave linear layers that "
-            f"the format can hold, but none is left of {len(layers)}; their widths must divide by 32."
+            f"Expected arguments `include` {list(include)}, `exclude` {list(exclude)} and `bits_by_pattern` "
+            f"{dict(bits_by_pattern or {})} to leave linear layers that the format can hold, but none is left of "
+            f"{len(layers)}; their widths must divide by 32."
         )
     options: dict[str, Any] = {
         "sym": sym, "desc_act": desc_act, "static_groups": static_groups, "mse": mse, "damp_percent": damp_percent

@@ -11,7 +11,16 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
-from lightning_distill.callbacks import GPTQ, EarlyExit, GradientClipping, InitPolicy, LossAdvice, LRFinder
+from lightning_distill.callbacks import (
+    GPTQ,
+    EarlyExit,
+    FiniteLoss,
+    GradientClipping,
+    InitPolicy,
+    LossAdvice,
+    LRFinder,
+    Resumable,
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,8 @@ ROWS = [
             {"init": "magic"},
         ),
     ),
+    Row(FiniteLoss, {"max_skipped": 2}, bad=({"max_skipped": -1}, {"max_skipped": 0.5}, {"max_skipped": "all"})),
+    Row(Resumable, {"seed": 3}, bad=({"seed": -1}, {"seed": 2**32}, {"seed": None}, {"resume_hint": 3})),
     Row(LossAdvice, {"window": 2}, bad=({"window": 0}, {"min_fall": 2.0})),
     Row(
         InitPolicy,
