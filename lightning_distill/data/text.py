@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lightning_distill.data import files, hub
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
 from lightning_distill.data.files import Table
-from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader
+from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader, loader_options
 
 Row = tuple[Any, ...]
 
@@ -337,12 +337,7 @@ class TextClassificationData(L.LightningDataModule):
         return DataLoader(self._datasets[split], batch_size=self.batch_size, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": self.collate,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
+        return {"collate_fn": self.collate, **loader_options(self.num_workers)}
 
     def train_dataloader(self) -> DataLoader:
         """Batches of similar length in a random order."""
