@@ -30,7 +30,8 @@ from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
 from lightning_distill.measure import throughput
-from lightning_distill.recipe import TextRun, say, text_parser
+from lightning_distill.phases import say
+from lightning_distill.recipe import TextRun, text_parser
 
 LR = 2e-3  # ramps are small and new; the models they stand on do not move
 

@@ -149,6 +149,6 @@ def check_packing(model: nn.Module, name: str = "model") -> None:
     if not torch.allclose(packed[:, 3:], alone, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"Expected argument `{name}` to keep packed documents apart by their `position_ids`, but a "
-            f"`{type(model).__name__}` lets them attend to each other. Load it with `attn_implementation=\"sdpa\"`, or "
+            f'`{type(model).__name__}` lets them attend to each other. Load it with `attn_implementation="sdpa"`, or '
             "give it one document a row."
         )
