@@ -76,6 +76,11 @@ class LanguageRun(Run):
                 f"--data.max_length is {self.data.max_length}, and the teacher has {positions} positions; lower it"
             )
         check_packing(self.teacher, "--model.teacher")
+        if self.config.generation.on_policy and not any(o.needs_teacher for o in self.objectives or ()):
+            raise ValueError(
+                "--generation.on_policy needs an objective that reads the teacher: the student's own text has no other "
+                "score"
+            )
 
     @property
     def _sampling(self) -> dict[str, Any]:
@@ -160,7 +165,7 @@ class LanguageRun(Run):
         if prompts:
             found = more["speculative"]
             print(
-                f"As a draft: {found['acceptance']:.1%} of its tokens accepted, {found['acceptance_before']:.1%} before "
+                f"As a draft: {found['acceptance']:.1%} accepted, {found['acceptance_before']:.1%} before "
                 f"distillation; {found['tokens_per_teacher_call']:.2f} tokens per teacher call, speed x "
                 f"{found['speedup']:.2f}"
             )
