@@ -1,25 +1,21 @@
 """Plain text for language models, from files, from the hub or from memory, packed into rows of one length."""
 
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import lightning as L
-from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import between
 from lightning_distill.data import files, hub
 from lightning_distill.data.embedded import embedded_corpus, train_causal_tokenizer
+from lightning_distill.data.module import Split, TextData
 from lightning_distill.data.packing import Document, PackedText
-from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader, loader_options
-
-Split = Literal["train", "val", "test"]
 
 
-class LanguageModelData(L.LightningDataModule):
+class LanguageModelData(TextData):
     """Documents for a causal language model, packed into rows of ``max_length`` tokens.
 
     Documents are framed as their tokenizer frames them (many put a first token, few a last one), and none attends to
@@ -76,7 +72,7 @@ class LanguageModelData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, batch_size, seed, num_workers)
         if text_files and hub_dataset is not None:
             raise ValueError("Expected one of the arguments `text_files` and `hub_dataset`, but got both")
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
@@ -91,17 +87,12 @@ class LanguageModelData(L.LightningDataModule):
         self.separator = separator
         self.text_column = text_column
         self.hub_dataset = hub_dataset
-        self.tokenizer = tokenizer
         self.add_eos = add_eos
-        self.batch_size = batch_size
         self.max_length = max_length
         self.val_split = val_split
         self.max_train_documents = max_train_documents
-        self.seed = seed
-        self.num_workers = num_workers
         self._given: dict[str, Sequence[str]] = {}
         self._documents: dict[str, list[Document]] = {}
-        self._datasets: dict[str, PackedText] = {}
 
     @classmethod
     def from_texts(
@@ -207,39 +198,10 @@ class LanguageModelData(L.LightningDataModule):
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         self._datasets[split] = PackedText(documents, self.max_length, pad)
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise ValueError(
-                "Expected argument `tokenizer` to be a tokenizer or the name or folder of one, but got None"
-            )
-        if isinstance(self.tokenizer, str | Path):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        return self.tokenizer
-
     def dataset(self, split: Split) -> PackedText:
         """The packed rows of a split, after ``setup``."""
-        return self._datasets[split]
-
-    def _loader(self, split: Split, shuffle: bool) -> DataLoader:
-        dataset, options = self.dataset(split), loader_options(self.num_workers)
-        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            return DataLoader(dataset, batch_size=self.batch_size, **options)  # Lightning replaces the sampler then
-        sampler = BucketBatchSampler([self.max_length] * len(dataset), self.batch_size, seed=self.seed, shuffle=shuffle)
-        return ResumableDataLoader(dataset, sampler, **options)
-
-    def train_dataloader(self) -> DataLoader:
-        """Rows in a random order."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Each validation row once."""
-        return self._loader("val", shuffle=False)
-
-    def test_dataloader(self) -> DataLoader:
-        """Each test row once."""
-        return self._loader("test", shuffle=False)
-
-    predict_dataloader: Callable[..., DataLoader] = test_dataloader
+        dataset: PackedText = self._datasets[split]
+        return dataset
 
 
 def _listed(paths: list[str] | str | None) -> list[str]:

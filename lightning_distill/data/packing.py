@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from lightning_distill.tasks import IGNORE_INDEX, call_model, logits_of
+from lightning_distill.teacher import evaluating
 
 
 class Document(NamedTuple):
@@ -84,6 +85,11 @@ class PackedText(Dataset):
         """How many tokens are predicted."""
         return int((self._labels != IGNORE_INDEX).sum())
 
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row, all alike."""
+        return [self._input_ids.shape[1]] * len(self)
+
     def __len__(self) -> int:
         return len(self._input_ids)
 
@@ -137,15 +143,12 @@ def check_packing(model: nn.Module, name: str = "model") -> None:
         >>> check_packing(LlamaForCausalLM(config))
     """
     device = next(model.parameters()).device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     rows: list[dict[str, Any]] = [
         {"input_ids": torch.tensor([ids], device=device), "position_ids": torch.tensor([positions], device=device)}
         for ids, positions in (([1, 2, 3, 2, 1, 3], [0, 1, 2, 0, 1, 2]), ([2, 1, 3], [0, 1, 2]))
     ]
-    packed, alone = (logits_of(call_model(model, row)) for row in rows)
-    for module, mode in training.items():
-        module.training = mode
+    with evaluating(model):
+        packed, alone = (logits_of(call_model(model, row)) for row in rows)
     if not torch.allclose(packed[:, 3:], alone, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"Expected argument `{name}` to keep packed documents apart by their `position_ids`, but a "

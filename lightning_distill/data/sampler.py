@@ -183,16 +183,3 @@ class ResumableDataLoader(DataLoader):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration start at the first batch that had not been received."""
         self.batch_sampler.load_state_dict(state)
-
-
-def loader_options(num_workers: int) -> dict[str, Any]:
-    """Arguments that every dataloader of this package has in common.
-
-    Args:
-        num_workers: worker processes.
-    """
-    return {
-        "num_workers": num_workers,
-        "persistent_workers": num_workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-    }

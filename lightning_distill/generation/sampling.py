@@ -12,36 +12,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_distill.arguments import between, one_of
+from lightning_distill.signals import describe
 from lightning_distill.tasks import IGNORE_INDEX
+from lightning_distill.teacher import evaluating
 
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 Prompt = Sequence[int] | Tensor
-
-
-@contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Have models in eval, and each of their modules as it was when the block ends.
-
-    Args:
-        *models: The models.
-
-    Example:
-        >>> from torch import nn
-        >>> model = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.1).eval())
-        >>> with evaluating(model):
-        ...     print(model.training)
-        False
-        >>> model.training, model[0].training, model[1].training
-        (True, True, False)
-    """
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager
@@ -116,7 +92,10 @@ def settings(
         one_of("cache_implementation", cache_implementation, CACHES)
         cache["cache_implementation"] = cache_implementation
     if cache_implementation == "quantized":
-        cache["cache_config"] = {"backend": _quantized_backend()}
+        info = describe(model)
+        # Tokens share a scale in groups that must divide what a token keeps: its key-value heads.
+        kept = (info.num_key_value_heads or 1) * (info.head_width or 1)
+        cache["cache_config"] = {"backend": _quantized_backend(), "q_group_size": math.gcd(64, kept)}
     drawn = {"temperature": float(temperature), "top_p": float(top_p), "top_k": 0} if do_sample else {}
     eos = end_tokens(model)
     return transformers.GenerationConfig(
@@ -239,7 +218,7 @@ def generate(
         >>> batch["attention_mask"][:, :3].tolist(), batch["labels"][:, :3].unique().tolist()
         ([[1, 1, 1], [0, 0, 1]], [-100])
     """
-    transformer: Any = model
+    writer: Any = model
     device = next(model.parameters()).device
     ids, mask = pad_prompts(prompts, pad_token(model) if hasattr(model, "config") else 0, device)
     config = settings(
@@ -253,7 +232,7 @@ def generate(
         cache_implementation=cache_implementation,
     )
     with evaluating(model), seeded(seed, device):
-        sequences = transformer.generate(
+        sequences = writer.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus
         )
     return _as_batch(sequences, mask, end_tokens(model))

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill import preflight
-from lightning_distill.generation.sampling import Prompt, evaluating, pad_prompts, pad_token, seeded, settings
+from lightning_distill.generation.sampling import Prompt, pad_prompts, pad_token, seeded, settings
 from lightning_distill.generation.speed import tokens_per_second
+from lightning_distill.teacher import evaluating
 
 
 @dataclass

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_distill import DistillationModule
 from lightning_distill.data import Document, LanguageModelData, PackedText, train_causal_tokenizer
 from lightning_distill.generation import OnPolicyDistillation
-from lightning_distill.objectives import HardLabel, SoftTarget
+from lightning_distill.objectives import AttentionRelation, HardLabel, HiddenState, SoftTarget
 from tests.helpers.models import llama
 
 TOKENIZER = train_causal_tokenizer(["text"], vocab_size=262)
@@ -208,8 +208,8 @@ def test_two_processes_write_at_the_same_steps_different_text_and_stay_together(
     assert not any(torch.equal(a, b) for a, b in zip(*texts, strict=True))
 
 
-def test_accumulated_on_policy_batches_train(tmp_path: Path) -> None:
-    made = module(on_policy=1.0)
+def test_accumulated_on_policy_batches_train_with_objectives_on_layers_too(tmp_path: Path) -> None:
+    made = module([SoftTarget(1.0), HiddenState(weight=0.1), AttentionRelation(weight=0.1)], on_policy=1.0)
     start = {name: value.clone() for name, value in made.state_dict().items()}
     fit(made, tmp_path, accumulate_grad_batches=2)
     assert made.global_step == 4
@@ -264,3 +264,23 @@ def test_a_batch_in_which_every_label_is_masked_is_refused(tmp_path: Path) -> No
             accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1, default_root_dir=tmp_path,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         ).fit(module(on_policy=0.0), datamodule=Masked())  # fmt: skip
+
+
+def test_its_arguments_are_in_its_checkpoint(tmp_path: Path) -> None:
+    for name, layers in (("teacher", 3), ("student", 2)):
+        llama(layers=layers).save_pretrained(tmp_path / name)
+    made = OnPolicyDistillation(
+        str(tmp_path / "teacher"),
+        str(tmp_path / "student"),
+        on_policy=0.25,
+        prompt_length=3,
+        max_new_tokens=7,
+        top_p=0.9,
+    )
+    trainer = L.Trainer(logger=False, accelerator="cpu", barebones=False, enable_checkpointing=False)
+    trainer.strategy.connect(made)
+    trainer.save_checkpoint(tmp_path / "module.ckpt")
+    again = OnPolicyDistillation.load_from_checkpoint(tmp_path / "module.ckpt", weights_only=True)
+    assert (again.on_policy, again.prompt_length, again.sampling) == (0.25, 3, made.sampling)
+    for name, value in made.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])

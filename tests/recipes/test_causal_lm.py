@@ -71,7 +71,7 @@ def test_summary_student_and_curves(main: Any, flags: list[str], tmp_path: Path,
     for row in data.dataset("test"):
         labels = row["labels"][1:]
         inputs = {name: row[name][None] for name in ("input_ids", "position_ids")}
-        log_probs = student(**inputs, use_cache=False).logits[0, :-1].log_softmax(-1)[labels != -100]
+        log_probs = student(**inputs, use_cache=False).logits[0, :-1].detach().log_softmax(-1)[labels != -100]
         nats -= float(log_probs.gather(-1, labels[labels != -100][:, None]).sum())
         tokens += int((labels != -100).sum())
     assert found["student"]["perplexity"] == pytest.approx(2.718281828 ** (nats / tokens), rel=1e-4)
