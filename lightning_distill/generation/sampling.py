@@ -120,7 +120,7 @@ def _quantized_backend() -> str:
             return backend
     raise ModuleNotFoundError(
         "Expected argument `cache_implementation` to name a cache that can be had, but 'quantized' needs "
-        "optimum-quanto or hqq; run: pip install optimum-quanto"
+        'optimum-quanto or hqq; run: pip install "lightning-distill[quantized-cache]"'
     )
 
 

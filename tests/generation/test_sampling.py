@@ -152,12 +152,12 @@ def test_a_model_that_cannot_write_and_a_cache_without_its_package(monkeypatch: 
     with pytest.raises(TypeError, match="causal language model of transformers"):
         generate(nn.Linear(2, 2), [[1]])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match="pip install optimum-quanto"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install .lightning-distill\[quantized-cache\]"):
         generate(model(), [[1]], max_new_tokens=2, cache_implementation="quantized")
 
 
 def test_a_quantised_cache_writes_nearly_what_the_exact_one_does() -> None:
-    pytest.importorskip("optimum.quanto", reason="needs optimum-quanto")
+    pytest.importorskip("optimum.quanto", reason="needs the extra `quantized-cache`")
     teacher = model(eos_token_id=None)
     exact, coarse = (
         generate(teacher, PROMPTS, max_new_tokens=8, do_sample=False, cache_implementation=cache)["input_ids"]
