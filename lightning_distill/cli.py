@@ -13,7 +13,6 @@ import lightning as L
 import transformers
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -45,7 +44,13 @@ _EXPECTED_WARNINGS = (
 )
 
 
-def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[str, Any]) -> ArgumentParser:
+def recipe_parser(
+    description: str | None,
+    *,
+    output_dir: str,
+    defaults: dict[str, Any],
+    data: type[L.LightningDataModule] = TextClassificationData,
+) -> ArgumentParser:
     """Make the parser of a recipe: ``--data.*``, ``--trainer.*``, ``--config`` and the rest.
 
     ``--optimizer lion``, ``--lr_scheduler cosine`` and ``--init_policy auto`` are short for ``--optimizer.name lion``
@@ -56,6 +61,7 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
         description: The recipe's docstring, shown by ``--help``.
         output_dir: Default of ``--output_dir``.
         defaults: Defaults that differ from those of the classes, by flag: ``{"trainer.max_epochs": 3}``.
+        data: The class that ``--data.*`` describe; its tokenizer and seed are the recipe's.
 
     Returns:
         A parser to which the recipe adds flags of its own.
@@ -66,7 +72,7 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output_dir that was cut")
     parser.add_argument("--save_every_n_steps", type=int, default=500, help="steps that a crash costs at most")
-    parser.add_class_arguments(TextClassificationData, "data", instantiate=False, skip={"tokenizer", "seed"})
+    parser.add_class_arguments(data, "data", instantiate=False, skip={"tokenizer", "seed"})
     parser.add_function_arguments(build_optimizer, "optimizer", skip={"module"})
     parser.add_function_arguments(build_lr_scheduler, "lr_scheduler", skip={"module", "optimizer"})
     parser.add_class_arguments(GradientClipping, "gradient_clipping", instantiate=False)

@@ -303,8 +303,10 @@ class DistillationModule(L.LightningModule):
         if where in self._checked and not (labels is not None and labels.device.type == "cpu"):
             return
         field = "vocab_size" if self.task in ("masked_lm", "causal_lm") else "num_labels"
-        num_classes = getattr(getattr(self.student, "config", None), field, None)
-        preflight.check_batch(self.task, batch, num_classes, f"a batch of the {where} data")
+        config, name = getattr(self.student, "config", None), f"a batch of the {where} data"
+        preflight.check_batch(self.task, batch, getattr(config, field, None), name)
+        if self.task == "causal_lm":
+            preflight.check_length(batch, config, name)
         self._checked.add(where)
 
     def _step(self, role: str, model: nn.Module, batch: Any) -> Signals:

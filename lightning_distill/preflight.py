@@ -1,8 +1,12 @@
 """Questions asked before the first step, each answered by an error that says what to do."""
 
+import json
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -28,13 +32,48 @@ def check_pair(student: nn.Module, teacher: nn.Module, task: tasks.Task) -> Tens
     check_not_shared(student, teacher)
     student_config, teacher_config = getattr(student, "config", None), getattr(teacher, "config", None)
     if task in ("masked_lm", "causal_lm"):
-        _check_equal("vocab_size", student_config, teacher_config, "Give the student the teacher's tokenizer.")
+        check_vocabulary(student, teacher)
         return None
     _check_equal("num_labels", student_config, teacher_config, "Load both with the same number of classes.")
     student_labels, teacher_labels = (getattr(config, "label2id", None) for config in (student_config, teacher_config))
     if task == "regression" or not student_labels or not teacher_labels:
         return None
     return align_labels(student_labels, teacher_labels)
+
+
+def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuse two language models whose token ids do not mean the same.
+
+    Args:
+        student: The model that learns, or drafts.
+        teacher: The model that is imitated.
+
+    Raises:
+        ValueError: If their vocabularies differ in size, or the tokenizers beside their weights differ.
+    """
+    configs = getattr(student, "config", None), getattr(teacher, "config", None)
+    advice = (
+        "Give the student the teacher's tokenizer; to distil between different tokenizers, use "
+        "`objectives.UniversalLogit`."
+    )
+    _check_equal("vocab_size", *configs, advice)
+    paths = [getattr(config, "name_or_path", "") for config in configs]
+    if paths[0] == paths[1] or not all(paths):
+        return
+    vocabularies = [_vocabulary(path) for path in paths]
+    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        raise ValueError(
+            "Expected arguments `student` and `teacher` to have the same tokenizer, but those of "
+            f"{paths[0]!r} and {paths[1]!r} give other ids to the same tokens. {advice}"
+        )
+
+
+def _vocabulary(path: str) -> Any:
+    """The tokens in a model's ``tokenizer.json``; None where there is none on this machine."""
+    file = transformers.utils.cached_file(
+        path, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
+    )
+    return None if file is None else json.loads(Path(file).read_text())["model"].get("vocab")
 
 
 def check_not_shared(student: nn.Module, teacher: nn.Module) -> None:
@@ -85,6 +124,29 @@ def check_batch(task: tasks.Task, batch: Any, num_classes: int | None, where: st
             "logit) for real-valued labels."
         )
     _check_range(labels, num_classes, where)
+
+
+def check_length(batch: Any, config: Any, where: str) -> None:
+    """Refuse rows, or packed documents, that are longer than the positions of a model.
+
+    Args:
+        batch: The batch.
+        config: The model's config, or None.
+        where: Words that name the batch in the error.
+
+    Raises:
+        ValueError: If so. Rotary positions would go on in silence, beyond what the model was trained on.
+    """
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or not isinstance(batch, Mapping) or "input_ids" not in batch:
+        return
+    given = batch.get("position_ids")
+    longest = batch["input_ids"].shape[1] if given is None else int(given.max()) + 1
+    if longest > positions:
+        raise ValueError(
+            f"Expected {where} to fit into the {positions} positions of the models, but got {longest} tokens in a row. "
+            "Cut the texts, for example by `max_length`."
+        )
 
 
 def _check_range(labels: Tensor, num_classes: int, where: str) -> None:

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
@@ -25,69 +25,71 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in _VERSIONED}}
 
 
-def ratios(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, float]:
+class Column(NamedTuple):
+    """What one column of a report shows of each model.
+
+    Attributes:
+        title: What stands above it.
+        key: The key in the model's row.
+        form: How a number is written.
+        scale: Factor of the number before it is written.
+        name: What the ratio of student to teacher is called in ``summary.json``; empty: as the key; None: it has none.
+    """
+
+    title: str
+    key: str
+    form: str
+    scale: float = 1.0
+    name: str | None = ""
+
+
+def ratios(student: Mapping[str, Any], teacher: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, float]:
     """How the student stands to the teacher: each ratio is student / teacher.
 
     Args:
-        student: A row of ``summary.json``: ``parameters``, ``bytes``, ``latency_ms_batch1``, ``metric`` ...
+        student: A row of ``summary.json``.
         teacher: The teacher's row.
+        columns: Which of its numbers.
 
     Returns:
-        ``parameters``, ``bytes``, ``latency_batch1``, ``latency_batch32`` and ``metric_retained``.
+        The ratios by the names of the columns that have one.
 
     Example:
-        >>> from lightning_distill.report import ratios
-        >>> row = {"parameters": 10, "bytes": 40, "latency_ms_batch1": 2.0, "latency_ms_batch32": 8.0, "metric": 0.9}
-        >>> ratios({**row, "metric": 0.81}, row)["metric_retained"]
-        0.9
+        >>> from lightning_distill.report import Column, ratios
+        >>> columns = [Column("size", "bytes", "{}"), Column("accuracy", "metric", "{}", name="metric_retained")]
+        >>> ratios({"bytes": 10, "metric": 0.81}, {"bytes": 40, "metric": 0.9}, columns)
+        {'bytes': 0.25, 'metric_retained': 0.9}
     """
-    keys = {
-        "parameters": "parameters",
-        "bytes": "bytes",
-        "latency_batch1": "latency_ms_batch1",
-        "latency_batch32": "latency_ms_batch32",
-        "metric_retained": "metric",
+    return {
+        column.name or column.key: round(student[column.key] / teacher[column.key], 4)
+        for column in columns
+        if column.name is not None
     }
-    return {name: round(student[key] / teacher[key], 4) for name, key in keys.items()}
 
 
-def print_table(rows: Mapping[str, Mapping[str, Any]], *, reference: str, title: str) -> None:
+def print_table(
+    rows: Mapping[str, Mapping[str, Any]], columns: Sequence[Column], *, reference: str, title: str
+) -> None:
     """Print models side by side, each with its ratio to one of them.
 
     Args:
         rows: A row of ``summary.json`` by the name of its model.
+        columns: What is shown of each.
         reference: The name of the model that the ratios are to.
         title: What stands above the table.
     """
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
-    name = rows[reference]["metric_name"]
-    for column in ("parameters", "on disk", f"{name} (test)", "agreement", "batch 1", "batch 32"):
-        table.add_column(column, justify="right")
+    for column in columns:
+        table.add_column(column.title, justify="right")
     for model, row in rows.items():
-        table.add_row(
-            model.replace("_", " "),
-            f"{row['parameters'] / 1e6:.2f} M",
-            f"{row['bytes'] / 1e6:.1f} MB",
-            f"{row['metric']:.4f}",
-            f"{row['agreement']:.4f}",
-            f"{row['latency_ms_batch1']:.2f} ms",
-            f"{row['latency_ms_batch32']:.1f} ms",
-        )
+        numbers = (column.form.format(row[column.key] * column.scale) for column in columns)
+        table.add_row(model.replace("_", " "), *numbers)
     base = rows[reference]
     for model, row in rows.items():
         if model != reference:
-            ratio = ratios(row, base)
-            table.add_row(
-                f"{model.replace('_', ' ')} / {reference}",
-                f"{ratio['parameters']:.2f}",
-                f"{ratio['bytes']:.2f}",
-                f"{ratio['metric_retained']:.3f}",
-                f"{row['agreement'] / base['agreement']:.3f}",
-                f"{ratio['latency_batch1']:.2f}",
-                f"{ratio['latency_batch32']:.2f}",
-                style="dim",
-            )
+            shares = (f"{row[column.key] / base[column.key]:.3f}" for column in columns)
+            table.add_row(f"{model.replace('_', ' ')} / {reference}", *shares, style="dim")
     # A log file or a pipe has no width of its own, and a wrapped number cannot be read.
     console = Console()
     Console(width=max(console.width, 120)).print(table)

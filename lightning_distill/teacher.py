@@ -1,5 +1,7 @@
 """What makes a teacher a teacher: frozen, always in eval, outside every checkpoint."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,6 +28,33 @@ def freeze(teacher: nn.Module) -> nn.Module:
         (False, False)
     """
     return teacher.requires_grad_(False).eval()
+
+
+@contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """Have models in eval, and each of their modules as it was when the block ends.
+
+    Args:
+        *models: The models.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.teacher import evaluating
+        >>> model = nn.Sequential(nn.Dropout(0.1), nn.Dropout(0.1).eval())
+        >>> with evaluating(model):
+        ...     print(model.training)
+        False
+        >>> model.training, model[0].training, model[1].training
+        (True, True, False)
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def keep_out_of_checkpoints(module: nn.Module) -> None:

@@ -132,3 +132,35 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4000) -> PreTrainedT
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         model_max_length=512,
     )
+
+
+def train_causal_tokenizer(texts: Iterable[str], vocab_size: int = 2000) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer that frames texts with a first and a last token, for a language model.
+
+    Args:
+        texts: the texts to train on.
+        vocab_size: number of tokens, the 256 bytes and three special ones among them.
+
+    Returns:
+        A tokenizer with the special tokens ``<pad>`` (id 0), ``<s>`` and ``</s>``; every text comes back from it as it
+        was.
+
+    Example:
+        >>> tokenizer = train_causal_tokenizer(["a tensor of shape", "a tensor of zeros"], vocab_size=270)
+        >>> tokenizer.decode(tokenizer("A tensor!")["input_ids"])
+        '<s>A tensor!</s>'
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")

@@ -80,6 +80,24 @@ def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
                 raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
 
 
+def read_text(path: str | Path) -> str:
+    """Read a file of plain text.
+
+    Args:
+        path: the file, UTF-8.
+
+    Returns:
+        Its text, with the line ends that are in it.
+
+    Raises:
+        ValueError: the file is missing, or a line is not UTF-8.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file")
+    return "".join(line for _, line in _decoded_lines(path))
+
+
 def check_columns(place: str, columns: Sequence[str], present: Sequence[str]) -> None:
     """Raise a ``ValueError`` that names the nearest column if one of ``columns`` is not among those ``present``."""
     for column in columns:

@@ -7,17 +7,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
 
-from lightning_distill.arguments import integer, typed
+from lightning_distill.arguments import typed
 from lightning_distill.data import files, hub
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
 from lightning_distill.data.files import Table
-from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader
+from lightning_distill.data.module import TextData
 
 Row = tuple[Any, ...]
 
@@ -95,7 +94,7 @@ class PadBatch:
 
 
 @typed
-class TextClassificationData(L.LightningDataModule):
+class TextClassificationData(TextData):
     """Labelled sentences, or pairs of sentences, for a Trainer.
 
     Files are read when they are first asked about (``label_names``, ``rows``), texts are tokenised once, in ``setup``,
@@ -155,7 +154,7 @@ class TextClassificationData(L.LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, batch_size, seed, num_workers)
         if train_file is not None and hub_dataset is not None:
             raise ValueError("Expected one of the arguments `train_file` and `hub_dataset`, but got both")
         self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
@@ -164,8 +163,6 @@ class TextClassificationData(L.LightningDataModule):
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_train_rows", max_train_rows)):
             if value is not None and value < 1:
                 raise ValueError(f"Expected argument `{name}` to be positive, but got {value}")
-        integer("num_workers", num_workers, 0)
-        integer("seed", seed, 0)
         if not 0 < val_split < 1:
             raise ValueError(f"Expected argument `val_split` to be between 0 and 1, but got {val_split}")
         if task not in ("classification", "regression"):
@@ -173,18 +170,13 @@ class TextClassificationData(L.LightningDataModule):
         self.files = {"train": train_file, "val": val_file, "test": test_file}
         self.label_column = label_column
         self.hub_dataset = hub_dataset
-        self.tokenizer = tokenizer
-        self.batch_size = batch_size
         self.max_length = max_length
         self.val_split = val_split
         self.max_train_rows = max_train_rows
         self.task = task
-        self.seed = seed
-        self.num_workers = num_workers
         self._given_label_names = label_names
         self._found_label_names: list[str] = []
         self._rows: dict[str, Sequence[Row]] = {}
-        self._datasets: dict[str, TokenizedText] = {}
 
     @classmethod
     def from_rows(
@@ -311,60 +303,19 @@ class TextClassificationData(L.LightningDataModule):
                 self._datasets[split] = TokenizedText(texts, labels, tokenizer, self.max_length)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise ValueError(
-                "Expected argument `tokenizer` to be a tokenizer or the name or folder of one, but got None"
-            )
-        if isinstance(self.tokenizer, str | Path):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
-        if self.tokenizer.pad_token_id is None:
+        tokenizer = super()._load_tokenizer()
+        if tokenizer.pad_token_id is None:
             raise ValueError(
                 "The tokenizer has no padding token; set it, for example `tokenizer.pad_token = tokenizer.eos_token`, "
                 "and `config.pad_token_id` of the models to the same id"
             )
-        return self.tokenizer
+        return tokenizer
 
     @property
-    def collate(self) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:
+    def collate(self) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:  # type: ignore[override]
         """The function that makes a batch of rows."""
         tokenizer = self._load_tokenizer()
         return PadBatch(tokenizer.pad_token_id, tokenizer.padding_side)
-
-    def _loader(self, split: str, shuffle: bool) -> DataLoader:
-        dataset = self._datasets[split]
-        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
-            return self._loader_in_file_order(split)  # Lightning wants to replace the sampler then, and could not
-        # Under tensor parallelism several processes read the same batches, which only the strategy knows.
-        share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
-        sampler = BucketBatchSampler(dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle, **share)
-        return ResumableDataLoader(dataset, sampler, **self._loader_options())
-
-    def _loader_in_file_order(self, split: str) -> DataLoader:
-        return DataLoader(self._datasets[split], batch_size=self.batch_size, **self._loader_options())
-
-    def _loader_options(self) -> dict[str, Any]:
-        return {
-            "collate_fn": self.collate,
-            "num_workers": self.num_workers,
-            "persistent_workers": self.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-        }
-
-    def train_dataloader(self) -> DataLoader:
-        """Batches of similar length in a random order."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """Each validation row once, the longest first."""
-        return self._loader("val", shuffle=False)
-
-    def test_dataloader(self) -> DataLoader:
-        """Each test row once, the longest first."""
-        return self._loader("test", shuffle=False)
-
-    def predict_dataloader(self) -> DataLoader:
-        """The test rows in the order of their file."""
-        return self._loader_in_file_order("test")
 
 
 def _table_of_rows(name: str, rows: Iterable[Row], columns: Sequence[str]) -> Table:

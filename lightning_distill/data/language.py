@@ -1,0 +1,221 @@
+"""Plain text for language models, from files, from the hub or from memory, packed into rows of one length."""
+
+import random
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lightning_distill.arguments import between
+from lightning_distill.data import files, hub
+from lightning_distill.data.embedded import embedded_corpus, train_causal_tokenizer
+from lightning_distill.data.module import Split, TextData
+from lightning_distill.data.packing import Document, PackedText
+
+
+class LanguageModelData(TextData):
+    """Documents for a causal language model, packed into rows of ``max_length`` tokens.
+
+    Documents are framed as their tokenizer frames them (many put a first token, few a last one), and none attends to
+    another; see :class:`lightning_distill.data.packing.PackedText`. Training rows come in an order that is a function
+    of the seed and the epoch and resumes in the middle of one; see :class:`BucketBatchSampler`.
+
+    A batch is a dict of ``input_ids``, ``position_ids`` and ``labels``, each ``[B, max_length]`` int64; labels are -100
+    at the first token of each document, which nothing precedes, and at padding.
+
+    Args:
+        text_files: files to train on. A ``.txt`` file holds documents between separators; a tsv, csv, jsonl or parquet
+            file one a row.
+        val_files: likewise, for validation; default: a part of the training documents, see ``val_split``.
+        test_files: likewise, for test; default: another part of them of that size.
+        separator: the line between two documents of a ``.txt`` file; a file without it is one document.
+        text_column: the column of the text in the other kinds of file and on the hub.
+        hub_dataset: instead of files: ``"name"``, ``"name/configuration"``, or a local folder that
+            ``datasets.load_dataset`` understands. Needs ``pip install "lightning-distill[hub]"``.
+        tokenizer: a tokenizer, or the name or folder of one; it may be set later, before ``setup``.
+        add_eos: whether to put the tokenizer's last token behind each document where it does not itself.
+        batch_size: rows in a batch of one process.
+        max_length: tokens of a row; longer documents are cut, not shortened.
+        val_split: share of the training documents held out for each of validation and test, where there are no files.
+        max_train_documents: train on at most this many documents, drawn at random.
+        seed: seed of the splits and of the order of the batches.
+        num_workers: worker processes of each dataloader.
+
+    Raises:
+        ValueError: an argument is out of range, or a file is wrong; errors about files name the file.
+
+    Example:
+        >>> texts = [f"the {word} sat" for word in ("cat", "dog", "hen", "cow")] * 5
+        >>> tokenizer = train_causal_tokenizer(texts, vocab_size=280)
+        >>> data = LanguageModelData.from_texts(texts, tokenizer=tokenizer, batch_size=2, max_length=32)
+        >>> data.setup()
+        >>> next(iter(data.train_dataloader()))["labels"].shape
+        torch.Size([2, 32])
+    """
+
+    def __init__(
+        self,
+        text_files: list[str] | str | None = None,
+        val_files: list[str] | str | None = None,
+        test_files: list[str] | str | None = None,
+        separator: str = "<|endoftext|>",
+        text_column: str = "text",
+        hub_dataset: str | None = None,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        add_eos: bool = False,
+        batch_size: int = 8,
+        max_length: int = 512,
+        val_split: float = 0.05,
+        max_train_documents: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__(tokenizer, batch_size, seed, num_workers)
+        if text_files and hub_dataset is not None:
+            raise ValueError("Expected one of the arguments `text_files` and `hub_dataset`, but got both")
+        for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+            if value < least:
+                raise ValueError(f"Expected argument `{name}` to be at least {least}, but got {value}")
+        if max_train_documents is not None and max_train_documents < 1:
+            raise ValueError(f"Expected argument `max_train_documents` to be positive, but got {max_train_documents}")
+        between("val_split", val_split, 0, 0.5)
+        if not separator:
+            raise ValueError("Expected argument `separator` to be some text, but got none")
+        self.files = {"train": _listed(text_files), "val": _listed(val_files), "test": _listed(test_files)}
+        self.separator = separator
+        self.text_column = text_column
+        self.hub_dataset = hub_dataset
+        self.add_eos = add_eos
+        self.max_length = max_length
+        self.val_split = val_split
+        self.max_train_documents = max_train_documents
+        self._given: dict[str, Sequence[str]] = {}
+        self._documents: dict[str, list[Document]] = {}
+
+    @classmethod
+    def from_texts(
+        cls, train: Sequence[str], val: Sequence[str] = (), test: Sequence[str] = (), **kwargs: Any
+    ) -> "LanguageModelData":
+        """Make it of documents in memory instead of files.
+
+        Args:
+            train: documents.
+            val: documents for validation.
+            test: documents for test.
+            **kwargs: as for the class.
+
+        Returns:
+            The data.
+        """
+        data = cls(**kwargs)
+        data._given = {name: texts for name, texts in (("train", train), ("val", val), ("test", test)) if texts}
+        return data
+
+    @classmethod
+    def embedded(
+        cls, *, max_rows_per_class: int = 1300, vocab_size: int = 2000, seed: int = 0, **kwargs: Any
+    ) -> "LanguageModelData":
+        """Make it of docstrings of the installed packages, with a tokenizer trained on them on the spot.
+
+        Args:
+            max_rows_per_class: as for :func:`embedded_corpus`.
+            vocab_size: number of tokens of the tokenizer.
+            seed: seed of the documents, the splits and the order of the batches.
+            **kwargs: as for the class.
+
+        Returns:
+            The data.
+        """
+        texts = [text for text, _ in embedded_corpus(max_rows_per_class, seed=seed)]
+        data = cls.from_texts(texts, seed=seed, **kwargs)
+        data.tokenizer = train_causal_tokenizer(data._texts["train"], vocab_size)
+        return data
+
+    @cached_property
+    def _texts(self) -> dict[str, list[str]]:
+        if self._given:
+            found = {name: list(texts) for name, texts in self._given.items()}
+        elif self.hub_dataset is not None:
+            tables, _ = hub.read_hub_dataset(self.hub_dataset, [self.text_column])
+            found = {split: [text for (text,) in files.texts(table, [self.text_column])]
+                     for split, table in tables.items()}  # fmt: skip
+        elif self.files["train"]:
+            found = {split: [text for path in paths for text in self._read(path)]
+                     for split, paths in self.files.items() if paths}  # fmt: skip
+        else:
+            raise ValueError("There is no training text; set `text_files` or `hub_dataset`")
+        generator = random.Random(self.seed)
+        for split in ("val", "test"):
+            if split not in found:
+                found["train"], found[split] = _hold_out(found["train"], self.val_split, generator)
+        if self.max_train_documents is not None and self.max_train_documents < len(found["train"]):
+            found["train"] = generator.sample(found["train"], self.max_train_documents)
+        return found
+
+    def _read(self, path: str) -> Iterable[str]:
+        if Path(path).suffix != ".txt":
+            return (text for (text,) in files.texts(files.read_table(path, [self.text_column]), [self.text_column]))
+        documents = [text for text in map(str.strip, files.read_text(path).split(self.separator)) if text]
+        if not documents:
+            raise ValueError(f"{path}: the file has no text")
+        return documents
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenise and pack all splits; a second call does nothing."""
+        for split in ("train", "val", "test"):
+            if split not in self._datasets:
+                self._pack(split, self.documents(split))
+
+    def documents(self, split: Split) -> list[Document]:
+        """The documents of a split as token ids, whole, in the order of their file.
+
+        Args:
+            split: which documents.
+        """
+        if split not in self._documents:
+            tokenizer = self._load_tokenizer()
+            encoded = tokenizer(self._texts[split], return_attention_mask=False, verbose=False)["input_ids"]
+            eos = tokenizer.eos_token_id
+            if self.add_eos and eos is None:
+                raise ValueError("Expected argument `tokenizer` to have an `eos_token` beside `add_eos`, but got none")
+            ends = [[eos] if self.add_eos and ids[-1:] != [eos] else [] for ids in encoded]
+            self._documents[split] = [Document(ids + end) for ids, end in zip(encoded, ends, strict=True)]
+        return self._documents[split]
+
+    def replace_training_documents(self, documents: Sequence[Document]) -> None:
+        """Train on other documents, such as a teacher's generations, from the next dataloader on.
+
+        Args:
+            documents: token ids, and how many of them are a prompt.
+        """
+        self._pack("train", documents)
+
+    def _pack(self, split: str, documents: Sequence[Document]) -> None:
+        tokenizer = self._load_tokenizer()
+        # Padding is told by its labels and its positions, so any token will do where the tokenizer has none for it.
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+        self._datasets[split] = PackedText(documents, self.max_length, pad)
+
+    def dataset(self, split: Split) -> PackedText:
+        """The packed rows of a split, after ``setup``."""
+        dataset: PackedText = self._datasets[split]
+        return dataset
+
+
+def _listed(paths: list[str] | str | None) -> list[str]:
+    return [paths] if isinstance(paths, str) else list(paths or [])
+
+
+def _hold_out(texts: list[str], share: float, generator: random.Random) -> tuple[list[str], list[str]]:
+    """Take a share of the documents, at least one, at random; the order of both parts stays."""
+    if len(texts) < 2:
+        raise ValueError(
+            "Expected the training text to have a document for each of training, validation and test, but got "
+            f"{len(texts)} left. Set `separator` to what stands between two documents, or give `val_files` and "
+            "`test_files`."
+        )
+    size = min(max(round(share * len(texts)), 1), len(texts) - 1)
+    chosen = set(generator.sample(range(len(texts)), size))
+    return [t for i, t in enumerate(texts) if i not in chosen], [t for i, t in enumerate(texts) if i in chosen]

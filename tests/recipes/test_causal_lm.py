@@ -1,0 +1,124 @@
+"""The recipe of language models: what it writes, on-policy and sequence-level phases, wrong input."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+
+from lightning_distill.data import LanguageModelData, train_causal_tokenizer
+from lightning_distill.report import read_curves
+from tests.helpers.models import llama
+from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
+from tests.helpers.text import sentiment
+
+pytestmark = OF_A_FEW_ROWS
+MODELS = ("teacher", "student", "student_without_distillation")
+
+
+@pytest.fixture(scope="module")
+def main() -> Callable[[list[str]], None]:
+    return load_recipe("causal_lm")
+
+
+@pytest.fixture
+def flags(tmp_path: Path) -> list[str]:
+    """A teacher of four layers and its text, as flags of a run of one epoch."""
+    texts = [text for text, _ in sentiment(80)]
+    tokenizer = train_causal_tokenizer(texts, vocab_size=300)
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    llama(layers=4, vocab_size=len(tokenizer), max_position_embeddings=48).save_pretrained(tmp_path / "teacher")
+    (tmp_path / "text.txt").write_text("\n<|endoftext|>\n".join(texts))
+    return [
+        f"--model.teacher={tmp_path / 'teacher'}",
+        f"--data.text_files={tmp_path / 'text.txt'}",
+        f"--output_dir={tmp_path / 'out'}",
+        "--data.max_length=48",
+        "--trainer.max_epochs=1",
+        "--trainer.log_every_n_steps=1",
+        "--trainer.accelerator=cpu",
+        "--trainer.enable_progress_bar=false",
+        "--generation.prompt_length=4",
+        "--generation.max_new_tokens=8",
+        "--generation.num_prompts=2",
+    ]
+
+
+def test_summary_student_and_curves(main: Any, flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    main(flags)
+    found = summary(tmp_path)
+    for model in MODELS:
+        assert set(found[model]) == {"parameters", "bytes", "perplexity", "agreement", "tokens_per_second"}
+        assert found[model]["tokens_per_second"] > 0
+    assert found["student"]["parameters"] < found["teacher"]["parameters"]
+    ratio = found["student"]["perplexity"] / found["teacher"]["perplexity"]
+    assert found["ratios"]["perplexity"] == pytest.approx(ratio, abs=1e-4)
+    assert set(found["speculative"]) == {
+        "acceptance", "acceptance_before", "acceptance_without_distillation", "speedup", "tokens_per_teacher_call"
+    }  # fmt: skip
+    assert 0 <= found["speculative"]["acceptance"] <= 1 <= found["speculative"]["tokens_per_teacher_call"]
+    student = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "student")
+    assert student.config.num_hidden_layers == 2
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "student")
+    assert tokenizer.decode(tokenizer("a warm film")["input_ids"]) == "<s>a warm film</s>"
+    assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "As a draft" in capsys.readouterr().out
+    # Perplexity is of all tokens: that of the exported student, token by token.
+    data = LanguageModelData(str(tmp_path / "text.txt"), tokenizer=tokenizer, max_length=48)
+    data.setup()
+    nats = tokens = 0.0
+    for row in data.dataset("test"):
+        labels = row["labels"][1:]
+        inputs = {name: row[name][None] for name in ("input_ids", "position_ids")}
+        log_probs = student(**inputs, use_cache=False).logits[0, :-1].detach().log_softmax(-1)[labels != -100]
+        nats -= float(log_probs.gather(-1, labels[labels != -100][:, None]).sum())
+        tokens += int((labels != -100).sum())
+    assert found["student"]["perplexity"] == pytest.approx(2.718281828 ** (nats / tokens), rel=1e-4)
+
+
+def test_on_policy_and_sequence_level(main: Any, flags: list[str], tmp_path: Path) -> None:
+    main([*flags, "--generation.on_policy=0.5", "--trainer.max_epochs=4", "--generation.num_prompts=0"])
+    curves = read_curves(tmp_path / "out" / "logs" / "student" / "metrics.csv")
+    assert set(curves["train_on_policy"][1]) == {0.0, 1.0}
+    baseline = read_curves(tmp_path / "out" / "logs" / "student_without_distillation" / "metrics.csv")
+    assert "train_on_policy" not in baseline
+    assert "speculative" not in summary(tmp_path)
+
+    main([*flags, "--generation.sequence_level=true", "--model.baseline=false", "--generation.num_prompts=0"])
+    (file,) = (tmp_path / "out" / "teacher_text").iterdir()
+    assert file.suffix == ".safetensors"
+    assert "student_without_distillation" not in summary(tmp_path)
+
+
+def test_embedded_default(main: Any, tmp_path: Path) -> None:
+    flags = [f"--output_dir={tmp_path / 'out'}", "--model.teacher_epochs=1", "--trainer.max_epochs=1"]
+    flags += [f"--trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
+    flags += ["--generation.num_prompts=1", "--generation.max_new_tokens=4"]
+    main([*flags, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    found = summary(tmp_path)
+    assert found["ratios"]["parameters"] < 1
+    assert set(MODELS) < set(found)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--data.max_length=49"], "the teacher has 48 positions"),
+        (["--generation.max_new_tokens=45"], "the 48 positions of the model"),
+        (["--generation.temperature=0"], "do_sample=False"),
+        (["--data.text_files=nowhere.txt"], "nowhere.txt: there is no such file"),
+        (["--data.text_files=null"], "go together; one is missing"),
+        (["--generation.on_policy=2"], "`on_policy`"),
+        (["--generation.on_policy=0.5", '--objectives=[{"class_path": "HardLabel"}]'], "reads the teacher"),
+    ],
+)
+def test_wrong_flags_are_one_line(
+    main: Any, flags: list[str], tmp_path: Path, capsys: Any, more: Any, message: str
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main([*flags, *more])
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
