@@ -11,10 +11,14 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef
 from torchmetrics.text import Perplexity
 
+from lightning_distill.signals import Signals
+
 Task = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
 
 #: Tasks whose logits have one row per token.
 TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
+#: Token tasks whose classes are the words of a vocabulary.
+LANGUAGE_MODELS = ("masked_lm", "causal_lm")
 IGNORE_INDEX = -100
 
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
@@ -126,14 +130,18 @@ def default_metric(task: Task) -> tuple[str, Metric]:
     """Name and torchmetrics metric that a task is scored by when the user names none."""
     if task == "regression":
         return "pearson", PearsonCorrCoef()
-    if task in ("masked_lm", "causal_lm"):
+    if task in LANGUAGE_MODELS:
         return "perplexity", Perplexity(ignore_index=IGNORE_INDEX)
     return "accuracy", MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
 
 
-def predictions(task: Task, logits: Tensor) -> Tensor:
-    """What is compared between student and teacher: the class, or the value itself in regression."""
-    return logits.squeeze(-1) if task == "regression" else logits.argmax(-1)
+def agreement(task: Task, student: Signals, teacher: Signals) -> tuple[Tensor, ...]:
+    """What the agreement is computed of: whether each item that counts has the teacher's class; in regression both."""
+    if task == "regression":
+        return student.logits.squeeze(-1).float(), teacher.logits.squeeze(-1).float()
+    answers = teacher.logits.argmax(-1) if teacher.top_k is None else teacher.top_k.classes[..., 0]
+    same = (student.logits.argmax(-1) == answers).float()
+    return (same if student.mask is None else same[student.mask],)
 
 
 def flatten(task: Task, logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -143,7 +151,7 @@ def flatten(task: Task, logits: Tensor, labels: Tensor, mask: Tensor | None) -> 
     """
     if task == "regression":
         return logits.squeeze(-1).float(), labels.float().view(logits.squeeze(-1).shape)
-    if task in ("masked_lm", "causal_lm"):
+    if task in LANGUAGE_MODELS:
         return logits.float(), labels
     if mask is not None:
         return logits[mask], labels[mask]

@@ -182,7 +182,7 @@ def linear_losses(
     label_smoothing: float = 0.0,
     weights: tuple[float, float] = (1.0, 1.0),
     chunk_size: int | Literal["auto"] = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Sums of soft target and hard label over the tokens that count.
 
     The gradient is computed with the losses, for a total in which they have these weights. Where backward then asks
@@ -201,7 +201,7 @@ def linear_losses(
         chunk_size: Tokens of a chunk, at least 1, or ``"auto"``.
 
     Returns:
-        Two scalars, float32, or float64 for float64 inputs.
+        Shape ``[2]``, float32, or float64 for float64 inputs; 0 for the one that is not asked for.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -216,7 +216,7 @@ def linear_losses(
     size = _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) if chunk_size == "auto" else chunk_size
     weighted = (float(teacher is not None) * weights[0], float(labels is not None) * weights[1])
     sums: Tensor = _LinearLosses.apply(hidden, student.weight, student.bias, teacher, labels, options, weighted, size)
-    return sums[0], sums[1]
+    return sums
 
 
 def _flat(teacher: Projection | TopK | Tensor) -> Projection | TopK | Tensor:
