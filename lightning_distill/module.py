@@ -110,6 +110,8 @@ class DistillationModule(L.LightningModule):
         self._label_order: Tensor | None = None
         # Number of words that both vocabularies have, where the larger one is padded.
         self._shared_words: int | None = None
+        # Whether the classes of both mean the same, so that their predictions can be compared.
+        self._same_answers = True
         # Heads onto a large vocabulary that are kept from making logits during this step, their inputs, and the roles
         # whose heads turned out to be understood (or, False, not to be).
         self._heads: dict[str, Head] = {}
@@ -225,7 +227,7 @@ class DistillationModule(L.LightningModule):
         self._check_batch(batch)
         student, teacher = self._signals(batch, self._needs_teacher)
         if first:
-            preflight.check_signals(student, teacher)
+            preflight.check_signals(student, teacher, any_vocabulary=not self._same_answers)
         losses, counts = self._reduce(student, teacher)
         loss = self.total_loss(losses)
         size = len(student.logits)
@@ -289,7 +291,7 @@ class DistillationModule(L.LightningModule):
         self._checked.add(where)
 
     def _step(self, role: str, model: nn.Module, batch: Any) -> Signals:
-        recorder = self._recorder(role, model)
+        recorder, batch = self._recorder(role, model), tasks.batch_of(role, batch)
         logits = tasks.logits_of(tasks.call_model(model, batch))
         captured = recorder.take()
         deferred = None

@@ -126,12 +126,13 @@ def _check_range(labels: Tensor, num_classes: int, where: str) -> None:
         )
 
 
-def check_signals(student: Signals, teacher: Signals | None) -> None:
+def check_signals(student: Signals, teacher: Signals | None, *, any_vocabulary: bool = False) -> None:
     """Refuse predictions that no objective can compare.
 
     Args:
         student: The student's signals.
         teacher: The teacher's signals, or None where nobody asked the teacher.
+        any_vocabulary: Whether they may answer different tokens in different words.
 
     Raises:
         ValueError: If the logits' shapes differ, or the teacher's are not finite.
@@ -141,7 +142,7 @@ def check_signals(student: Signals, teacher: Signals | None) -> None:
     if of_teacher is not None and student.deferred is not None:
         # Of logits that were not computed, the tokens are compared; words are compared chunk by chunk.
         of_student, of_teacher = of_student[..., :0], of_teacher[..., :0]
-    if of_teacher is not None and of_student.shape != of_teacher.shape:
+    if of_teacher is not None and not any_vocabulary and of_student.shape != of_teacher.shape:
         raise ValueError(
             "Expected arguments `student` and `teacher` to give logits of the same shape, but got "
             f"{list(of_student.shape)} and {list(of_teacher.shape)}. They must answer the same classes for the "

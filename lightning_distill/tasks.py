@@ -172,6 +172,30 @@ def has_real_item(task: Task, batch: Any) -> bool:
     return labels is None or task not in TOKEN_TASKS or bool(torch.any(labels != IGNORE_INDEX))
 
 
+def batch_of(role: str, batch: Any) -> Any:
+    """The batch a model reads: with another tokenizer the teacher has its own, under keys that begin so.
+
+    Args:
+        role: ``"student"`` or ``"teacher"``.
+        batch: The batch.
+
+    Returns:
+        The batch as it is, or for the teacher what its keys ``teacher_...`` hold, under the names without that.
+
+    Example:
+        >>> from lightning_distill.tasks import batch_of
+        >>> batch_of("teacher", {"input_ids": 1, "labels": 2, "teacher_input_ids": 3})
+        {'input_ids': 3}
+    """
+    prefix = "teacher_"
+    if not isinstance(batch, Mapping) or not any(key.startswith(prefix) for key in batch):
+        return batch
+    own = {key for key in batch if key.startswith(prefix)}
+    if role == "teacher":
+        return {key.removeprefix(prefix): batch[key] for key in batch if key in own}
+    return {key: value for key, value in batch.items() if key not in own}
+
+
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Run a model on what it takes of a batch, never on the labels: it would compute a loss in vain."""
     if not isinstance(batch, Mapping):
