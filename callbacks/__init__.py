@@ -13,5 +13,15 @@ from lightning_distill.callbacks.init_policy import InitPolicy
 from lightning_distill.callbacks.loss_advice import LossAdvice
 from lightning_distill.callbacks.lr_finder import LRFinder
 from lightning_distill.callbacks.schedule_free import ScheduleFree
+from lightning_distill.callbacks.teacher_cache import TeacherCache
 
-__all__ = ["GPTQ", "EarlyExit", "GradientClipping", "InitPolicy", "LRFinder", "LossAdvice", "ScheduleFree"]
+__all__ = [
+    "GPTQ",
+    "EarlyExit",
+    "GradientClipping",
+    "InitPolicy",
+    "LRFinder",
+    "LossAdvice",
+    "ScheduleFree",
+    "TeacherCache",
+]

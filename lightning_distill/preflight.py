@@ -1,13 +1,15 @@
 """Questions asked before the first step, each answered by an error that says what to do."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_distill import tasks
-from lightning_distill.signals import Signals
 from lightning_distill.teacher import align_labels
+
+if TYPE_CHECKING:
+    from lightning_distill.signals import Signals
 
 
 def check_pair(
@@ -126,7 +128,7 @@ def _check_range(labels: Tensor, num_classes: int, where: str) -> None:
         )
 
 
-def check_signals(student: Signals, teacher: Signals | None, *, any_vocabulary: bool = False) -> None:
+def check_signals(student: "Signals", teacher: "Signals | None", *, any_vocabulary: bool = False) -> None:
     """Refuse predictions that no objective can compare.
 
     Args:
@@ -139,7 +141,7 @@ def check_signals(student: Signals, teacher: Signals | None, *, any_vocabulary: 
     """
     labels = student.labels
     of_student, of_teacher = student.logits, None if teacher is None else teacher.logits
-    if of_teacher is not None and student.deferred is not None:
+    if of_teacher is not None and teacher is not None and (student.deferred is not None or teacher.top_k):
         # Of logits that were not computed, the tokens are compared; words are compared chunk by chunk.
         of_student, of_teacher = of_student[..., :0], of_teacher[..., :0]
     if of_teacher is not None and not any_vocabulary and of_student.shape != of_teacher.shape:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef
 from torchmetrics.text import Perplexity
 
-from lightning_distill.signals import Signals
+if TYPE_CHECKING:
+    from lightning_distill.signals import Signals
 
 Task = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
 
@@ -135,11 +136,12 @@ def default_metric(task: Task) -> tuple[str, Metric]:
     return "accuracy", MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
 
 
-def agreement(task: Task, student: Signals, teacher: Signals) -> tuple[Tensor, ...]:
+def agreement(task: Task, student: "Signals", teacher: "Signals") -> tuple[Tensor, ...]:
     """What the agreement is computed of: whether each item that counts has the teacher's class; in regression both."""
     if task == "regression":
         return student.logits.squeeze(-1).float(), teacher.logits.squeeze(-1).float()
-    answers = teacher.logits.argmax(-1) if teacher.top_k is None else teacher.top_k.classes[..., 0]
+    best = next(iter(teacher.top_k.values()), None)
+    answers = teacher.logits.argmax(-1) if best is None else best.classes[..., 0]
     same = (student.logits.argmax(-1) == answers).float()
     return (same if student.mask is None else same[student.mask],)
 

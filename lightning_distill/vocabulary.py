@@ -83,7 +83,8 @@ def find_head(model: nn.Module | None) -> Head | None:
     # A quantised layer, or one with an adapter, is another class: what it computes is its own affair. FSDP2 makes a
     # class of its own and the layer's.
     kind = type(linear).__mro__[2] if isinstance(linear, FSDPModule) else type(linear)
-    if kind is not nn.Linear or len(linear.weight) <= LARGE:
+    # A teacher whose answers are read from a cache has no weights.
+    if kind is not nn.Linear or linear.weight is None or len(linear.weight) <= LARGE:
         return None
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return Head(linear, getattr(config, "final_logit_softcapping", None), scale)

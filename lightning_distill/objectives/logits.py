@@ -82,13 +82,13 @@ class SoftTarget(_Softened):
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
-        if teacher.top_k is not None:
+        if teacher.top_k:
             if self.divergence != "forward_kl":
                 raise self._error("divergence", "'forward_kl' with a teacher's k best classes alone", self.divergence)
             values = functional.top_k_soft_target(
                 student.logits,
-                teacher.top_k.log_probs,
-                teacher.top_k.classes,
+                teacher.top_k[self.temperature].log_probs,
+                teacher.top_k[self.temperature].classes,
                 temperature=self.temperature,
                 mask=student.mask,
                 reduction="none",

@@ -50,7 +50,7 @@ def deferred_losses(
     target: Projection | TopK | Tensor | None = None
     if soft is not None:
         assert teacher is not None
-        target = teacher.logits if teacher.top_k is None else teacher.top_k
+        target = teacher.top_k[soft[1].temperature] if teacher.top_k else teacher.logits
         if teacher.deferred is not None:
             target = teacher.deferred.head.projection(teacher.deferred.hidden)
 
@@ -91,7 +91,7 @@ def parts(student: Signals, teacher: Signals | None) -> Iterator[tuple[Signals, 
     projection = student.deferred.head.projection(hidden)
     of_teacher: Projection | TopK | None = None
     if teacher is not None:
-        of_teacher = teacher.top_k
+        of_teacher = next(iter(teacher.top_k.values()), None)
         if teacher.deferred is not None:
             of_teacher = teacher.deferred.head.projection(teacher.deferred.hidden.flatten(0, -2))
         elif of_teacher is not None:
@@ -102,12 +102,12 @@ def parts(student: Signals, teacher: Signals | None) -> Iterator[tuple[Signals, 
         labels = None if student.labels is None else student.labels.flatten()[tokens][None]
         beside = None
         if isinstance(of_teacher, TopK):
-            beside = Signals(logits[..., :0], top_k=of_teacher.take((None, tokens)))
+            beside = Signals(logits[..., :0], top_k={1.0: of_teacher.take((None, tokens))})
         elif of_teacher is not None:
             beside = Signals(of_teacher.take(tokens).logits()[None])
         elif teacher is not None:
             beside = Signals(teacher.logits.flatten(0, -2)[tokens][None])
-        if beside is not None and beside.top_k is None:
+        if beside is not None and not beside.top_k:
             words = min(logits.shape[-1], beside.logits.shape[-1])
             logits, beside.logits = logits[..., :words], beside.logits[..., :words]
         yield Signals(logits, labels), beside
