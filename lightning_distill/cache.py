@@ -292,12 +292,23 @@ def cached_teacher(folder: str | os.PathLike[str]) -> nn.Module:
             f"Expected argument `path` to be the cache of a transformers teacher, but got {folder}. Fill one first: "
             "`lightning-distill cache`."
         )
-    config = transformers.AutoConfig.from_pretrained(folder)
+    teacher = bare(transformers.AutoConfig.from_pretrained(folder))
+    teacher.cached_fingerprint = json.loads((folder / _META).read_text())["teacher"]
+    return teacher
+
+
+def bare(config: Any) -> nn.Module:
+    """The transformers model that a config describes, without a parameter or a buffer: nothing to move, send or train.
+
+    Args:
+        config: With the name of the class in ``architectures``.
+
+    Returns:
+        A model that knows its layers and cannot run.
+    """
     with torch.device("meta"):
-        teacher: nn.Module = getattr(transformers, config.architectures[0])(config)
-    for module in teacher.modules():
-        # Without them there is nothing to move to a device, to broadcast or to count.
+        model: nn.Module = getattr(transformers, config.architectures[0])(config)
+    for module in model.modules():
         module._parameters = dict.fromkeys(module._parameters)
         module._buffers = dict.fromkeys(module._buffers)
-    teacher.cached_fingerprint = json.loads((folder / _META).read_text())["teacher"]  # type: ignore[assignment]
-    return teacher
+    return model

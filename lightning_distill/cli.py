@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.optim import Optimizer
 
-from lightning_distill.callbacks import GradientClipping, InitPolicy, LRFinder, ScheduleFree
+from lightning_distill.callbacks import GradientClipping, InitPolicy, LRFinder, ScheduleFree, TeacherCache
 from lightning_distill.data import TextClassificationData
 from lightning_distill.optim import LRRange, build_lr_scheduler, build_optimizer
 
@@ -41,8 +41,8 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
     """Make the parser of a recipe: ``--data.*``, ``--trainer.*``, ``--config`` and the rest.
 
     ``--optimizer lion``, ``--lr_scheduler cosine`` and ``--init_policy auto`` are short for ``--optimizer.name lion``
-    and so on. ``--gradient_clipping.algorithm``, ``--lr_finder.suggestion`` and ``--init_policy`` ask for the callback;
-    without them it is left out. See :func:`build_callbacks`.
+    and so on. ``--gradient_clipping.algorithm``, ``--lr_finder.suggestion``, ``--init_policy`` and
+    ``--teacher_cache.path`` ask for the callback; without them it is left out. See :func:`build_callbacks`.
 
     Args:
         description: The recipe's docstring, shown by ``--help``.
@@ -62,6 +62,7 @@ def recipe_parser(description: str | None, *, output_dir: str, defaults: dict[st
     parser.add_class_arguments(GradientClipping, "gradient_clipping", instantiate=False)
     parser.add_class_arguments(LRFinder, "lr_finder", instantiate=False, skip={"output_dir"})
     parser.add_class_arguments(InitPolicy, "init_policy", instantiate=False, skip={"output_dir", "teacher"})
+    parser.add_class_arguments(TeacherCache, "teacher_cache", instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip={"default_root_dir"})
     parser.set_defaults({"optimizer.lr": None, "optimizer.weight_decay": 0.01, "lr_scheduler.warmup": 0.06})
     parser.set_defaults(dict.fromkeys(_SWITCHES.values()))
@@ -75,6 +76,7 @@ _SWITCHES = {
     "gradient_clipping": "gradient_clipping.algorithm",
     "lr_finder": "lr_finder.suggestion",
     "init_policy": "init_policy.policy",
+    "teacher_cache": "teacher_cache.path",
 }
 _SHORT = {
     "--optimizer": "--optimizer.name",
@@ -134,6 +136,8 @@ def build_callbacks(
         callbacks.append(LRFinder(**asked["lr_finder"], output_dir=folder))
     if "gradient_clipping" in asked:
         callbacks.append(GradientClipping(**asked["gradient_clipping"]))
+    if "teacher_cache" in asked and with_teacher:
+        callbacks.append(TeacherCache(**asked["teacher_cache"]))
     if config.optimizer.name == _SCHEDULE_FREE:
         callbacks.append(ScheduleFree())
     return callbacks

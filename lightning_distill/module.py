@@ -304,10 +304,10 @@ class DistillationModule(L.LightningModule):
             deferred, logits = Deferred(head, logits), logits[..., :0]
         elif self._shared_words is not None:
             logits = logits[..., : self._shared_words]
-        masks = {"token_mask": tasks.token_mask(batch)}
+        signals = Signals(logits, labels, mask, tasks.token_mask(batch), deferred=deferred, **captured)
         if (decoder := find_decoder(model)) is not None:
-            masks["decoder_token_mask"] = tasks.decoder_token_mask(batch)
-        return Signals(logits=logits, labels=labels, mask=mask, decoder=decoder, deferred=deferred, **masks, **captured)
+            signals.decoder, signals.decoder_token_mask = decoder, tasks.decoder_token_mask(batch)
+        return signals
 
     def _signals(self, batch: Any, with_teacher: bool) -> tuple[Signals, Signals | None]:
         """What both forwards left behind; without logits where the vocabulary is large and nothing needs them whole."""

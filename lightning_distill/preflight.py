@@ -62,9 +62,10 @@ def shared_words(student: nn.Module, teacher: nn.Module) -> int | None:
         The smaller size where the larger is a multiple of 64 that is less than 512 above it; otherwise None.
     """
     sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (student, teacher)]
-    if not all(isinstance(size, int) for size in sizes):
+    known = sorted(size for size in sizes if isinstance(size, int))
+    if len(known) < 2:
         return None
-    smaller, larger = sorted(sizes)
+    smaller, larger = known
     padded = smaller > 1024 and larger % 64 == 0 and 0 < larger - smaller < 512
     return smaller if padded else None
 

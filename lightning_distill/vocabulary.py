@@ -79,7 +79,7 @@ def find_head(model: nn.Module | None) -> Head | None:
     """
     config: Any = getattr(model, "config", None)
     find: Any = getattr(model, "get_output_embeddings", None)
-    linear = None if config is None or find is None else find()
+    linear: Any = None if config is None or find is None else find()
     # A quantised layer, or one with an adapter, is another class: what it computes is its own affair. FSDP2 makes a
     # class of its own and the layer's.
     kind = type(linear).__mro__[2] if isinstance(linear, FSDPModule) else type(linear)
