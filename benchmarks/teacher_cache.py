@@ -1,11 +1,11 @@
-"""A step of distillation from a filled cache beside a step of the student's own fine-tuning, and beside a live teacher.
+"""A step of distillation from a filled cache, beside one of the student's own fine-tuning and one with a live teacher.
 
-OMP_NUM_THREADS=2 python benchmarks/teacher_cache.py     # prints the table, writes benchmarks/results/teacher_cache.json
+OMP_NUM_THREADS=2 python benchmarks/teacher_cache.py    # prints a table, writes benchmarks/results/teacher_cache.json
 
 The three run in one process and take turns batch by batch: the same batches, three copies of one student, AdamW. In
 every epoch the batches are drawn anew. Times are medians of a step (forward, loss, backward, optimizer) and are given
-for the first epoch, which fills the cache, and for the second, which reads it. Two students: 3 of the 6 layers of a real
-SST-2 teacher (../shared) on SST-2 rows, and a random Llama with 32,000 words, where the 64 best of them are kept.
+for the first epoch, which fills the cache, and for the second, which reads it. Two students: 3 of the 6 layers of a
+real SST-2 teacher (../shared) on SST-2 rows, and a random Llama with 32,000 words, where the 64 best of them are kept.
 """
 
 import argparse
