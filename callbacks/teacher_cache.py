@@ -146,6 +146,10 @@ class TeacherCache(L.Callback):
         """Say how often the teacher was spared."""
         rank_zero_info(f"Teacher cache at {self.path}: {self.hits} rows read, {self.misses} asked of the teacher.")
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Step back."""
+        self.detach()
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Step back."""
         self.detach()
@@ -164,8 +168,8 @@ class TeacherCache(L.Callback):
     def _step(self, batch: Any) -> Signals:
         frame = _frame(self._module.task, batch)
         keys = row_keys(batch, frame.mask)
-        if self._weightless and self._store is None:
-            self._store = self._open(stored_fields(self.path))
+        if self._store is None and (fields := stored_fields(self.path)) is not None:
+            self._store = self._open(fields)
         missing = self._missing(keys)
         if missing and self._store is not None:
             # Another process may have written them since.

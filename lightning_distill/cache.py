@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ class SignalStore:
         >>> store.write(bytes(16), {"logits": np.ones((3, 2))})
         >>> store.read([bytes(16)])["logits"].shape
         torch.Size([3, 2])
+        >>> store.close()
     """
 
     def __init__(
@@ -57,14 +58,19 @@ class SignalStore:
         self._rows: dict[bytes, tuple[int, list[tuple[int, int]]]] = {}
         self._known: dict[int, int] = {}
         self._maps: dict[tuple[int, str], np.memmap[Any, Any]] = {}
+        self._files: list[BinaryIO] = []
+        self._ends: list[int] = []
         self.refresh()
-        mine = [places for shard, places in self._rows.values() if shard == rank]
+
+    def _begin(self) -> None:
+        """Open this process's files at the end of what is whole in them."""
+        mine = [places for shard, places in self._rows.values() if shard == self.rank]
         self._ends = [max((sum(places[i]) for places in mine), default=0) for i in range(len(self.fields))]
-        self._index = self._path(rank, "index").open("ab")
-        self._index.truncate(self._known.get(rank, 0) * self._width)
-        self._files = [self._path(rank, name).open("ab") for name in self.fields]
-        for name, file, end in zip(self.fields, self._files, self._ends, strict=True):
-            file.truncate(end * self._item_bytes(name))
+        sizes = [end * self._item_bytes(name) for name, end in zip(self.fields, self._ends, strict=True)]
+        sizes.append(self._known.get(self.rank, 0) * self._width)
+        for name, size in zip((*self.fields, "index"), sizes, strict=True):
+            self._files.append(self._path(self.rank, name).open("ab"))
+            self._files[-1].truncate(size)
 
     @property
     def _width(self) -> int:
@@ -128,6 +134,8 @@ class SignalStore:
         """
         if key in self._rows:
             return
+        if not self._files:
+            self._begin()
         places = []
         for i, (name, (kind, shape)) in enumerate(self.fields.items()):
             array = np.ascontiguousarray(arrays[name], dtype=kind)
@@ -136,8 +144,8 @@ class SignalStore:
             self._files[i].flush()
             places.append((self._ends[i], len(array)))
             self._ends[i] += len(array)
-        self._index.write(key + np.array(places, np.int64).tobytes())
-        self._index.flush()
+        self._files[-1].write(key + np.array(places, np.int64).tobytes())
+        self._files[-1].flush()
         self._rows[key] = self.rank, places
         self._known[self.rank] = self._known.get(self.rank, 0) + 1
 
@@ -187,8 +195,9 @@ class SignalStore:
 
     def close(self) -> None:
         """Close the files."""
-        for file in (self._index, *self._files):
+        for file in self._files:
             file.close()
+        self._files.clear()
         self._maps.clear()
 
 
@@ -260,8 +269,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str | None:
     return hashlib.blake2b(words.encode(), digest_size=_KEY).hexdigest()
 
 
-def stored_fields(folder: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """The fields of a store that is there."""
+def stored_fields(folder: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]] | None:
+    """The fields of a store that is there; None where there is none."""
+    if not (Path(folder) / _META).exists():
+        return None
     fields = json.loads((Path(folder) / _META).read_text())["fields"]
     return {name: (kind, tuple(shape)) for name, (kind, shape) in fields.items()}
 

@@ -22,23 +22,23 @@ class _Fill(L.LightningModule):
         super().__init__()
         self.module, self.cache, self.data = module, cache, data
 
-    def predict_dataloader(self) -> list[Any]:
+    def val_dataloader(self) -> list[Any]:
         """The loaders, made where the processes are known."""
         self.data.trainer = self.trainer
         self.data.prepare_data()
         self.data.setup("fit")
         return [loader for loader in (self.data.train_dataloader(), self.data.val_dataloader()) if loader is not None]
 
-    def on_predict_start(self) -> None:
+    def on_validation_start(self) -> None:
         """Stand between the module and its teacher."""
         self.module.tokenizer = getattr(self.data, "tokenizer", None)
         self.cache.attach(self.module, self.global_rank)
 
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Write what is not there yet."""
         self.module.teacher_step(batch)
 
-    def on_predict_end(self) -> None:
+    def on_validation_end(self) -> None:
         """Close the files."""
         hits, misses = self.cache.hits, self.cache.misses
         print(f"process {self.global_rank}: {misses} rows written, {hits} were there", flush=True)
@@ -72,4 +72,5 @@ def main(argv: Sequence[str] | None = None) -> None:
     module = DistillationModule(teacher, bare(plan), made.objectives)
     arguments = dict(made.trainer.as_dict()) | {"use_distributed_sampler": False}
     trainer = L.Trainer(**arguments)
-    trainer.predict(_Fill(module, TeacherCache(**config.cache.as_dict()), made.data), return_predictions=False)
+    # Validation, because Lightning takes the loaders of a prediction apart and makes them anew, in the order of rows.
+    trainer.validate(_Fill(module, TeacherCache(**config.cache.as_dict()), made.data), verbose=False)

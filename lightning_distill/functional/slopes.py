@@ -113,8 +113,9 @@ def _soft(log_q: Tensor, teacher: Tensor | TopK, options: Options, with_slope: b
 def _top_k(log_q: Tensor, teacher: TopK, with_slope: bool) -> tuple[Tensor, Tensor]:
     log_p, classes = full_precision(teacher.log_probs).clamp(min=LOG_ZERO), teacher.classes.long()
     p = log_p.exp()
-    tail = (1 - p.sum(1, keepdim=True)).clamp(min=0)
-    log_tail = torch.log1p(-p.sum(1, keepdim=True).clamp(max=1)).clamp(min=LOG_ZERO)
+    # Where all classes are there is no tail, whatever rounding leaves of it.
+    of_best = p.sum(1, keepdim=True).clamp(max=1) if classes.shape[1] < log_q.shape[1] else torch.ones_like(p[:, :1])
+    tail, log_tail = 1 - of_best, torch.log1p(-of_best).clamp(min=LOG_ZERO)
     log_student_tail = log_q.scatter(1, classes, LOG_ZERO).logsumexp(1, keepdim=True)
     values = (p * (log_p - log_q.gather(1, classes))).sum(1) + (tail * (log_tail - log_student_tail))[:, 0]
     if not with_slope:
