@@ -15,6 +15,7 @@ from lightning_distill.callbacks.loss_advice import LossAdvice
 from lightning_distill.callbacks.lr_finder import LRFinder
 from lightning_distill.callbacks.resumable import Resumable
 from lightning_distill.callbacks.schedule_free import ScheduleFree
+from lightning_distill.callbacks.teacher_cache import TeacherCache
 
 __all__ = [
     "GPTQ",
@@ -26,4 +27,5 @@ __all__ = [
     "LossAdvice",
     "Resumable",
     "ScheduleFree",
+    "TeacherCache",
 ]

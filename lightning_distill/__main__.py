@@ -3,10 +3,11 @@
 import argparse
 from collections.abc import Sequence
 
+from lightning_distill import cache_cli
 from lightning_distill.cli import one_line_errors
 from lightning_distill.quantization import cli as quantization
 
-COMMANDS = {"quantize": quantization.main}
+COMMANDS = {"cache": cache_cli.main, "quantize": quantization.main}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

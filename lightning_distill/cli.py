@@ -18,7 +18,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
-from lightning_distill.callbacks import FiniteLoss, GradientClipping, InitPolicy, LRFinder, Resumable, ScheduleFree
+from lightning_distill.callbacks import (
+    FiniteLoss,
+    GradientClipping,
+    InitPolicy,
+    LRFinder,
+    Resumable,
+    ScheduleFree,
+    TeacherCache,
+)
 from lightning_distill.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from lightning_distill.data import TextClassificationData
 from lightning_distill.optim import LRRange, build_lr_scheduler, build_optimizer
@@ -54,8 +62,8 @@ def recipe_parser(
     """Make the parser of a recipe: ``--data.*``, ``--trainer.*``, ``--config`` and the rest.
 
     ``--optimizer lion``, ``--lr_scheduler cosine`` and ``--init_policy auto`` are short for ``--optimizer.name lion``
-    and so on. ``--gradient_clipping.algorithm``, ``--lr_finder.suggestion`` and ``--init_policy`` ask for the callback;
-    without them it is left out. See :func:`build_callbacks`.
+    and so on. ``--gradient_clipping.algorithm``, ``--lr_finder.suggestion``, ``--init_policy`` and
+    ``--teacher_cache.path`` ask for the callback; without them it is left out. See :func:`build_callbacks`.
 
     Args:
         description: The recipe's docstring, shown by ``--help``.
@@ -79,6 +87,7 @@ def recipe_parser(
     parser.add_class_arguments(LRFinder, "lr_finder", instantiate=False, skip={"output_dir"})
     parser.add_class_arguments(InitPolicy, "init_policy", instantiate=False, skip={"output_dir", "teacher"})
     parser.add_class_arguments(FiniteLoss, "finite_loss", instantiate=False)
+    parser.add_class_arguments(TeacherCache, "teacher_cache", instantiate=False)
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip={"default_root_dir"})
     parser.set_defaults({"optimizer.lr": None, "optimizer.weight_decay": 0.01, "lr_scheduler.warmup": 0.06})
     parser.set_defaults(dict.fromkeys(_SWITCHES.values()))
@@ -93,6 +102,7 @@ _SWITCHES = {
     "gradient_clipping": "gradient_clipping.algorithm",
     "lr_finder": "lr_finder.suggestion",
     "init_policy": "init_policy.policy",
+    "teacher_cache": "teacher_cache.path",
 }
 _SHORT = {
     "--optimizer": "--optimizer.name",
@@ -152,6 +162,8 @@ def build_callbacks(
         callbacks.append(LRFinder(**asked["lr_finder"], output_dir=folder))
     if "gradient_clipping" in asked:
         callbacks.append(GradientClipping(**asked["gradient_clipping"]))
+    if "teacher_cache" in asked and with_teacher:
+        callbacks.append(TeacherCache(**asked["teacher_cache"]))
     if config.optimizer.name == _SCHEDULE_FREE:
         callbacks.append(ScheduleFree())
     return callbacks

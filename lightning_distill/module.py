@@ -21,10 +21,12 @@ from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.functional.clipping import group_tensors, scale_, total_norm
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.objectives.objective import named
+from lightning_distill.objectives.vocabulary import can_defer, deferred_losses, parts
 from lightning_distill.precision import TeacherPrecision, cast_floats, keeping_dtype, load_teacher, own_precision
 from lightning_distill.pretrained import export, load_pretrained
 from lightning_distill.signals import Recorder, Request, Signals, describe, find_decoder
 from lightning_distill.teacher import freeze, keep_out_of_checkpoints, tensor_names
+from lightning_distill.vocabulary import Deferred, Head, find_head, is_known, withheld
 
 _STAGES = ("val", "test")
 
@@ -125,6 +127,15 @@ class DistillationModule(L.LightningModule):
         self.tokenizer = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._label_order: Tensor | None = None
+        # Number of words that both vocabularies have, where the larger one is padded.
+        self._shared_words: int | None = None
+        # Whether the classes of both mean the same, so that their predictions can be compared.
+        self._same_answers = True
+        # Heads onto a large vocabulary that are kept from making logits during this step, their inputs, and the roles
+        # whose heads turned out to be understood (or, False, not to be).
+        self._heads: dict[str, Head] = {}
+        self._head_inputs: dict[str, Tensor] = {}
+        self._known_heads: dict[str, bool] = {}
         self._checked: set[str] = set()
         # How much each objective has counted since the last optimizer step, and the share of it before this batch.
         self._window_counts: Tensor | None = None
@@ -155,7 +166,14 @@ class DistillationModule(L.LightningModule):
                 )
             student_info = teacher_info = describe(self.student)
         else:
-            self._label_order = preflight.check_pair(self.student, self.teacher, self.task)
+            objectives = self._each_objective().values()
+            any_vocabulary = all(o.any_vocabulary for o in objectives if o.needs_teacher and o.reads_logits)
+            self._label_order = preflight.check_pair(
+                self.student, self.teacher, self.task, any_vocabulary=any_vocabulary
+            )
+            if self.task in tasks.LANGUAGE_MODELS and not any_vocabulary:
+                self._shared_words = preflight.shared_words(self.student, self.teacher)
+            self._same_answers = not any_vocabulary
             student_info, teacher_info = describe(self.student), describe(self.teacher)
         for objective in self._each_objective().values():
             objective.bind(student_info, teacher_info)
@@ -229,17 +247,16 @@ class DistillationModule(L.LightningModule):
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Each objective's loss on a batch, by name, unweighted: the mean over what counts, over all ranks."""
-        teacher = self.teacher_step(batch) if self._needs_teacher else None
-        return self._reduce(self.student_step(batch), teacher)[0]
+        student, teacher = self._signals(batch, self._needs_teacher)
+        return self._reduce(student, teacher)[0]
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The total loss of a batch; every objective is logged by name."""
         first = "train" not in self._checked
         self._check_batch(batch)
-        teacher = self.teacher_step(batch) if self._needs_teacher else None
-        student = self.student_step(batch)
+        student, teacher = self._signals(batch, self._needs_teacher)
         if first:
-            preflight.check_logits(student.logits, None if teacher is None else teacher.logits, student.labels)
+            preflight.check_signals(student, teacher, any_vocabulary=not self._same_answers)
         losses, counts = self._reduce(student, teacher)
         loss = self.total_loss(losses)
         size = len(student.logits)
@@ -263,8 +280,7 @@ class DistillationModule(L.LightningModule):
 
     def _evaluate(self, batch: Any, stage: str) -> None:
         self._check_batch(batch)
-        teacher = None if self.teacher is None else self.teacher_step(batch)
-        student = self.student_step(batch)
+        student, teacher = self._signals(batch, self.teacher is not None)
         losses, _ = self._reduce(student, teacher)
         count = len(student.logits) if student.mask is None else int(student.mask.sum())
         logged = {f"{stage}_{name}": value for name, value in losses.items()}
@@ -273,23 +289,19 @@ class DistillationModule(L.LightningModule):
 
         metrics = self._metrics[stage]
         assert isinstance(metrics, nn.ModuleDict)
-        if teacher is not None:
-            self._log_agreement(student, teacher, metrics["agreement"], stage)
+        scores, agreement = metrics["scores"], metrics["agreement"]
+        assert isinstance(scores, MetricCollection)
+        assert isinstance(agreement, Metric)
+        compares = teacher is not None and self._same_answers
+        for part, of_teacher in parts(student, teacher if compares else None):
+            if of_teacher is not None:
+                agreement.update(*tasks.agreement(self.task, part, of_teacher))
+            if part.labels is not None:
+                scores.update(*tasks.flatten(self.task, part.logits, part.labels, part.mask))
+        if compares:
+            self.log(f"{stage}_agreement", agreement, prog_bar=True)
         if student.labels is not None:
-            scores = metrics["scores"]
-            assert isinstance(scores, MetricCollection)
-            scores.update(*tasks.flatten(self.task, student.logits, student.labels, student.mask))
             self.log_dict(scores, prog_bar=True)
-
-    def _log_agreement(self, student: Signals, teacher: Signals, metric: nn.Module, stage: str) -> None:
-        assert isinstance(metric, Metric)
-        answers = [tasks.predictions(self.task, signals.logits) for signals in (student, teacher)]
-        if self.task == "regression":
-            metric.update(answers[0].float(), answers[1].float())
-        else:
-            same = (answers[0] == answers[1]).float()
-            metric.update(same if student.mask is None else same[student.mask])
-        self.log(f"{stage}_agreement", metric, prog_bar=True)
 
     def _check_batch(self, batch: Any) -> None:
         """Refuse a batch without a real token or with an impossible label.
@@ -302,7 +314,7 @@ class DistillationModule(L.LightningModule):
         labels = tasks.labels_of(batch)
         if where in self._checked and not (labels is not None and labels.device.type == "cpu"):
             return
-        field = "vocab_size" if self.task in ("masked_lm", "causal_lm") else "num_labels"
+        field = "vocab_size" if self.task in tasks.LANGUAGE_MODELS else "num_labels"
         config, name = getattr(self.student, "config", None), f"a batch of the {where} data"
         preflight.check_batch(self.task, batch, getattr(config, field, None), name)
         if self.task == "causal_lm":
@@ -310,24 +322,71 @@ class DistillationModule(L.LightningModule):
         self._checked.add(where)
 
     def _step(self, role: str, model: nn.Module, batch: Any) -> Signals:
-        recorder = self._recorder(role, model)
+        recorder, batch = self._recorder(role, model), tasks.batch_of(role, batch)
         logits = tasks.logits_of(tasks.call_model(model, batch))
         captured = recorder.take()
+        deferred = None
+        if (head := self._heads.get(role)) is not None:
+            if role not in self._known_heads:
+                self._known_heads[role] = is_known(head, self._head_inputs[role], logits)
+            logits = self._head_inputs[role]
         logits, labels, mask = tasks.align(self.task, logits, batch)
-        masks = {"token_mask": tasks.token_mask(batch)}
+        if head is not None:
+            deferred, logits = Deferred(head, logits), logits[..., :0]
+        elif self._shared_words is not None:
+            logits = logits[..., : self._shared_words]
+        signals = Signals(logits, labels, mask, tasks.token_mask(batch), deferred=deferred, **captured)
         if (decoder := find_decoder(model)) is not None:
-            masks["decoder_token_mask"] = tasks.decoder_token_mask(batch)
-        return Signals(logits=logits, labels=labels, mask=mask, decoder=decoder, **masks, **captured)
+            signals.decoder, signals.decoder_token_mask = decoder, tasks.decoder_token_mask(batch)
+        return signals
+
+    def _signals(self, batch: Any, with_teacher: bool) -> tuple[Signals, Signals | None]:
+        """What both forwards left behind; without logits where the vocabulary is large and nothing needs them whole."""
+        self._heads = self._deferrable(with_teacher)
+        try:
+            with withheld(self._heads) as self._head_inputs:
+                teacher = self.teacher_step(batch) if with_teacher else None
+                student = self.student_step(batch)
+        finally:
+            self._heads = {}
+        unknown = [role for role, known in self._known_heads.items() if not known]
+        if unknown and student.deferred is not None:
+            warnings.warn(
+                f"The {' and the '.join(unknown)} change their logits after the last linear layer in a way that is not "
+                "known here, so whole logits are computed.",
+                stacklevel=2,
+            )
+            return self._signals(batch, with_teacher)
+        return student, teacher
+
+    def _deferrable(self, with_teacher: bool) -> dict[str, Head]:
+        """The heads that need not make logits in this step, by role; the student's, or none."""
+        overridden = any(
+            getattr(type(self), name) is not getattr(DistillationModule, name)
+            for name in ("student_step", "teacher_step")
+        )
+        if self.task not in tasks.LANGUAGE_MODELS or overridden or not can_defer(self._each_objective()):
+            return {}
+        if not all(self._known_heads.values()):
+            return {}
+        models = {"student": self.student, "teacher": self.teacher if with_teacher else None}
+        heads = {role: head for role, model in models.items() if (head := find_head(model)) is not None}
+        return heads if "student" in heads else {}
 
     def _reduce(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
         """Each objective's mean over what counts, and how much counts for each, shape ``[objectives]``."""
-        losses = {name: objective(student, teacher) for name, objective in self._each_objective().items()}
-        counts = torch.stack([loss.count() for loss in losses.values()]).float()
+        found = {} if student.deferred is None else deferred_losses(self._each_objective(), student, teacher)
+        for name, objective in self._each_objective().items():
+            if name not in found:
+                loss = objective(student, teacher)
+                found[name] = loss.sum(), loss.count()
+        losses = {name: found[name] for name in self._each_objective()}
+        counts = torch.stack([count for _, count in losses.values()]).float()
         if self._trainer is not None and self.trainer.world_size > 1 and self.trainer.training:
             # DDP averages gradients over ranks, so the mean over all items needs the mean count as its denominator.
             counts = self.trainer.strategy.reduce(counts, reduce_op="mean")
         counts = counts.clamp(min=torch.finfo(counts.dtype).tiny)
-        means = {name: loss.sum() / count for (name, loss), count in zip(losses.items(), counts, strict=True)}
+        means = {name: total / count for (name, (total, _)), count in zip(losses.items(), counts, strict=True)}
         return means, counts
 
     def _accumulated(self, losses: dict[str, Tensor], counts: Tensor, batch_idx: int) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -13,14 +13,21 @@ from torch.optim import Optimizer
 from lightning_distill import tasks
 from lightning_distill.teacher import align_labels
 
+if TYPE_CHECKING:
+    from lightning_distill.signals import Signals
 
-def check_pair(student: nn.Module, teacher: nn.Module, task: tasks.Task) -> Tensor | None:
+
+def check_pair(
+    student: nn.Module, teacher: nn.Module, task: tasks.Task, *, any_vocabulary: bool = False
+) -> Tensor | None:
     """Refuse a student and a teacher that cannot be compared.
 
     Args:
         student: The model that learns.
         teacher: The model that is imitated.
         task: The name of the task.
+        any_vocabulary: Whether no objective compares word with word, so that a language model's vocabularies may
+            differ.
 
     Returns:
         None where the classes are in the same order; otherwise the index that puts the teacher's classes in the
@@ -31,8 +38,9 @@ def check_pair(student: nn.Module, teacher: nn.Module, task: tasks.Task) -> Tens
     """
     check_not_shared(student, teacher)
     student_config, teacher_config = getattr(student, "config", None), getattr(teacher, "config", None)
-    if task in ("masked_lm", "causal_lm"):
-        check_vocabulary(student, teacher)
+    if task in tasks.LANGUAGE_MODELS:
+        if not any_vocabulary:
+            check_vocabulary(student, teacher, padded=True)
         return None
     _check_equal("num_labels", student_config, teacher_config, "Load both with the same number of classes.")
     student_labels, teacher_labels = (getattr(config, "label2id", None) for config in (student_config, teacher_config))
@@ -41,22 +49,24 @@ def check_pair(student: nn.Module, teacher: nn.Module, task: tasks.Task) -> Tens
     return align_labels(student_labels, teacher_labels)
 
 
-def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
+def check_vocabulary(student: nn.Module, teacher: nn.Module, *, padded: bool = False) -> None:
     """Refuse two language models whose token ids do not mean the same.
 
     Args:
         student: The model that learns, or drafts.
         teacher: The model that is imitated.
+        padded: Whether one may have unused words at its end, see :func:`shared_words`.
 
     Raises:
         ValueError: If their vocabularies differ in size, or the tokenizers beside their weights differ.
     """
     configs = getattr(student, "config", None), getattr(teacher, "config", None)
     advice = (
-        "Give the student the teacher's tokenizer; to distil between different tokenizers, use "
-        "`objectives.UniversalLogit`."
+        "Give the student the teacher's tokenizer, or, where they read text in different words, learn by "
+        "`objectives.UniversalLogit` in place of the objectives that compare word with word."
     )
-    _check_equal("vocab_size", *configs, advice)
+    if not padded or shared_words(student, teacher) is None:
+        _check_equal("vocab_size", *configs, advice)
     paths = [getattr(config, "name_or_path", "") for config in configs]
     if paths[0] == paths[1] or not all(paths):
         return
@@ -74,6 +84,28 @@ def _vocabulary(path: str) -> Any:
         path, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
     )
     return None if file is None else json.loads(Path(file).read_text())["model"].get("vocab")
+
+
+def shared_words(student: nn.Module, teacher: nn.Module) -> int | None:
+    """Number of words that two vocabularies of different sizes share, if the larger is padded.
+
+    A vocabulary is padded to a round number for speed, and models of one family differ in it: Qwen 2.5 has 151,936
+    words at 0.5 billion parameters and 152,064 at 7 billion, of the same tokenizer.
+
+    Args:
+        student: The model that learns.
+        teacher: The model that is imitated.
+
+    Returns:
+        The smaller size where the larger is a multiple of 64 that is less than 512 above it; otherwise None.
+    """
+    sizes = [getattr(getattr(model, "config", None), "vocab_size", None) for model in (student, teacher)]
+    known = sorted(size for size in sizes if isinstance(size, int))
+    if len(known) < 2:
+        return None
+    smaller, larger = known
+    padded = smaller > 1024 and larger % 64 == 0 and 0 < larger - smaller < 512
+    return smaller if padded else None
 
 
 def check_not_shared(student: nn.Module, teacher: nn.Module) -> None:
@@ -158,30 +190,36 @@ def _check_range(labels: Tensor, num_classes: int, where: str) -> None:
         )
 
 
-def check_logits(student_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor | None) -> None:
-    """Refuse logits that no objective can compare.
+def check_signals(student: "Signals", teacher: "Signals | None", *, any_vocabulary: bool = False) -> None:
+    """Refuse predictions that no objective can compare.
 
     Args:
-        student_logits: Shape ``[..., C]``.
-        teacher_logits: Shape ``[..., C]``, or None where nobody asked the teacher.
-        labels: Class indices, float targets or None.
+        student: The student's signals.
+        teacher: The teacher's signals, or None where nobody asked the teacher.
+        any_vocabulary: Whether they may answer different tokens in different words.
 
     Raises:
-        ValueError: If the shapes differ, or the teacher's logits are not finite.
+        ValueError: If the logits' shapes differ, or the teacher's are not finite.
     """
-    if teacher_logits is not None and student_logits.shape != teacher_logits.shape:
+    labels = student.labels
+    of_student, of_teacher = student.logits, None if teacher is None else teacher.logits
+    if of_teacher is not None and teacher is not None and (student.deferred is not None or teacher.top_k):
+        # Of logits that were not computed, the tokens are compared; words are compared chunk by chunk.
+        of_student, of_teacher = of_student[..., :0], of_teacher[..., :0]
+    if of_teacher is not None and not any_vocabulary and of_student.shape != of_teacher.shape:
         raise ValueError(
             "Expected arguments `student` and `teacher` to give logits of the same shape, but got "
-            f"{list(student_logits.shape)} and {list(teacher_logits.shape)}. They must answer the same classes for the "
+            f"{list(of_student.shape)} and {list(of_teacher.shape)}. They must answer the same classes for the "
             "same tokens."
         )
-    if teacher_logits is not None and not bool(torch.isfinite(teacher_logits).all()):
+    seen = None if teacher is None else teacher.logits if teacher.deferred is None else teacher.deferred.hidden
+    if seen is not None and not bool(torch.isfinite(seen).all()):
         raise ValueError(
             "Expected argument `teacher` to give finite logits, but got NaN or infinity on the first batch. Check that "
             "its weights were loaded, and run it in float32 or bfloat16 rather than float16."
         )
-    if labels is not None and not labels.is_floating_point() and student_logits.shape[-1] > 1:
-        _check_range(labels, student_logits.shape[-1], "the first batch")
+    if labels is not None and not labels.is_floating_point() and student.logits.shape[-1] > 1:
+        _check_range(labels, student.logits.shape[-1], "the first batch")
 
 
 def check_eps(optimizer: Optimizer) -> None:

@@ -9,13 +9,18 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.attention import Attention, attach, detach
+
+if TYPE_CHECKING:
+    # They are made of functions whose package imports this file.
+    from lightning_distill.functional.vocabulary import TopK
+    from lightning_distill.vocabulary import Deferred
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,9 @@ class Signals:
         modules: Output of a submodule, by its path.
         decoder: Path of the decoder of an encoder-decoder, see :func:`find_decoder`.
         decoder_token_mask: Bool ``[B, T]``, the real tokens that the decoder reads, or None where all are.
+        top_k: The k best classes of a teacher whose logits were not kept, by temperature; those above then have
+            width 0.
+        deferred: Logits over a large vocabulary that were not computed; those above then have width 0.
     """
 
     logits: Tensor
@@ -80,6 +88,8 @@ class Signals:
     modules: dict[str, Tensor] = field(default_factory=dict)
     decoder: str | None = None
     decoder_token_mask: Tensor | None = None
+    top_k: dict[float, "TopK"] = field(default_factory=dict)
+    deferred: "Deferred | None" = None
 
     def real_tokens(self, key: int | str | None) -> Tensor | None:
         """Bool mask of the tokens that a layer, or the module at a path, reads; None where all are real."""

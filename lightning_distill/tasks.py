@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,15 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef
 from torchmetrics.text import Perplexity
 
+if TYPE_CHECKING:
+    from lightning_distill.signals import Signals
+
 Task = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
 
 #: Tasks whose logits have one row per token.
 TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
+#: Token tasks whose classes are the words of a vocabulary.
+LANGUAGE_MODELS = ("masked_lm", "causal_lm")
 IGNORE_INDEX = -100
 
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
@@ -127,14 +132,19 @@ def default_metric(task: Task) -> tuple[str, Metric]:
     """Name and torchmetrics metric that a task is scored by when the user names none."""
     if task == "regression":
         return "pearson", PearsonCorrCoef()
-    if task in ("masked_lm", "causal_lm"):
+    if task in LANGUAGE_MODELS:
         return "perplexity", Perplexity(ignore_index=IGNORE_INDEX)
     return "accuracy", MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
 
 
-def predictions(task: Task, logits: Tensor) -> Tensor:
-    """What is compared between student and teacher: the class, or the value itself in regression."""
-    return logits.squeeze(-1) if task == "regression" else logits.argmax(-1)
+def agreement(task: Task, student: "Signals", teacher: "Signals") -> tuple[Tensor, ...]:
+    """What the agreement is computed of: whether each item that counts has the teacher's class; in regression both."""
+    if task == "regression":
+        return student.logits.squeeze(-1).float(), teacher.logits.squeeze(-1).float()
+    best = next(iter(teacher.top_k.values()), None)
+    answers = teacher.logits.argmax(-1) if best is None else best.classes[..., 0]
+    same = (student.logits.argmax(-1) == answers).float()
+    return (same if student.mask is None else same[student.mask],)
 
 
 def flatten(task: Task, logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -144,7 +154,7 @@ def flatten(task: Task, logits: Tensor, labels: Tensor, mask: Tensor | None) -> 
     """
     if task == "regression":
         return logits.squeeze(-1).float(), labels.float().view(logits.squeeze(-1).shape)
-    if task in ("masked_lm", "causal_lm"):
+    if task in LANGUAGE_MODELS:
         return logits.float(), labels
     if mask is not None:
         return logits[mask], labels[mask]
@@ -163,6 +173,30 @@ def has_real_item(task: Task, batch: Any) -> bool:
         return False
     labels = labels_of(batch)
     return labels is None or task not in TOKEN_TASKS or bool(torch.any(labels != IGNORE_INDEX))
+
+
+def batch_of(role: str, batch: Any) -> Any:
+    """The batch a model reads: with another tokenizer the teacher has its own, under keys that begin so.
+
+    Args:
+        role: ``"student"`` or ``"teacher"``.
+        batch: The batch.
+
+    Returns:
+        The batch as it is, or for the teacher what its keys ``teacher_...`` hold, under the names without that.
+
+    Example:
+        >>> from lightning_distill.tasks import batch_of
+        >>> batch_of("teacher", {"input_ids": 1, "labels": 2, "teacher_input_ids": 3})
+        {'input_ids': 3}
+    """
+    prefix = "teacher_"
+    if not isinstance(batch, Mapping) or not any(key.startswith(prefix) for key in batch):
+        return batch
+    own = {key for key in batch if key.startswith(prefix)}
+    if role == "teacher":
+        return {key.removeprefix(prefix): batch[key] for key in batch if key in own}
+    return {key: value for key, value in batch.items() if key not in own}
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:

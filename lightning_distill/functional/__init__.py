@@ -15,6 +15,8 @@ from lightning_distill.functional.logits import combine_teachers, decoupled, log
 from lightning_distill.functional.lr_suggestion import lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.functional.relation import relation
 from lightning_distill.functional.soft_target import soft_target
+from lightning_distill.functional.universal_logit import universal_logit
+from lightning_distill.functional.vocabulary import linear_soft_target
 
 __all__ = [
     "IGNORE_INDEX",
@@ -30,6 +32,7 @@ __all__ = [
     "hard_label",
     "hidden_state_cosine",
     "hidden_state_mse",
+    "linear_soft_target",
     "logits_mse",
     "lr_suggestion",
     "margin",
@@ -44,4 +47,5 @@ __all__ = [
     "soft_target",
     "top_k_soft_target",
     "trim_curve",
+    "universal_logit",
 ]

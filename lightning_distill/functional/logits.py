@@ -151,7 +151,10 @@ def top_k_soft_target(
     classes = teacher_classes.flatten(0, -2) if mask is None else teacher_classes[mask]
     log_q = log_probabilities(logits, temperature)
     student_tail = log_q.scatter(-1, classes, LOG_ZERO).logsumexp(-1, keepdim=True)
-    teacher_tail = torch.log1p(-log_p.exp().sum(-1, keepdim=True).clamp(max=1)).clamp(min=LOG_ZERO)
+    of_best = log_p.exp().sum(-1, keepdim=True).clamp(max=1)
+    # Where all classes are there is no tail, whatever rounding leaves of it.
+    of_best = of_best if classes.shape[-1] < log_q.shape[-1] else torch.ones_like(of_best)
+    teacher_tail = torch.log1p(-of_best).clamp(min=LOG_ZERO)
     student = torch.cat([log_q.gather(-1, classes), student_tail], -1)
     teacher = torch.cat([log_p.clamp(min=LOG_ZERO), teacher_tail], -1)
     return reduce(temperature**2 * kl(teacher, student), student_logits.shape[:-1], mask, reduction)

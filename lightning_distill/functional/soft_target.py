@@ -134,20 +134,30 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
+    """Log of the mixture that has a share of p and the rest of q.
+
+    Args:
+        log_p: Shape ``[..., C]``.
+        log_q: Likewise.
+        share: In (0, 1).
+
+    Returns:
+        Shape ``[..., C]``.
+    """
     return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
 
 
 def _js(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    mixture = _mixture(teacher, student, beta)
-    return beta * kl(teacher, mixture) + (1 - beta) * kl(student, mixture)
+    middle = mixture(teacher, student, beta)
+    return beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
 
 
 _DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "forward_kl": lambda student, teacher, _: kl(teacher, student),
     "reverse_kl": lambda student, teacher, _: kl(student, teacher),
     "js": _js,
-    "skew_forward_kl": lambda student, teacher, alpha: kl(teacher, _mixture(teacher, student, alpha)),
-    "skew_reverse_kl": lambda student, teacher, alpha: kl(student, _mixture(student, teacher, alpha)),
+    "skew_forward_kl": lambda student, teacher, alpha: kl(teacher, mixture(teacher, student, alpha)),
+    "skew_reverse_kl": lambda student, teacher, alpha: kl(student, mixture(student, teacher, alpha)),
     "total_variation": lambda student, teacher, _: 0.5 * (teacher.exp() - student.exp()).abs().sum(-1),
 }

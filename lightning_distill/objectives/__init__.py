@@ -20,6 +20,7 @@ from lightning_distill.objectives.features import (
 from lightning_distill.objectives.logits import Decoupled, HardLabel, LogitsMSE, SoftTarget, TopKSoftTarget
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import CosineSchedule, LinearSchedule, StepSchedule
+from lightning_distill.objectives.universal_logit import UniversalLogit
 
 __all__ = [
     "AttentionMap",
@@ -47,4 +48,5 @@ __all__ = [
     "StepSchedule",
     "TopKSoftTarget",
     "UncertaintyBalance",
+    "UniversalLogit",
 ]

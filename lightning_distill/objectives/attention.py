@@ -24,6 +24,8 @@ _FIELDS = {"q": "query", "k": "key", "v": "value"}
 class _AttentionObjective(Objective):
     """Reads the queries, keys and values of paired layers."""
 
+    reads_logits = False
+
     def __init__(self, layers: AttentionLayers | None, weight: Scheduled, name: str | None) -> None:
         super().__init__(weight, name)
         self.layers = layers

@@ -37,6 +37,8 @@ class FeatureObjective(Objective):
         name: What it is logged as.
     """
 
+    reads_logits = False
+
     #: How many leading dimensions of a student's and a teacher's feature must agree; None: all, the width too.
     shared_dims: ClassVar[int | None] = None
 

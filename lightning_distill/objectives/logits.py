@@ -1,6 +1,6 @@
 """Objectives on the models' predictions."""
 
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -77,9 +77,25 @@ class SoftTarget(_Softened):
                 raise self._error(argument, "in (0, 1)", share)
         self.divergence, self.beta, self.alpha = divergence, beta, alpha
 
+    def options(self) -> dict[str, Any]:
+        """Temperature, divergence and the share that it mixes in, as the chunked losses take them."""
+        share = self.beta if self.divergence == "js" else self.alpha
+        return {"temperature": self.temperature, "divergence": self.divergence, "share": share}
+
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
-        if student.logits.shape[-1] == 1:
+        if teacher.top_k:
+            if self.divergence != "forward_kl":
+                raise self._error("divergence", "'forward_kl' with a teacher's k best classes alone", self.divergence)
+            values = functional.top_k_soft_target(
+                student.logits,
+                teacher.top_k[self.temperature].log_probs,
+                teacher.top_k[self.temperature].classes,
+                temperature=self.temperature,
+                mask=student.mask,
+                reduction="none",
+            )
+        elif student.logits.shape[-1] == 1:
             values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
         else:
             values = functional.soft_target(
@@ -261,10 +277,15 @@ class HardLabel(Objective):
 
 def _labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | None]:
     """The labels, and the mask of the items that count and have one."""
-    labels, mask = student.labels, student.mask
-    if labels is None:
-        raise ValueError(f"Expected objective `{objective.name}` to be given labels, but got a batch without them.")
+    labels, mask = require_labels(objective, student), student.mask
     if not labels.is_floating_point() and student.logits.shape[-1] > 1:
         labelled = labels != functional.IGNORE_INDEX
         mask = labelled if mask is None else mask & labelled
     return labels, mask
+
+
+def require_labels(objective: Objective, student: Signals) -> Tensor:
+    """The labels of a batch, for an objective that cannot do without."""
+    if student.labels is None:
+        raise ValueError(f"Expected objective `{objective.name}` to be given labels, but got a batch without them.")
+    return student.labels

@@ -73,6 +73,10 @@ class Objective(nn.Module):
 
     #: Whether :meth:`forward` reads the teacher; where no objective does, the teacher does not run.
     needs_teacher = True
+    #: Whether :meth:`forward` reads logits; an objective that does not is no obstacle to not computing them.
+    reads_logits = True
+    #: Whether it compares predictions over different vocabularies.
+    any_vocabulary = False
 
     def __init__(self, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from lightning_distill import DistillationModule
 from lightning_distill.callbacks import (
     GPTQ,
     EarlyExit,
@@ -20,6 +21,7 @@ from lightning_distill.callbacks import (
     LossAdvice,
     LRFinder,
     Resumable,
+    TeacherCache,
 )
 
 
@@ -30,6 +32,11 @@ class Row:
     callback: type[L.Callback]
     arguments: dict[str, Any] = field(default_factory=dict)
     bad: tuple[dict[str, Any], ...] = ()
+    #: Whether it needs a teacher; the run is then a distillation of the same network.
+    distils: bool = False
+
+    def module(self) -> L.LightningModule:
+        return Distillation() if self.distils else Regression()
 
     def build(self, **changes: Any) -> L.Callback:
         return self.callback(**{**self.arguments, **changes})
@@ -41,6 +48,7 @@ class Row:
 # Not beside the checkpoints, whose folder must be empty; always the same, as it is part of the tests' names.
 AUDIT = str(Path(tempfile.gettempdir()) / "lightning-distill-audit")
 QUANTIZED = str(Path(tempfile.gettempdir()) / "lightning-distill-gptq")
+CACHE = str(Path(tempfile.gettempdir()) / "lightning-distill-cache")
 
 ROWS = [
     Row(
@@ -129,6 +137,12 @@ ROWS = [
         ),
     ),
     Row(InitPolicy, {"policy": "orthogonal", "only": "all", "seed": 3, "output_dir": AUDIT}),
+    Row(
+        TeacherCache,
+        {"path": CACHE, "top_k": None, "dtype": "float32"},
+        bad=({"signals": "logits"}, {"signals": ["hidden_states"]}, {"top_k": 0}, {"dtype": "int8"}),
+        distils=True,
+    ),
 ]
 
 
@@ -184,6 +198,26 @@ class Regression(L.LightningModule):
     def configure_optimizers(self) -> Any:
         groups = [{"params": self.body.parameters(), "lr": 0.05}, {"params": self.head.parameters(), "lr": 0.1}]
         optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.01)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Distillation(DistillationModule):
+    """The network of :class:`Regression` with a teacher of the same kind, on the same data."""
+
+    def __init__(self) -> None:
+        teacher, student = Regression(), Regression()
+        with torch.no_grad():
+            for parameter in teacher.parameters():
+                parameter.mul_(1.5)
+        teacher, student = (nn.Sequential(model.body, model.head) for model in (teacher, student))
+        super().__init__(teacher, student, task="regression")
+
+    train_dataloader = Regression.train_dataloader  # type: ignore[assignment]
+    val_dataloader = Regression.val_dataloader  # type: ignore[assignment]
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.student.parameters(), lr=0.05, momentum=0.9)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 

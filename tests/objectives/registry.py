@@ -32,6 +32,7 @@ from lightning_distill.objectives import (
     SimilarityPreserving,
     SoftTarget,
     TopKSoftTarget,
+    UniversalLogit,
 )
 from lightning_distill.signals import ModelInfo, Signals
 
@@ -187,6 +188,14 @@ def _top_k(student: Signals, teacher: Signals, k: int = 3, temperature: float = 
         p, q = (torch.cat([x[best[:k]], x[best[k:]].sum(0, keepdim=True)]) for x in (p, q))
         values.append(_kl(p, q))
     return temperature**2 * _mean(values)
+
+
+def _universal_logit(student: Signals, teacher: Signals) -> Tensor:
+    values = []
+    for s, t in zip(student.logits[_items(student)], teacher.logits[_items(student)], strict=True):
+        q, p = torch.softmax(s, -1), torch.softmax(t, -1)
+        values.append(F.l1_loss(q[q.argsort()], p[p.argsort()], reduction="sum"))
+    return _mean(values)
 
 
 def _hard_label(student: Signals, teacher: Signals) -> Tensor:
@@ -352,6 +361,7 @@ CASES = [
     ),
     Case("decoupled", lambda: Decoupled(3.0), _decoupled),
     Case("top_k", lambda: TopKSoftTarget(3, 2.0), _top_k),
+    Case("universal_logit", UniversalLogit, _universal_logit),
     Case("hidden_state", lambda: HiddenState("first"), _per_layer(_hidden_mse)),
     Case("embedding", lambda: HiddenState(None, embedding=True), _per_layer(_hidden_mse, range(-1, 0))),
     Case("hidden_and_embedding", lambda: HiddenState(embedding=True), _per_layer(_hidden_mse, range(-1, DEPTH))),

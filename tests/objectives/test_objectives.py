@@ -188,7 +188,8 @@ def test_two_processes_give_the_gradient_of_one() -> None:
     mp.start_processes(_rank, (port, expected, scales), nprocs=2, start_method="fork")
 
 
-LOGIT_CASES = [case for case in CASES if "_at_" in case.name or case.name in ("hard_label", "decoupled", "top_k")]
+ON_LOGITS = ("hard_label", "decoupled", "top_k", "universal_logit")
+LOGIT_CASES = [case for case in CASES if "_at_" in case.name or case.name in ON_LOGITS]
 
 
 @pytest.mark.parametrize("case", LOGIT_CASES, ids=[case.name for case in LOGIT_CASES])

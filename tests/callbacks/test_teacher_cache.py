@@ -1,0 +1,374 @@
+"""TeacherCache: the same losses as without it, whatever the order, the break or the number of processes."""
+
+import copy
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_distill import DistillationModule, functional, vocabulary
+from lightning_distill.__main__ import main
+from lightning_distill.cache import SignalStore, row_keys
+from lightning_distill.callbacks import TeacherCache
+from lightning_distill.cli import build_callbacks
+from lightning_distill.data import BucketBatchSampler, ResumableDataLoader, TextClassificationData
+from lightning_distill.data.embedded import train_tokenizer
+from lightning_distill.objectives import AttentionMap, HardLabel, HiddenState, Objective, SoftTarget
+from lightning_distill.recipe import text_parser
+from tests.helpers.models import batch, bert, llama
+
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LOGITS: list[str] = ["logits"]
+
+
+def soft() -> list[Objective]:
+    return [SoftTarget(2.0, weight=0.7), HardLabel(weight=0.3)]
+
+
+def pair(task: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    if task == "causal_lm":
+        return llama(layers=3), llama()
+    if task == "regression":
+        return bert(num_labels=1, layers=3), bert(num_labels=1, **STILL)
+    head = {"masked_lm": "MaskedLM", "token_classification": "TokenClassification"}.get(task, "SequenceClassification")
+    return bert(head, num_labels=3, layers=3), bert(head, num_labels=3, **STILL)
+
+
+class Shuffled(L.LightningDataModule):
+    """Twelve rows, in another order and in other batches each epoch, padded to the longest of their batch."""
+
+    def __init__(self, task: str, size: int = 4) -> None:
+        super().__init__()
+        whole = batch(task, rows=12, length=9, classes=3)
+        self.rows = [{key: value[row] for key, value in whole.items()} for row in range(12)]
+        self.size = size
+
+    def _collate(self, rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        made = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+        longest = int(made["attention_mask"].sum(1).max())
+        return {key: value[:, :longest] if value.ndim > 1 else value for key, value in made.items()}
+
+    def train_dataloader(self) -> Any:
+        return ResumableDataLoader(self.rows, BucketBatchSampler([9] * 12, self.size), collate_fn=self._collate)
+
+    def val_dataloader(self) -> Any:
+        return DataLoader(self.rows[:5], 5, collate_fn=self._collate)
+
+
+class Fit(NamedTuple):
+    weights: dict[str, torch.Tensor]
+    logs: dict[str, torch.Tensor]
+    module: DistillationModule
+    trainer: L.Trainer
+
+
+def fit(task: str, folder: Path, *callbacks: L.Callback, made: Any = soft, teacher: Any = None, **settings: Any) -> Fit:
+    own, student = pair(task)
+    module = DistillationModule(
+        teacher or own, student, made(), optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1)
+    )
+    ckpt_path = settings.pop("ckpt_path", None)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    defaults = {"max_epochs": 3, "accelerator": "cpu", "enable_checkpointing": False, "default_root_dir": folder}
+    run = L.Trainer(**{**quiet, **defaults, **settings}, callbacks=list(callbacks))
+    run.fit(module, datamodule=Shuffled(task), ckpt_path=ckpt_path)
+    return Fit(module.student.state_dict(), dict(run.callback_metrics), module, run)
+
+
+def assert_same(one: Fit, two: Fit, tolerance: float = 1e-6) -> None:
+    for kind in ("logs", "weights"):
+        first, second = getattr(one, kind), getattr(two, kind)
+        assert first.keys() == second.keys()
+        for name, value in first.items():
+            torch.testing.assert_close(second[name], value, rtol=10 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("task", ["classification", "regression", "token_classification", "masked_lm", "causal_lm"])
+def test_all_logits_give_the_training_without_a_cache(task: str, tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+    assert_same(fit(task, tmp_path), fit(task, tmp_path, cache))
+    # Each row was asked for once, of training, validation and the sanity check before them, and then read.
+    assert cache.misses == 12
+    assert cache.hits == 3 * 12 + 4 * 5 - 12
+    again = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+    assert_same(fit(task, tmp_path), fit(task, tmp_path, again))
+    assert again.misses == 0
+
+
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_all_classes_as_the_best_ones_are_all_logits(task: str, tmp_path: Path) -> None:
+    whole = fit(task, tmp_path)
+    assert_same(whole, fit(task, tmp_path, TeacherCache(tmp_path / "cache", top_k=64, dtype="float32")), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_best_classes_and_the_mass_of_the_others(dtype: Any, tmp_path: Path) -> None:
+    teacher, student = pair("causal_lm")
+    module = DistillationModule(teacher, student, [SoftTarget(2.0), SoftTarget(1.0, name="at_1"), HardLabel()])
+    data = batch("causal_lm")
+    uncached = module.losses(data)
+    signals = module.teacher_step(data)
+    cache = TeacherCache(tmp_path / "cache", top_k=5, dtype=dtype)
+    cache.attach(module)
+    for _ in range(2):
+        losses = module.losses(data)
+        for name, temperature in (("soft_target", 2.0), ("at_1", 1.0)):
+            best, classes = (signals.logits / temperature).log_softmax(-1).topk(5)
+            student_signals = module.student_step(data)
+            expected = functional.top_k_soft_target(
+                student_signals.logits, best, classes, temperature=temperature, mask=signals.mask
+            )
+            torch.testing.assert_close(losses[name], expected, rtol=1e-6 if dtype == "float32" else 5e-3, atol=1e-6)
+            # The other classes are one: it is a lower bound.
+            assert losses[name] < uncached[name]
+    assert (cache.hits, cache.misses) == (4, 4)
+    cache.detach()
+    torch.testing.assert_close(module.losses(data), uncached)
+
+
+def test_chunks_and_cache_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = [{"top_k": None}, {"top_k": 5}]
+    for settings in caches:
+        runs = []
+        for words in (16_000, 10):
+            monkeypatch.setattr(vocabulary, "LARGE", words)
+            path = tmp_path / f"{words} {settings}"
+            runs.append(fit("causal_lm", tmp_path, TeacherCache(path, dtype="float32", **settings)))
+        assert_same(*runs)
+
+
+def test_hidden_states(tmp_path: Path) -> None:
+    made = lambda: [*soft(), HiddenState(weight=0.3)]  # noqa: E731
+    for task in ("classification", "causal_lm"):
+        cache = TeacherCache(tmp_path / task, ["logits", "hidden_states"], top_k=None, dtype="float32")
+        whole = fit(task, tmp_path, made=made)
+        assert_same(whole, fit(task, tmp_path, cache, made=made))
+        # A layer of the teacher can be described without its weights.
+        without = TeacherCache(tmp_path / task, ["logits", "hidden_states"], top_k=None, dtype="float32")
+        assert_same(whole, fit(task, tmp_path, without, made=made, teacher=TeacherCache.teacher(tmp_path / task)))
+        assert without.misses == 0
+
+
+def test_the_teacher_is_not_loaded(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"top_k": None, "dtype": "float32"}
+    whole = fit("causal_lm", tmp_path, TeacherCache(tmp_path / "cache", **settings))
+    teacher = TeacherCache.teacher(tmp_path / "cache")
+    assert not list(teacher.parameters())
+    run = fit("causal_lm", tmp_path, TeacherCache(tmp_path / "cache", **settings), teacher=teacher)
+    assert_same(whole, run)
+    run.module.teacher = TeacherCache.teacher(tmp_path / "cache")
+    cache = TeacherCache(tmp_path / "cache", **settings)
+    cache.attach(run.module)
+    with pytest.raises(ValueError, match=r"to hold every row, but 4 of a batch of 4 are not in it"):
+        run.module.losses(batch("causal_lm", seed=77))
+    cache.detach()
+    with pytest.raises(ValueError, match="to be the cache of a transformers teacher"):
+        TeacherCache.teacher(tmp_path)
+
+
+def test_accumulation(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+    plain = fit("causal_lm", tmp_path, accumulate_grad_batches=2)
+    assert_same(plain, fit("causal_lm", tmp_path, cache, accumulate_grad_batches=2))
+
+
+class Kill(L.Callback):
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("torn", [0, 5])
+def test_a_half_written_cache_goes_on(torn: int, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"top_k": None, "dtype": "float32"}
+    child = multiprocessing.get_context("fork").Process(
+        target=fit,
+        args=("causal_lm", tmp_path, TeacherCache(tmp_path / "cache", **settings), Kill()),
+        kwargs={"num_sanity_val_steps": 0},
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    # As a power cut leaves it: an index entry that is not whole, an array without its entry.
+    with (tmp_path / "cache" / "0.index").open("ab") as index:
+        index.write(b"x" * torn)
+    with (tmp_path / "cache" / "0.logits").open("ab") as logits:
+        logits.write(b"x" * 13 * torn)
+    cache = TeacherCache(tmp_path / "cache", **settings)
+    assert_same(fit("causal_lm", tmp_path), fit("causal_lm", tmp_path, cache))
+    assert cache.misses == 12 - 8
+
+
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_two_processes_share_a_cache(tmp_path: Path) -> None:
+    cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+    run = fit("classification", tmp_path, cache, devices=2, strategy="ddp_fork")
+    assert_same(fit("classification", tmp_path, devices=2, strategy="ddp_fork"), run)
+    assert {path.name for path in (tmp_path / "cache").glob("*.index")} == {"0.index", "1.index"}
+    # One process finds what two have written.
+    alone = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+    fit("classification", tmp_path, alone)
+    assert alone.misses == 0
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+def test_resuming_in_the_middle(tmp_path: Path) -> None:
+    saved = L.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    settings: dict[str, Any] = {"top_k": None, "dtype": "float32"}
+    whole = fit("causal_lm", tmp_path, saved, TeacherCache(tmp_path / "cache", **settings), enable_checkpointing=True)
+    cache = TeacherCache(tmp_path / "cache", **settings)
+    again = L.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    resumed = fit("causal_lm", tmp_path, again, cache, ckpt_path=tmp_path / "epoch=1.ckpt", enable_checkpointing=True)
+    assert cache.misses == 0
+    assert_same(whole, resumed)
+
+
+def test_keys_are_of_the_content() -> None:
+    data = batch("causal_lm", rows=3)
+    mask = data["labels"] != -100
+    keys = row_keys(data, mask)
+    assert len(set(keys)) == 3
+    wider = {key: torch.nn.functional.pad(x, (0, 4), value=-100 if key == "labels" else 0) for key, x in data.items()}
+    assert row_keys(wider, wider["labels"] != -100) == keys
+    order = torch.tensor([2, 0, 1])
+    assert row_keys({key: x[order] for key, x in data.items()}, mask[order]) == [keys[2], keys[0], keys[1]]
+    other = copy.deepcopy(data)
+    other["input_ids"][1, 0] += 1
+    assert [one == two for one, two in zip(row_keys(other, mask), keys, strict=True)] == [True, False, True]
+    fewer = mask.clone()
+    fewer[2, 1] = False
+    assert [one == two for one, two in zip(row_keys(data, fewer), keys, strict=True)] == [True, True, False]
+
+
+class _Words:
+    def __init__(self, **words: int) -> None:
+        self.words = words
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.words
+
+
+def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
+    teacher, student = pair("classification")
+    data = batch("classification", classes=3)
+
+    def losses(teacher: nn.Module, tokenizer: Any = None, **settings: Any) -> None:
+        module = DistillationModule(copy.deepcopy(teacher), copy.deepcopy(student), soft(), tokenizer=tokenizer)
+        cache = TeacherCache(tmp_path / "cache", **settings)
+        cache.attach(module)
+        try:
+            module.losses(data)
+        finally:
+            cache.detach()
+
+    losses(teacher)
+    losses(teacher)
+    other = copy.deepcopy(teacher)
+    with torch.no_grad():
+        next(other.parameters()).flatten()[0] += 1e-3
+    for change, named in (
+        ({"teacher": other}, "teacher"),
+        ({"teacher": teacher, "tokenizer": _Words(a=0)}, "tokenizer"),
+        ({"teacher": teacher, "top_k": 2}, "top_k"),
+        ({"teacher": teacher, "dtype": "float32"}, "dtype"),
+    ):
+        with pytest.raises(ValueError, match=f"Expected argument `path` to be a cache of this teacher.*`{named}` is"):
+            losses(**change)
+
+
+def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ValueError, match=r"on a disk with room for the cache, about 0\.00 GB, but got 0\.00 GB free"):
+        fit("causal_lm", tmp_path, TeacherCache(tmp_path / "cache"), num_sanity_val_steps=0)
+
+
+def test_what_it_cannot_keep_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    for made, settings, message in (
+        (lambda: [AttentionMap("last")], {}, "`attention_map`, which reads what `TeacherCache` does not keep"),
+        (lambda: [HiddenState()], {}, "`signals` to hold 'hidden_states' for the objective `hidden_state`"),
+        (lambda: [SoftTarget(2.0, "reverse_kl")], {}, "`top_k` to be None for the objective `soft_target`, but got 64"),
+        (lambda: [SoftTarget(lambda progress: 2.0 + progress)], {}, "`top_k` to be None for a temperature that"),
+    ):
+        module = DistillationModule(*pair("classification"), made())
+        with pytest.raises(ValueError, match=message):
+            TeacherCache(tmp_path / "cache", **settings).attach(module)
+    with pytest.raises(TypeError, match="to be used with a `DistillationModule` that has a teacher"):
+        TeacherCache(tmp_path / "cache").attach(DistillationModule(None, pair("classification")[1]))
+
+
+def test_a_store_keeps_rows_of_different_lengths(tmp_path: Path) -> None:
+    store = SignalStore(tmp_path, {}, {"a": ("float16", (2,)), "b": ("int32", ())})
+    rows = {
+        bytes([i] * 16): {"a": torch.randn(i, 2).half().numpy(), "b": torch.arange(2 * i).numpy()} for i in range(4)
+    }
+    for key, arrays in rows.items():
+        store.write(key, arrays)
+    store.close()
+    again = SignalStore(tmp_path, {}, {"a": ("float16", (2,)), "b": ("int32", ())}, rank=1)
+    order = [bytes([i] * 16) for i in (3, 0, 1)]
+    read = again.read(order)
+    assert torch.equal(read["a"], torch.cat([torch.from_numpy(rows[key]["a"]) for key in order]))
+    assert read["b"].tolist() == [*range(6), *range(2)]
+    assert bytes([9] * 16) not in again
+    # Only what writes has files of its own.
+    assert not list(tmp_path.glob("1.*"))
+
+
+def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "teacher-cache.md").read_text()
+    snippets = re.findall(r"^```python\n(.*?)^```", guide, flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {}
+    for snippet in snippets:
+        exec(compile(snippet, "teacher-cache.md", "exec"), names)
+    assert names["cache"].misses == 0
+
+
+def test_the_command_fills_a_cache_and_a_recipe_asks_for_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = [("great film", 1), ("dull film", 0), ("a great idea", 1), ("a dull idea", 0)] * 6
+    file = tmp_path / "train.tsv"
+    file.write_text("sentence\tlabel\n" + "".join(f"{text} {i}\t{label}\n" for i, (text, label) in enumerate(table)))
+    tokenizer = train_tokenizer([text for text, _ in table], vocab_size=60)
+    teacher = bert(vocab_size=len(tokenizer), layers=3)
+    teacher.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    flags = ["cache", "--teacher", str(tmp_path / "teacher"), "--cache.path", str(tmp_path / "cache")]
+    flags += ["--data", "lightning_distill.data.TextClassificationData", "--data.train_file", str(file)]
+    flags += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    main(flags)
+    assert "process 0: 24 rows written, 0 were there" in capsys.readouterr().out
+    data = TextClassificationData(train_file=file, tokenizer=tmp_path / "teacher")
+    config = text_parser(None, output_dir=str(tmp_path)).parse_args(["--teacher_cache.path", str(tmp_path / "cache")])
+    (cache,) = build_callbacks(config, "student")
+    assert isinstance(cache, TeacherCache)
+    data.setup("fit")
+    module = DistillationModule(
+        TeacherCache.teacher(tmp_path / "cache"), bert(vocab_size=len(tokenizer)), tokenizer=data.tokenizer
+    )
+    L.Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        log_every_n_steps=1,
+        callbacks=[cache],
+    ).fit(module, data)
+    assert cache.misses == 0
