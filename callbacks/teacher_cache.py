@@ -210,7 +210,7 @@ class TeacherCache(L.Callback):
 
     def _fields(self, answer: Signals) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Type and shape of what is kept of an item."""
-        classes = _logits_of_row(answer, 0, self._module._shared_words).shape[-1]
+        classes = _logits_of_row(answer, 0, self._module.forwards.shared_words).shape[-1]
         fields: dict[str, tuple[str, tuple[int, ...]]] = {"logits": (self.dtype, (classes,))}
         if not self._whole:
             kept = min(self.top_k or classes, classes)
@@ -237,7 +237,7 @@ class TeacherCache(L.Callback):
 
     def _arrays(self, answer: Signals, row: int) -> dict[str, "np.ndarray[Any, Any]"]:
         """What is kept of a row, of its items that count."""
-        logits = _logits_of_row(answer, row, self._module._shared_words)
+        logits = _logits_of_row(answer, row, self._module.forwards.shared_words)
         largest = torch.finfo(getattr(torch, self.dtype)).max
         if self._whole:
             found = {"logits": logits.clamp(-largest, largest)}

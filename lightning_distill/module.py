@@ -15,18 +15,19 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.regression import PearsonCorrCoef
 
 from lightning_distill import parallel, preflight, tasks
+from lightning_distill.accumulation import AccumulationWindow
 from lightning_distill.arguments import one_of
 from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
-from lightning_distill.functional.clipping import group_tensors, scale_, total_norm
+from lightning_distill.forwards import Forwards
+from lightning_distill.functional.clipping import group_tensors, total_norm
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.objectives.objective import named
-from lightning_distill.objectives.vocabulary import can_defer, deferred_losses, parts
+from lightning_distill.objectives.vocabulary import deferred_losses, parts
 from lightning_distill.precision import TeacherPrecision, cast_floats, keeping_dtype, load_teacher, own_precision
 from lightning_distill.pretrained import export, load_pretrained
-from lightning_distill.signals import Recorder, Request, Signals, describe, find_decoder
+from lightning_distill.signals import Signals, describe
 from lightning_distill.teacher import freeze, keep_out_of_checkpoints, tensor_names
-from lightning_distill.vocabulary import Deferred, Head, find_head, is_known, withheld
 
 _STAGES = ("val", "test")
 
@@ -127,19 +128,10 @@ class DistillationModule(L.LightningModule):
         self.tokenizer = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
         self._label_order: Tensor | None = None
-        # Number of words that both vocabularies have, where the larger one is padded.
-        self._shared_words: int | None = None
         # Whether the classes of both mean the same, so that their predictions can be compared.
         self._same_answers = True
-        # Heads onto a large vocabulary that are kept from making logits during this step, their inputs, and the roles
-        # whose heads turned out to be understood (or, False, not to be).
-        self._heads: dict[str, Head] = {}
-        self._head_inputs: dict[str, Tensor] = {}
-        self._known_heads: dict[str, bool] = {}
         self._checked: set[str] = set()
-        # How much each objective has counted since the last optimizer step, and the share of it before this batch.
-        self._window_counts: Tensor | None = None
-        self._earlier_share: Tensor | None = None
+        self._window = AccumulationWindow()
         self._scale: float | None = None  # of the GradScaler, before the optimizer's step
 
         if objectives is None:
@@ -149,15 +141,16 @@ class DistillationModule(L.LightningModule):
                 else [HardLabel()]
             )
         self.objectives = nn.ModuleDict(named(objectives))
-        self._bind()
-        self._recorders: dict[str, Recorder] = {}
+        self.forwards = Forwards(self.task, self._each_objective(), self._bind())
 
         self._metrics = nn.ModuleDict()
         for stage in _STAGES:
             agreement = PearsonCorrCoef() if self.task == "regression" else MeanMetric()
             self._metrics[stage] = nn.ModuleDict({"scores": self._scores(metrics, stage), "agreement": agreement})
 
-    def _bind(self) -> None:
+    def _bind(self) -> int | None:
+        """Tell the objectives the two models; returns the number of words that padded vocabularies share."""
+        shared_words = None
         if self.teacher is None:
             needy = [name for name, objective in self._each_objective().items() if objective.needs_teacher]
             if needy:
@@ -172,11 +165,12 @@ class DistillationModule(L.LightningModule):
                 self.student, self.teacher, self.task, any_vocabulary=any_vocabulary
             )
             if self.task in tasks.LANGUAGE_MODELS and not any_vocabulary:
-                self._shared_words = preflight.shared_words(self.student, self.teacher)
+                shared_words = preflight.shared_words(self.student, self.teacher)
             self._same_answers = not any_vocabulary
             student_info, teacher_info = describe(self.student), describe(self.teacher)
         for objective in self._each_objective().values():
             objective.bind(student_info, teacher_info)
+        return shared_words
 
     def _scores(self, metrics: Metric | MetricCollection | None, stage: str) -> MetricCollection:
         if metrics is None:
@@ -196,17 +190,17 @@ class DistillationModule(L.LightningModule):
 
     def student_step(self, batch: Any) -> Signals:
         """The student's forward for a batch, with the signals the objectives ask for."""
-        return self._step("student", self.student, batch)
+        return self.forwards.run("student", self.student, batch)
 
     @torch.no_grad()
     def teacher_step(self, batch: Any) -> Signals:
         """The teacher's forward for a batch, under ``no_grad``, with its classes in the student's order."""
         assert self.teacher is not None
         if self.teacher_precision is None:
-            signals = self._step("teacher", self.teacher, batch)
+            signals = self.forwards.run("teacher", self.teacher, batch)
         else:
             with own_precision(self.teacher_precision, self.device) as dtype:
-                signals = self._step("teacher", self.teacher, cast_floats(batch, dtype))
+                signals = self.forwards.run("teacher", self.teacher, cast_floats(batch, dtype))
         if self._label_order is not None:
             signals.logits = signals.logits[..., self._label_order.to(signals.logits.device)]
         return signals
@@ -262,9 +256,10 @@ class DistillationModule(L.LightningModule):
         size = len(student.logits)
         self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=size)
-        if self.trainer.accumulate_grad_batches == 1:
+        size = self.trainer.accumulate_grad_batches
+        if size == 1:
             return loss
-        return self.total_loss(self._accumulated(losses, counts, batch_idx))
+        return self.total_loss(self._window.add(losses, counts, batch_idx % size, size))
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Losses, the student's metric and its agreement with the teacher."""
@@ -321,57 +316,18 @@ class DistillationModule(L.LightningModule):
             preflight.check_length(batch, config, name)
         self._checked.add(where)
 
-    def _step(self, role: str, model: nn.Module, batch: Any) -> Signals:
-        recorder, batch = self._recorder(role, model), tasks.batch_of(role, batch)
-        logits = tasks.logits_of(tasks.call_model(model, batch))
-        captured = recorder.take()
-        deferred = None
-        if (head := self._heads.get(role)) is not None:
-            if role not in self._known_heads:
-                self._known_heads[role] = is_known(head, self._head_inputs[role], logits)
-            logits = self._head_inputs[role]
-        logits, labels, mask = tasks.align(self.task, logits, batch)
-        if head is not None:
-            deferred, logits = Deferred(head, logits), logits[..., :0]
-        elif self._shared_words is not None:
-            logits = logits[..., : self._shared_words]
-        signals = Signals(logits, labels, mask, tasks.token_mask(batch), deferred=deferred, **captured)
-        if (decoder := find_decoder(model)) is not None:
-            signals.decoder, signals.decoder_token_mask = decoder, tasks.decoder_token_mask(batch)
-        return signals
-
     def _signals(self, batch: Any, with_teacher: bool) -> tuple[Signals, Signals | None]:
         """What both forwards left behind; without logits where the vocabulary is large and nothing needs them whole."""
-        self._heads = self._deferrable(with_teacher)
-        try:
-            with withheld(self._heads) as self._head_inputs:
-                teacher = self.teacher_step(batch) if with_teacher else None
-                student = self.student_step(batch)
-        finally:
-            self._heads = {}
-        unknown = [role for role, known in self._known_heads.items() if not known]
-        if unknown and student.deferred is not None:
-            warnings.warn(
-                f"The {' and the '.join(unknown)} change their logits after the last linear layer in a way that is not "
-                "known here, so whole logits are computed.",
-                stacklevel=2,
-            )
+        own = type(self).student_step, type(self).teacher_step
+        models: dict[str, Any] = {}
+        if own == (DistillationModule.student_step, DistillationModule.teacher_step):
+            models = {"student": self.student} | ({"teacher": self.teacher} if with_teacher else {})
+        with self.forwards.deferring(models):
+            teacher = self.teacher_step(batch) if with_teacher else None
+            student = self.student_step(batch)
+        if self.forwards.was_wrong(student):
             return self._signals(batch, with_teacher)
         return student, teacher
-
-    def _deferrable(self, with_teacher: bool) -> dict[str, Head]:
-        """The heads that need not make logits in this step, by role; the student's, or none."""
-        overridden = any(
-            getattr(type(self), name) is not getattr(DistillationModule, name)
-            for name in ("student_step", "teacher_step")
-        )
-        if self.task not in tasks.LANGUAGE_MODELS or overridden or not can_defer(self._each_objective()):
-            return {}
-        if not all(self._known_heads.values()):
-            return {}
-        models = {"student": self.student, "teacher": self.teacher if with_teacher else None}
-        heads = {role: head for role, model in models.items() if (head := find_head(model)) is not None}
-        return heads if "student" in heads else {}
 
     def _reduce(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
         """Each objective's mean over what counts, and how much counts for each, shape ``[objectives]``."""
@@ -388,28 +344,6 @@ class DistillationModule(L.LightningModule):
         counts = counts.clamp(min=torch.finfo(counts.dtype).tiny)
         means = {name: total / count for (name, (total, _)), count in zip(losses.items(), counts, strict=True)}
         return means, counts
-
-    def _accumulated(self, losses: dict[str, Tensor], counts: Tensor, batch_idx: int) -> dict[str, Tensor]:
-        """The batch's share of the mean over all batches since the last optimizer step.
-
-        Lightning averages the means of the batches, so a token of a batch with few would weigh more. Here the gradient
-        is at any time the mean over all items so far: that of the earlier batches shrinks by the share they have now.
-        """
-        earlier = self._window_counts if batch_idx % self.trainer.accumulate_grad_batches else None
-        total = counts if earlier is None else earlier + counts
-        self._earlier_share = None if earlier is None else earlier / total
-        self._window_counts = total
-        # Lightning divides the loss by the number of batches, which here is done already.
-        shares = self.trainer.accumulate_grad_batches * counts / total
-        return {name: loss * share for (name, loss), share in zip(losses.items(), shares, strict=True)}
-
-    def _recorder(self, role: str, model: nn.Module) -> Recorder:
-        if role not in self._recorders:
-            request = Request()
-            for objective in self._each_objective().values():
-                request |= getattr(objective, f"{role}_request")
-            self._recorders[role] = Recorder(model, request)
-        return self._recorders[role]
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
@@ -480,15 +414,8 @@ class DistillationModule(L.LightningModule):
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Shrink the gradient of earlier batches of an accumulation window to the share they have of it now."""
-        share, self._earlier_share = self._earlier_share, None
-        if share is None:
-            return
-        # One factor for all objectives: exact where they count the same, as all on logits do.
-        weights = share.new_tensor([objective.weight for objective in self._each_objective().values()])
-        share = (share * weights).sum() / weights.sum()
-        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
-        if gradients:  # none where the step is left out
-            scale_(group_tensors(gradients), share.to(gradients[0].dtype))
+        weights = [objective.weight for objective in self._each_objective().values()]
+        self._window.shrink_earlier(self.parameters(), weights)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""
@@ -524,9 +451,7 @@ class DistillationModule(L.LightningModule):
 
     def release_hooks(self) -> None:
         """Take every hook off the two models until the next step: to copy one, or to put another in its place."""
-        for recorder in self._recorders.values():
-            recorder.remove()
-        self._recorders = {}
+        self.forwards.release_hooks()
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
         """Write the student where others load it: see :func:`lightning_distill.pretrained.export`.
