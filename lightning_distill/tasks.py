@@ -55,7 +55,9 @@ def infer_task(model: nn.Module) -> Task:
     if not hasattr(config, "model_type"):
         return "classification"
     name = type(model).__name__
-    task = next((task for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
+    # A class of the user's own is what it is derived from, whatever its name.
+    names = [kind.__name__ for kind in type(model).__mro__]
+    task = next((task for name in names for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
     problem = getattr(config, "problem_type", None)
     if task is None or problem == "multi_label_classification":
         what = f"`problem_type={problem!r}`" if task else f"a `{name}`"
