@@ -8,6 +8,7 @@ import resource
 import runpy
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,11 @@ WEIGHTS = {"state_dict": {"w": torch.arange(50_000.0)}, "global_step": 1}
 
 
 @pytest.fixture(autouse=True)
-def _temporary_files_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def _temporary_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The folder for temporary files is on another file system, where there is one."""
-    if os.access("/dev/shm", os.W_OK):
-        monkeypatch.setattr("tempfile.tempdir", "/dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else tmp_path) as folder:
+        monkeypatch.setattr("tempfile.tempdir", folder)
+        yield
 
 
 @pytest.mark.forks
@@ -115,17 +117,17 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "nowhere") is None
 
 
-def fit(folder: Path, *callbacks: L.Callback, io: Any = None, **arguments: Any) -> L.Trainer:
+def fit(folder: Path, *callbacks: L.Callback, io: Any = None, ckpt_path: Path | None = None) -> L.Trainer:
     """Two steps of a student of 0.8 M parameters."""
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "intermediate_size": 512, "vocab_size": 1000}
     module = DistillationModule(bert(layers=4, **shape), bert(layers=3, **shape))
     trainer = L.Trainer(
         max_steps=2, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=folder, plugins=[io or AtomicCheckpointIO()], callbacks=list(callbacks), **arguments,
+        default_root_dir=folder, plugins=[io or AtomicCheckpointIO()], callbacks=list(callbacks),
     )  # fmt: skip
     rows = [{name: value[0] for name, value in batch("classification", 1, seed=seed).items()} for seed in range(4)]
-    trainer.fit(module, DataLoader(rows, batch_size=2))
+    trainer.fit(module, DataLoader(rows, batch_size=2), ckpt_path=ckpt_path)
     return trainer
 
 
@@ -174,9 +176,7 @@ def test_a_malicious_pickle_named_as_a_checkpoint_does_not_run(tmp_path: Path) -
         with pytest.raises(ValueError, match=f"{name}.ckpt"):
             AtomicCheckpointIO().load_checkpoint(tmp_path / f"{name}.ckpt")
         with pytest.raises(ValueError, match=f"{name}.ckpt"):
-            fit(tmp_path / "out").fit_loop.trainer.fit(
-                DistillationModule(None, bert()), DataLoader([0]), ckpt_path=tmp_path / f"{name}.ckpt"
-            )
+            fit(tmp_path / "out", ckpt_path=tmp_path / f"{name}.ckpt")
     with pytest.warns(UserWarning, match="is skipped"):
         assert newest_checkpoint(tmp_path) is None
     assert not mark.exists()

@@ -18,6 +18,7 @@ from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
 pytestmark = [
     *OF_A_FEW_ROWS,
     pytest.mark.forks,
+    pytest.mark.filterwarnings("ignore:Expected calibration data that can promise"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning"),
 ]
 BREAK = "--trainer.callbacks=[{class_path: tests.helpers.recipes.Break}]"
