@@ -25,8 +25,8 @@ class Resumable(L.Callback):
 
     - Every batch re-seeds torch, NumPy and ``random`` from (seed, rank, step, batch), so dropout after a break is what
       it would have been. (Tensor-parallel ranks then drop differently; leave this callback out there.)
-    - The loader goes on at its next batch whatever the schedule; Lightning begins the epoch anew where a schedule asks for
-      its length.
+    - The loader goes on at its next batch whatever the schedule, where Lightning begins the epoch anew if a schedule asks
+      for its length.
     - A checkpoint taken at the last batch before a validation resumes *with* that validation, where Lightning leaves it
       out, and a ``ReduceLROnPlateau`` gets its step of the epoch that was cut, where Lightning leaves that out.
     - SIGTERM lets the running step end, writes ``interrupted.ckpt`` beside the checkpoints and exits with code 143;
@@ -117,8 +117,8 @@ class Resumable(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give a resumed run its metrics, and take over the two signals."""
-        # A schedule that asks the Trainer how long it is (``estimated_stepping_batches``) makes Lightning build the loaders
-        # before it has read their state, which it then never loads: the epoch would begin anew.
+        # A schedule that asks the Trainer how long it is (``estimated_stepping_batches``) makes Lightning build the
+        # loaders before it has read their state, which it then never loads: the epoch would begin anew.
         loop = trainer.fit_loop
         if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
             loop._load_combined_loader_states()

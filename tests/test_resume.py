@@ -80,9 +80,10 @@ def module() -> DistillationModule:
         plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.7, patience=0, threshold=0.5)
         return {"scheduler": plateau, "monitor": "val_loss"}
 
-    made = DistillationModule(
-        teacher, student, objectives, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), lr_scheduler=schedule
-    )  # fmt: skip
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-3)
+
+    made = DistillationModule(teacher, student, objectives, optimizer=optimizer, lr_scheduler=schedule)
     return made
 
 
