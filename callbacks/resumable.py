@@ -25,8 +25,7 @@ class Resumable(L.Callback):
 
     - Every batch re-seeds torch, NumPy and ``random`` from (seed, rank, step, batch), so dropout after a break is what
       it would have been. (Tensor-parallel ranks then drop differently; leave this callback out there.)
-    - The loader goes on at its next batch whatever the schedule, where Lightning begins the epoch anew if a schedule asks
-      for its length.
+    - The loader goes on at its next batch, where Lightning begins the epoch anew if a schedule asks for its length.
     - A checkpoint taken at the last batch before a validation resumes *with* that validation, where Lightning leaves it
       out, and a ``ReduceLROnPlateau`` gets its step of the epoch that was cut, where Lightning leaves that out.
     - SIGTERM lets the running step end, writes ``interrupted.ckpt`` beside the checkpoints and exits with code 143;
