@@ -126,6 +126,7 @@ class TextRun:
         with one_line_errors(parser.prog):
             integer("--seed", config.seed, 0, 2**32 - 1)
             integer("--save_every_n_steps", config.save_every_n_steps, 1)
+            integer("--trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches, 1)
             L.seed_everything(config.seed, workers=True, verbose=False)
             data, teacher = _embedded(config) if on_the_spot else _given(config)
             data.setup()
