@@ -69,9 +69,7 @@ class FiniteLoss(L.Callback):
             if not self._leave_out:
                 self.skipped += 1
             if self.skipped > self.max_skipped:
-                how = (
-                    f"all {self.max_skipped} of max_skipped are used up" if self.max_skipped else "nothing was updated"
-                )
+                how = f"max_skipped={self.max_skipped} is used up" if self.max_skipped else "nothing was updated"
                 raise RuntimeError(
                     f"Expected a finite loss, but got {where}; {how}. Look at that batch, lower the learning rate, or "
                     f"leave such steps out with FiniteLoss(max_skipped={max(10, 2 * self.max_skipped)})."

@@ -25,6 +25,7 @@ class Resumable(L.Callback):
 
     - Every batch re-seeds torch, NumPy and ``random`` from (seed, rank, step, batch), so dropout after a break is what
       it would have been. (Tensor-parallel ranks then drop differently; leave this callback out there.)
+    - The loader goes on at its next batch, where Lightning begins the epoch anew if a schedule asks for its length.
     - A checkpoint taken at the last batch before a validation resumes *with* that validation, where Lightning leaves it
       out, and a ``ReduceLROnPlateau`` gets its step of the epoch that was cut, where Lightning leaves that out.
     - SIGTERM lets the running step end, writes ``interrupted.ckpt`` beside the checkpoints and exits with code 143;
@@ -115,10 +116,16 @@ class Resumable(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give a resumed run its metrics, and take over the two signals."""
+        # A schedule that asks the Trainer how long it is (``estimated_stepping_batches``) makes Lightning build the
+        # loaders before it has read their state, which it then never loads: the epoch would begin anew.
+        loop = trainer.fit_loop
+        if loop._combined_loader_states_to_load and loop._data_fetcher is not None:
+            loop._load_combined_loader_states()
+            iter(loop._data_fetcher)
         # Lightning leaves out a plateau's schedule after a resume, because the metrics are gone. Here they are.
         restored = {name: torch.tensor(value, device=pl_module.device) for name, value in self._metrics.items()}
         trainer._logger_connector._callback_metrics.update(restored)
-        trainer.fit_loop._restarting = False
+        loop._restarting = False
         self._seed(trainer, within_step=False)
         # In the place of Lightning's own, which exits with 0 and answers a signal by a collective call inside of the
         # handler. Only the main thread may do this; elsewhere (a notebook's worker) signals stay as they were.
@@ -147,8 +154,9 @@ class Resumable(L.Callback):
         self._seed(trainer, within_step=False)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Save and leave, if the signal came during the last validation."""
+        """Save and leave, if the signal came during the last validation; give the signals back."""
         self._leave_if_asked(trainer)
+        self._release()  # not in teardown: by then Lightning has put its own back
 
     def _leave_if_asked(self, trainer: L.Trainer) -> None:
         received = self._received is not None
@@ -167,10 +175,6 @@ class Resumable(L.Callback):
         raise SystemExit(128 + number)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._release()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Give the signals back."""
         self._release()
 

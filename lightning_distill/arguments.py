@@ -120,7 +120,7 @@ def _shown(value: Any) -> str:
     return shown if len(shown) <= 200 else f"{shown[:200]}..."
 
 
-def one_of(name: str, value: object, choices: Iterable[str]) -> None:
+def one_of(name: str, value: object, choices: Iterable[object]) -> None:
     """Refuse a value that is none of the choices.
 
     Args:

@@ -136,6 +136,7 @@ class Run:
         with one_line_errors(parser.prog):
             integer("--seed", config.seed, 0, 2**32 - 1)
             integer("--save_every_n_steps", config.save_every_n_steps, 1)
+            integer("--trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches, 1)
             L.seed_everything(config.seed, workers=True, verbose=False)
             data, teacher, defaults = cls.read(config)
             data.setup()

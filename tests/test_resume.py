@@ -73,17 +73,18 @@ def module() -> DistillationModule:
     teacher, student = bert(layers=2), bert(layers=2)
     assert student.config.hidden_dropout_prob == 0.1
     objectives = [SoftTarget(LinearSchedule(4.0, 1.0), weight=0.5), HardLabel(), HiddenState(weight=0.1)]
-    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau
-    return DistillationModule(
-        teacher,
-        student,
-        objectives,
-        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
-        lr_scheduler=lambda optimizer: {
-            "scheduler": plateau(optimizer, factor=0.7, patience=0, threshold=0.5),
-            "monitor": "val_loss",
-        },
-    )
+
+    def schedule(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        # As any schedule of known length asks; Lightning then builds the loaders before it reads their state.
+        assert made.trainer.estimated_stepping_batches == EPOCHS * STEPS
+        plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.7, patience=0, threshold=0.5)
+        return {"scheduler": plateau, "monitor": "val_loss"}
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=1e-3)
+
+    made = DistillationModule(teacher, student, objectives, optimizer=optimizer, lr_scheduler=schedule)
+    return made
 
 
 def trainer(folder: Path, *callbacks: L.Callback, **arguments: Any) -> L.Trainer:

@@ -322,6 +322,7 @@ def make_ramps(
         [8, 6]
     """
     one_of("kind", kind, get_args(RampKind))
+    one_of("init", init, get_args(Policy))
     stack = find_stack(student, layers)
     chosen = resolve_exits(exits, len(stack))
     if task == "auto":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.arguments import between, typed
+from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.quantization.calibration import Forward, calibrate, call_model, first_batches
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.finished import FinishedLayers
@@ -252,12 +252,12 @@ def check_options(
     asymmetric: bool | None,
 ) -> None:
     """Refuse what :func:`quantize` cannot do."""
-    for value in (bits, *(bits_by_pattern or {}).values()):
-        if value not in (*BITS, 0) or bits == 0:
-            raise ValueError(f"Expected argument `bits` to be one of {BITS}, but got {value}.")
-    for value in (group_size, *(group_size_by_pattern or {}).values()):
-        if value not in (-1, 32, 64, 128):
-            raise ValueError(f"Expected argument `group_size` to be one of (-1, 32, 64, 128), but got {value}.")
+    one_of("bits", bits, BITS)
+    one_of("group_size", group_size, (-1, 32, 64, 128))
+    for value in (bits_by_pattern or {}).values():
+        one_of("bits_by_pattern", value, (*BITS, 0))
+    for value in (group_size_by_pattern or {}).values():
+        one_of("group_size_by_pattern", value, (-1, 32, 64, 128))
     if embedding_bits not in (None, 4, 8):
         raise ValueError(f"Expected argument `embedding_bits` to be None, 4 or 8, but got {embedding_bits}.")
     if num_samples < 1:

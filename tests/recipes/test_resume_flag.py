@@ -18,6 +18,7 @@ from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
 pytestmark = [
     *OF_A_FEW_ROWS,
     pytest.mark.forks,
+    pytest.mark.filterwarnings("ignore:Expected calibration data that can promise"),
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning"),
 ]
 BREAK = "--trainer.callbacks=[{class_path: tests.helpers.recipes.Break}]"
@@ -84,7 +85,7 @@ def test_damaged_and_malicious_checkpoints_are_skipped_and_other_flags_refused(
             return os.system, (f"touch {mark}",)
 
     (folder / "zz.ckpt").write_bytes(whole[: len(whole) // 2])
-    (folder / "zzz.ckpt").write_bytes(pickle.dumps(Bomb()))
+    (folder / "zzz.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=2))
     torch.save({"state_dict": Bomb()}, folder / "zzzz.ckpt")
     with pytest.raises(SystemExit, match="2"):
         main([*files, *FLAGS, "--optimizer.lr=1e-3", "--resume"])

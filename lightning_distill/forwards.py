@@ -1,0 +1,114 @@
+"""The two forwards of a step, and what they leave behind for the objectives."""
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_distill import tasks
+from lightning_distill.objectives.objective import Objective
+from lightning_distill.objectives.vocabulary import can_defer
+from lightning_distill.signals import Recorder, Request, Signals, find_decoder
+from lightning_distill.vocabulary import Deferred, Head, find_head, is_known, withheld
+
+
+class Forwards:
+    """Runs student and teacher on batches and keeps the signals that objectives ask for.
+
+    Args:
+        task: What a batch asks for.
+        objectives: By name.
+        shared_words: Number of words that both vocabularies have, where the larger one is padded.
+    """
+
+    def __init__(self, task: tasks.Task, objectives: Mapping[str, Objective], shared_words: int | None) -> None:
+        self.task, self.objectives, self.shared_words = task, objectives, shared_words
+        self._recorders: dict[str, Recorder] = {}
+        # Heads onto a large vocabulary that are kept from making logits during this step, their inputs, and the roles
+        # whose heads turned out to be understood (or, False, not to be).
+        self._heads: dict[str, Head] = {}
+        self._head_inputs: dict[str, Tensor] = {}
+        self._known_heads: dict[str, bool] = {}
+
+    def run(self, role: str, model: nn.Module, batch: Any) -> Signals:
+        """One model's forward.
+
+        Args:
+            role: ``"student"`` or ``"teacher"``.
+            model: The model.
+            batch: The batch.
+
+        Returns:
+            What it leaves behind, with empty logits where they are deferred.
+        """
+        recorder, batch = self._recorder(role, model), tasks.batch_of(role, batch)
+        logits = tasks.logits_of(tasks.call_model(model, batch))
+        captured = recorder.take()
+        deferred = None
+        if (head := self._heads.get(role)) is not None:
+            if role not in self._known_heads:
+                self._known_heads[role] = is_known(head, self._head_inputs[role], logits)
+            logits = self._head_inputs[role]
+        logits, labels, mask = tasks.align(self.task, logits, batch)
+        if head is not None:
+            deferred, logits = Deferred(head, logits), logits[..., :0]
+        elif self.shared_words is not None:
+            logits = logits[..., : self.shared_words]
+        signals = Signals(logits, labels, mask, tasks.token_mask(batch), deferred=deferred, **captured)
+        if (decoder := find_decoder(model)) is not None:
+            signals.decoder, signals.decoder_token_mask = decoder, tasks.decoder_token_mask(batch)
+        return signals
+
+    @contextmanager
+    def deferring(self, models: Mapping[str, nn.Module]) -> Iterator[None]:
+        """Let models with a large vocabulary make no logits meanwhile, where nothing needs them whole.
+
+        Args:
+            models: By role; without the student nothing is deferred.
+        """
+        self._heads = self._deferrable(models)
+        try:
+            with withheld(self._heads) as self._head_inputs:
+                yield
+        finally:
+            self._heads = {}
+
+    def _deferrable(self, models: Mapping[str, nn.Module]) -> dict[str, Head]:
+        if self.task not in tasks.LANGUAGE_MODELS or not can_defer(self.objectives):
+            return {}
+        if not all(self._known_heads.values()):
+            return {}
+        heads = {role: head for role, model in models.items() if (head := find_head(model)) is not None}
+        return heads if "student" in heads else {}
+
+    def was_wrong(self, student: Signals) -> bool:
+        """Whether the step must be run again with whole logits: a head was met and not understood.
+
+        Args:
+            student: What the student left behind.
+        """
+        unknown = [role for role, known in self._known_heads.items() if not known]
+        if not unknown or student.deferred is None:
+            return False
+        warnings.warn(
+            f"The {' and the '.join(unknown)} change their logits after the last linear layer in a way that is not "
+            "known here, so whole logits are computed.",
+            stacklevel=3,
+        )
+        return True
+
+    def _recorder(self, role: str, model: nn.Module) -> Recorder:
+        if role not in self._recorders:
+            request = Request()
+            for objective in self.objectives.values():
+                request |= getattr(objective, f"{role}_request")
+            self._recorders[role] = Recorder(model, request)
+        return self._recorders[role]
+
+    def release_hooks(self) -> None:
+        """Take every hook off the two models until the next forward."""
+        for recorder in self._recorders.values():
+            recorder.remove()
+        self._recorders = {}
