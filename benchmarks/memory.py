@@ -26,6 +26,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def optimizer_of(name: str) -> Any:
     return lambda parameters: bitsandbytes.optim.AdamW8bit(list(parameters), lr=1e-5)
 
 
-def run(setting: Setting, folder: str, sizes: tuple[int, int, int], queue: Any) -> None:
+def run(setting: Setting, folder: str, sizes: tuple[int, int, int]) -> dict[str, Any]:
     """One combination in a process of its own."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -157,9 +158,9 @@ def run(setting: Setting, folder: str, sizes: tuple[int, int, int], queue: Any) 
         on_gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory("VmHWM") - resident
         loss = float(trainer.callback_metrics["train_loss"])
-        queue.put({"peak_mib": round(peak), "seconds": round(seconds, 3), "train_loss": round(loss, 4)})
+        return {"peak_mib": round(peak), "seconds": round(seconds, 3), "train_loss": round(loss, 4)}
     except ValueError as error:
-        queue.put({"refused": str(error)})
+        return {"refused": str(error)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -190,12 +191,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(*TEACHER).save_pretrained(folder)
         for setting in SETTINGS:
-            queue = context.Queue()
             sizes = (arguments.steps, arguments.rows, arguments.length)
-            process = context.Process(target=run, args=(setting, folder, sizes, queue))
-            process.start()
-            measured.append({**asdict(setting), **queue.get()})
-            process.join()
+            with ProcessPoolExecutor(1, context) as executor:
+                measured.append({**asdict(setting), **executor.submit(run, setting, folder, sizes).result()})
             print(measured[-1], flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     sizes_of = {"student": STUDENT, "teacher": TEACHER, "batch": arguments.rows, "length": arguments.length}

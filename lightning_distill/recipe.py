@@ -245,7 +245,7 @@ class TextRun:
         self,
         phase: str,
         student: transformers.PreTrainedModel,
-        teacher: transformers.PreTrainedModel | None,
+        teacher: nn.Module | None,
         objectives: list[Objective] | None,
         epochs: int,
         monitor: str | None = None,
