@@ -40,7 +40,7 @@ from lightning_distill import DistillationModule
 from lightning_distill.objectives import HardLabel, HiddenState, SoftTarget
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
-STUDENT, TEACHER = (6, 512), (12, 768)  # layers, width
+STUDENT, TEACHER = (6, 256), (12, 512)  # layers, width
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="print the table of the last run")
     arguments = parser.parse_args()
     if arguments.table:
