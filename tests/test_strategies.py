@@ -1,5 +1,6 @@
 """Two processes give the weights of one after 20 steps, under each strategy, for each objective and each callback."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -143,6 +144,8 @@ STRATEGIES = {
     "FSDP2": shards,
     "tensor parallel": tensor_parallel,
 }
+# A divergence at one temperature stands for it at all: what is counted is the same.
+OBJECTIVES = [case for case in CASES if not case.name.endswith(("_at_0.5", "_at_4"))]
 RUNS = [
     (name, model, accumulate)
     for name in STRATEGIES
@@ -150,6 +153,7 @@ RUNS = [
     for accumulate in (1, 2)
     if (name, model) != ("tensor parallel", "bert")  # transformers has no plan for it
     and (name, accumulate) != ("ddp, static graph", 2)  # refused
+    and (not name.startswith("ddp_find") or (model, accumulate) == ("bert", 1))  # flags of the same class
     and (model != "tied llama" or name in ("FSDP2", "tensor parallel"))
 ]
 
@@ -283,17 +287,28 @@ def two(pair: Path) -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def alone(model: str, accumulate: int) -> Weights:
+    """What one process trains."""
+    return weights(fit_strategy(model, "auto", accumulate))
+
+
+@functools.cache
+def alone_in(precision: str) -> Weights:
+    """What one process trains in a precision."""
+    return weights(fit_precision("auto", precision))
+
+
 def largest_difference(one: Weights, other: Weights) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.forks
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize("case", OBJECTIVES, ids=[case.name for case in OBJECTIVES])
 def test_each_objective_trains_in_two_processes_as_in_one(case: Any, two: dict[str, Any]) -> None:
     one = fit_objective(case.make(), "auto")
     difference = largest_difference(two[case.name], one)
-    print(case.name, difference)
     if case.batch_coupled:
         # Each process relates the rows that it has: documented, and here seen.
         assert difference > 1e-5
@@ -305,7 +320,6 @@ def test_each_objective_trains_in_two_processes_as_in_one(case: Any, two: dict[s
 @pytest.mark.parametrize("index", range(len(ROWS)), ids=[f"{index} {row}" for index, row in enumerate(ROWS)])
 def test_each_callback_trains_in_two_processes_as_in_one(index: int, two: dict[str, Any], tmp_path: Path) -> None:
     difference = largest_difference(two[f"{index} {ROWS[index]}"], fit_callback(ROWS[index], tmp_path, "auto"))
-    print(index, ROWS[index], difference)
     assert difference < 1e-6
 
 
@@ -313,10 +327,9 @@ def test_each_callback_trains_in_two_processes_as_in_one(index: int, two: dict[s
 @pytest.mark.parametrize(("name", "model", "accumulate"), RUNS)
 def test_each_strategy_trains_as_one_process_does(name: str, model: str, accumulate: int, two: dict[str, Any]) -> None:
     start = models(model)[1].state_dict()
-    one = weights(fit_strategy(model, "auto", accumulate))
+    one = alone(model, accumulate)
     difference = largest_difference(two[f"{name} {model} {accumulate}"], one)
-    print(name, model, accumulate, difference)
-    assert difference < 1e-5
+    assert difference < 1e-5  # AdamW divides by small numbers; without it, the tests above ask for 1e-6
     moved = max(float((one[f"student.{key}"] - value).abs().max()) for key, value in start.items())
     assert moved > 1e-3
 
@@ -359,7 +372,7 @@ def test_a_quantised_teacher_stays_whole_beside_a_sharded_student(two: dict[str,
 @pytest.mark.forks
 @pytest.mark.parametrize(("name", "precision"), PRECISIONS)
 def test_each_strategy_in_each_precision_is_near_one_process(name: str, precision: str, two: dict[str, Any]) -> None:
-    one, start = weights(fit_precision("auto", precision)), weights(DistillationModule(*models("llama")))
+    one, start = alone_in(precision), weights(DistillationModule(*models("llama")))
     found = two[f"{name} {precision}"]
     keys = [key for key in start if key.startswith("student.")]
     moved = torch.stack([(one[key].double() - start[key]).norm() for key in keys]).norm()
