@@ -407,7 +407,7 @@ class DistillationModule(L.LightningModule):
         # One factor for all objectives: exact where they count the same, as all on logits do.
         weights = share.new_tensor([objective.weight for objective in self._each_objective().values()])
         share = (share * weights).sum() / weights.sum()
-        # The optimizers' parameters: before a backward, FSDP2 may show whole ones, which have no gradient, in their place.
+        # The optimizers' parameters: before a backward, FSDP2 may show whole ones in their place, without gradients.
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
         gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         scale_(group_tensors(gradients), share.to(gradients[0].dtype))
