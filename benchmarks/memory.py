@@ -16,6 +16,7 @@ runs.
 import argparse
 import ctypes
 import gc
+import importlib
 import itertools
 import json
 import logging
@@ -134,6 +135,9 @@ def run(setting: Setting, folder: str, sizes: tuple[int, int, int]) -> dict[str,
     steps, rows, length = sizes
     try:
         optimizer = optimizer_of(setting.optimizer)
+        # Libraries that only some combinations need are no part of what is measured.
+        importlib.import_module("bitsandbytes")
+        importlib.import_module("lightning_distill.quantization")
         resident = memory("VmRSS")
         module = DistillationModule(
             folder,
