@@ -62,7 +62,7 @@ class DistillationModule(L.LightningModule):
             ``"16"`` (a module is cast in place), or ``"int8"``, ``"nf4"``, ``"fp4"`` (transformers models, by
             bitsandbytes, all but the classifier). None: what the Trainer says.
         gradient_checkpointing: Whether the layers of a transformers student keep only their inputs and run again in the
-            backward: less memory for about a third more time.
+            backward: less memory for one more forward of them.
 
     Raises:
         ValueError: If student and teacher cannot be compared (shared parameters; other numbers of classes,
