@@ -16,6 +16,7 @@ runs.
 import argparse
 import ctypes
 import gc
+import importlib
 import itertools
 import json
 import logging
@@ -26,6 +27,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +41,7 @@ from lightning_distill import DistillationModule
 from lightning_distill.objectives import HardLabel, HiddenState, SoftTarget
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
-STUDENT, TEACHER = (6, 512), (12, 768)  # layers, width
+STUDENT, TEACHER = (6, 256), (12, 512)  # layers, width
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def optimizer_of(name: str) -> Any:
     return lambda parameters: bitsandbytes.optim.AdamW8bit(list(parameters), lr=1e-5)
 
 
-def run(setting: Setting, folder: str, sizes: tuple[int, int, int], queue: Any) -> None:
+def run(setting: Setting, folder: str, sizes: tuple[int, int, int]) -> dict[str, Any]:
     """One combination in a process of its own."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -133,6 +135,9 @@ def run(setting: Setting, folder: str, sizes: tuple[int, int, int], queue: Any) 
     steps, rows, length = sizes
     try:
         optimizer = optimizer_of(setting.optimizer)
+        # Libraries that only some combinations need are no part of what is measured.
+        importlib.import_module("bitsandbytes")
+        importlib.import_module("lightning_distill.quantization")
         resident = memory("VmRSS")
         module = DistillationModule(
             folder,
@@ -157,9 +162,9 @@ def run(setting: Setting, folder: str, sizes: tuple[int, int, int], queue: Any) 
         on_gpu = torch.cuda.is_available()
         peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else memory("VmHWM") - resident
         loss = float(trainer.callback_metrics["train_loss"])
-        queue.put({"peak_mib": round(peak), "seconds": round(seconds, 3), "train_loss": round(loss, 4)})
+        return {"peak_mib": round(peak), "seconds": round(seconds, 3), "train_loss": round(loss, 4)}
     except ValueError as error:
-        queue.put({"refused": str(error)})
+        return {"refused": str(error)}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -178,7 +183,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--table", action="store_true", help="print the table of the last run")
     arguments = parser.parse_args()
     if arguments.table:
@@ -190,12 +195,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(*TEACHER).save_pretrained(folder)
         for setting in SETTINGS:
-            queue = context.Queue()
             sizes = (arguments.steps, arguments.rows, arguments.length)
-            process = context.Process(target=run, args=(setting, folder, sizes, queue))
-            process.start()
-            measured.append({**asdict(setting), **queue.get()})
-            process.join()
+            with ProcessPoolExecutor(1, context) as executor:
+                measured.append({**asdict(setting), **executor.submit(run, setting, folder, sizes).result()})
             print(measured[-1], flush=True)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     sizes_of = {"student": STUDENT, "teacher": TEACHER, "batch": arguments.rows, "length": arguments.length}

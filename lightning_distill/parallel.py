@@ -1,5 +1,6 @@
 """Models over several devices: by shards of every layer (FSDP2), by a tensor-parallel plan, by copies (DDP)."""
 
+import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -45,6 +46,8 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         >>> from lightning_distill.parallel import shard
         >>> student = shard(student, self.device_mesh["data_parallel"])  # doctest: +SKIP
     """
+    # Nothing here changes a model's output in place, which is what it warns of.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer) and module is not model:
             fully_shard(module, mesh=mesh)

@@ -73,6 +73,96 @@ class TextRun(Run):
         """Name of the metric that decides."""
         return "pearson" if self.data.task == "regression" else "accuracy"
 
+<<<<<<< HEAD
+=======
+    def new_student(self) -> transformers.PreTrainedModel:
+        """A student as the flags describe it; the same one each time."""
+        L.seed_everything(self.config.seed, workers=True, verbose=False)
+        model = self.config.model
+        num_layers = model.num_layers
+        if num_layers is None and model.width is None and model.compression_ratio is None:
+            num_layers = max(1, self.teacher.config.num_hidden_layers // 2)
+        student: Any = student_from_teacher(
+            self.teacher,
+            num_layers=num_layers,
+            width=model.width,
+            compression_ratio=model.compression_ratio,
+            layers=model.layers,
+            init=model.init,
+        )
+        return student
+
+    def fit(
+        self,
+        phase: str,
+        student: transformers.PreTrainedModel,
+        objectives: list[Objective] | None,
+        *,
+        epochs: int | None = None,
+        monitor: str | None = None,
+        report: bool = True,
+    ) -> None:
+        """Train a student by the teacher, go back to its best epoch, test it, write it to ``<output_dir>/<phase>``.
+
+        Args:
+            phase: Name of the phase, and of the row in the report.
+            student: The student; trained in place.
+            objectives: What it learns from; None: the module's default.
+            epochs: How long; None: what the flags say.
+            monitor: The validation metric that says which epoch is best; None: that of the task.
+            report: Whether the student as it is now has a row in the report; a later phase may train it on.
+        """
+        epochs = epochs or self.epochs
+        say(f"\nTraining {phase.replace('_', ' ')}, for {epochs} epochs: {_describe(student)}")
+        self._fit(phase, student, self.imitated or self.teacher, objectives, epochs, monitor)
+        if report:
+            self.models[phase] = student
+
+    def fit_baseline(self) -> None:
+        """Train a student on the labels alone, where ``--model.baseline`` asks for it."""
+        if self.config.model.baseline:
+            self.fit(BASELINE, self.new_student(), [HardLabel()])
+
+    def _fit(
+        self,
+        phase: str,
+        student: transformers.PreTrainedModel,
+        teacher: nn.Module | None,
+        objectives: list[Objective] | None,
+        epochs: int,
+        monitor: str | None = None,
+    ) -> None:
+        config = self.config
+        L.seed_everything(config.seed, workers=True, verbose=False)
+        checkpoint = best_checkpoint(config, phase, monitor or f"val_{self.metric}")
+        callbacks = build_callbacks(config, phase, recommended=self.recommended, with_teacher=teacher is not None)
+        trainer = make_trainer(self.parser, config, phase, callbacks=[*callbacks, checkpoint], max_epochs=epochs)
+        if self.recommended is not None and config.lr_finder.suggestion is None:
+            self.recommended.warn_if_far(config.optimizer.lr or self.defaults["lr"])
+        module = self.module(teacher, student, objectives)
+        trainer.fit(module, datamodule=self.data)
+        if checkpoint.best_model_path:
+            module.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
+        self._test(phase, module)
+        if trainer.is_global_zero:
+            module.export(config.output_dir / phase)
+            self.curves[phase] = read_curves(config.output_dir / "logs" / phase / "metrics.csv")
+
+    def module(self, teacher: Any, student: Any, objectives: list[Objective] | None) -> DistillationModule:
+        """The module of a phase; optimizer and schedule are made when its Trainer is there."""
+        module = DistillationModule(
+            teacher,
+            student,
+            objectives,
+            optimizer=lambda _: optimizer_from_flags(self.config, module, self.defaults["lr"]),
+            lr_scheduler=lambda optimizer: schedule_from_flags(self.config, module, optimizer),
+            tokenizer=self.data.tokenizer,
+            teacher_precision=self.config.model.teacher_precision if teacher is self.imitated is not None else None,
+            gradient_checkpointing=teacher is not None and self.config.model.gradient_checkpointing,
+        )
+        return module
+
+>>>>>>> work-b
     @property
     def recommended(self) -> LRRange | None:
         """The learning rates commonly recommended for the task; None for small models from scratch."""

@@ -1,5 +1,6 @@
 """Two processes give the weights of one after 20 steps, under each strategy, for each objective and each callback."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
-from lightning.pytorch.strategies.deepspeed import _DEEPSPEED_AVAILABLE
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -20,7 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_distill import DistillationModule
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader
 from lightning_distill.objectives import AttentionRelation, HardLabel, HiddenState, Objective, SoftTarget
-from lightning_distill.parallel import tensor_parallel as tensor_parallel_of
 from tests.callbacks.registry import ROWS, Regression
 from tests.callbacks.registry import trainer as callback_trainer
 from tests.helpers.models import batch, bert, llama
@@ -32,7 +30,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected at least as many calibration tokens"),
 ]
 STEPS = 20
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
 Weights = dict[str, Tensor]
 
 
@@ -143,6 +140,8 @@ STRATEGIES = {
     "FSDP2": shards,
     "tensor parallel": tensor_parallel,
 }
+# A divergence at one temperature stands for it at all: what is counted is the same.
+OBJECTIVES = [case for case in CASES if not case.name.endswith(("_at_0.5", "_at_4"))]
 RUNS = [
     (name, model, accumulate)
     for name in STRATEGIES
@@ -150,6 +149,7 @@ RUNS = [
     for accumulate in (1, 2)
     if (name, model) != ("tensor parallel", "bert")  # transformers has no plan for it
     and (name, accumulate) != ("ddp, static graph", 2)  # refused
+    and (not name.startswith("ddp_find") or (model, accumulate) == ("bert", 1))  # flags of the same class
     and (model != "tied llama" or name in ("FSDP2", "tensor parallel"))
 ]
 
@@ -283,17 +283,28 @@ def two(pair: Path) -> dict[str, Any]:
     return found
 
 
+@functools.cache
+def alone(model: str, accumulate: int) -> Weights:
+    """What one process trains."""
+    return weights(fit_strategy(model, "auto", accumulate))
+
+
+@functools.cache
+def alone_in(precision: str) -> Weights:
+    """What one process trains in a precision."""
+    return weights(fit_precision("auto", precision))
+
+
 def largest_difference(one: Weights, other: Weights) -> float:
     assert one.keys() == other.keys()
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
 @pytest.mark.forks
-@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+@pytest.mark.parametrize("case", OBJECTIVES, ids=[case.name for case in OBJECTIVES])
 def test_each_objective_trains_in_two_processes_as_in_one(case: Any, two: dict[str, Any]) -> None:
     one = fit_objective(case.make(), "auto")
     difference = largest_difference(two[case.name], one)
-    print(case.name, difference)
     if case.batch_coupled:
         # Each process relates the rows that it has: documented, and here seen.
         assert difference > 1e-5
@@ -305,7 +316,6 @@ def test_each_objective_trains_in_two_processes_as_in_one(case: Any, two: dict[s
 @pytest.mark.parametrize("index", range(len(ROWS)), ids=[f"{index} {row}" for index, row in enumerate(ROWS)])
 def test_each_callback_trains_in_two_processes_as_in_one(index: int, two: dict[str, Any], tmp_path: Path) -> None:
     difference = largest_difference(two[f"{index} {ROWS[index]}"], fit_callback(ROWS[index], tmp_path, "auto"))
-    print(index, ROWS[index], difference)
     assert difference < 1e-6
 
 
@@ -313,10 +323,9 @@ def test_each_callback_trains_in_two_processes_as_in_one(index: int, two: dict[s
 @pytest.mark.parametrize(("name", "model", "accumulate"), RUNS)
 def test_each_strategy_trains_as_one_process_does(name: str, model: str, accumulate: int, two: dict[str, Any]) -> None:
     start = models(model)[1].state_dict()
-    one = weights(fit_strategy(model, "auto", accumulate))
+    one = alone(model, accumulate)
     difference = largest_difference(two[f"{name} {model} {accumulate}"], one)
-    print(name, model, accumulate, difference)
-    assert difference < 1e-5
+    assert difference < 1e-5  # AdamW divides by small numbers; without it, the tests above ask for 1e-6
     moved = max(float((one[f"student.{key}"] - value).abs().max()) for key, value in start.items())
     assert moved > 1e-3
 
@@ -359,7 +368,7 @@ def test_a_quantised_teacher_stays_whole_beside_a_sharded_student(two: dict[str,
 @pytest.mark.forks
 @pytest.mark.parametrize(("name", "precision"), PRECISIONS)
 def test_each_strategy_in_each_precision_is_near_one_process(name: str, precision: str, two: dict[str, Any]) -> None:
-    one, start = weights(fit_precision("auto", precision)), weights(DistillationModule(*models("llama")))
+    one, start = alone_in(precision), weights(DistillationModule(*models("llama")))
     found = two[f"{name} {precision}"]
     keys = [key for key in start if key.startswith("student.")]
     moved = torch.stack([(one[key].double() - start[key]).norm() for key in keys]).norm()
@@ -380,74 +389,3 @@ def test_a_checkpoint_of_shards_holds_no_teacher_and_loads_into_one_process(two:
 @pytest.mark.forks
 def test_batch_norm_sees_the_rows_of_its_process(two: dict[str, Any]) -> None:
     assert largest_difference(two["batch norm"], fit_batch_norm("auto")) > 1e-3
-
-
-def test_what_is_refused_on_a_cpu() -> None:
-    for strategy in ("fsdp", FSDPStrategy()):
-        with pytest.raises(ValueError, match="The strategy `fsdp` requires a GPU accelerator"):
-            L.Trainer(accelerator="cpu", strategy=strategy)
-    if not _DEEPSPEED_AVAILABLE:
-        with pytest.raises(MisconfigurationException, match="you must have DeepSpeed installed"):
-            L.Trainer(accelerator="cpu", strategy="deepspeed_stage_2")
-    with pytest.raises(ValueError, match=r"does not support .*precision='16-mixed'"):
-        L.Trainer(accelerator="gpu" if torch.cuda.is_available() else "auto", strategy=shards(), precision="16-mixed")
-
-
-def test_a_model_without_a_plan_and_heads_that_do_not_divide_are_refused() -> None:
-    mesh = mock.Mock(**{"size.return_value": 2})
-    with pytest.raises(ValueError, match="transformers has a tensor-parallel plan for"):
-        tensor_parallel_of(still(2), mesh)
-    with pytest.raises(ValueError, match="`num_key_value_heads`, but got 2 and 1"):
-        tensor_parallel_of(llama(num_key_value_heads=1), mesh)
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_batch_norm_synced_is_that_of_one_process(tmp_path: Path) -> None:
-    if torch.cuda.device_count() < 2:
-        pytest.skip("needs two CUDA devices")
-    results = []
-    for devices, size in ((1, 8), (2, 4)):
-        torch.manual_seed(0)
-        nets = [nn.Sequential(nn.Linear(4, w), nn.BatchNorm1d(w), nn.ReLU(), nn.Linear(w, 3)) for w in (16, 8)]
-        module = DistillationModule(nets[0], nets[1], optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-        rows = DataLoader(TensorDataset(torch.randn(8, 4), torch.arange(8) % 3), batch_size=size)
-        run = L.Trainer(accelerator="gpu", devices=devices, strategy="ddp_fork", sync_batchnorm=True, max_steps=STEPS)
-        run.fit(module, rows)
-        results.append(weights(module))
-    assert largest_difference(*results) < 1e-5
-
-
-@pytest.mark.gpu
-@needs_gpu
-@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed"])
-def test_one_gpu_trains_as_the_cpu_does(strategy: str, tmp_path: Path) -> None:
-    if strategy == "deepspeed":
-        pytest.importorskip("deepspeed")
-        chosen: Any = DeepSpeedStrategy(stage=2, exclude_frozen_parameters=True)
-    else:
-        chosen = FSDPStrategy(auto_wrap_policy={type(still(2).bert.encoder.layer[0])})  # type: ignore[union-attr]
-    losses = []
-    for settings in ({"accelerator": "cpu"}, {"accelerator": "gpu", "strategy": chosen}):
-        torch.manual_seed(0)
-        module = DistillationModule(still(3), still(2), optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
-        run = L.Trainer(devices=1, max_steps=STEPS, log_every_n_steps=1, default_root_dir=tmp_path, **settings)
-        run.fit(module, datamodule=Rows("token_classification", 7))
-        losses.append(run.callback_metrics["train_loss"].item())
-    assert losses[1] == pytest.approx(losses[0], rel=1e-2)  # a GPU may multiply in TF32
-    assert not any(p.requires_grad for p in module.teacher.parameters())
-    run.save_checkpoint(tmp_path / "saved.ckpt")
-    if strategy == "fsdp":
-        saved = torch.load(tmp_path / "saved.ckpt", weights_only=True)["state_dict"]
-        assert not [key for key in saved if "teacher" in key]
-
-
-@pytest.mark.gpu
-@needs_gpu
-def test_deepspeed_that_would_save_the_teacher_is_refused() -> None:
-    pytest.importorskip("deepspeed")
-    module = DistillationModule(still(3), still(2))
-    with pytest.raises(ValueError, match="exclude_frozen_parameters=True"):
-        L.Trainer(accelerator="gpu", devices=1, strategy=DeepSpeedStrategy(stage=2)).fit(
-            module, datamodule=Rows("token_classification", 7)
-        )
