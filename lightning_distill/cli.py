@@ -88,7 +88,9 @@ def recipe_parser(
     parser.add_class_arguments(InitPolicy, "init_policy", instantiate=False, skip={"output_dir", "teacher"})
     parser.add_class_arguments(FiniteLoss, "finite_loss", instantiate=False)
     parser.add_class_arguments(TeacherCache, "teacher_cache", instantiate=False, skip={"path"})
-    parser.add_argument("--teacher_cache.path", type=str | None, help="folder of what the teacher says (none: no cache)")
+    parser.add_argument(
+        "--teacher_cache.path", type=str | None, help="folder of what the teacher says (none: no cache)"
+    )
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip={"default_root_dir"})
     parser.set_defaults({"optimizer.lr": None, "optimizer.weight_decay": 0.01, "lr_scheduler.warmup": 0.06})
     parser.set_defaults(dict.fromkeys(_SWITCHES.values()))

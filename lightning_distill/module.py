@@ -414,21 +414,10 @@ class DistillationModule(L.LightningModule):
 
     def on_before_backward(self, loss: Tensor) -> None:
         """Shrink the gradient of earlier batches of an accumulation window to the share they have of it now."""
-<<<<<<< HEAD
         weights = [objective.weight for objective in self._each_objective().values()]
-        self._window.shrink_earlier(self.parameters(), weights)
-=======
-        share, self._earlier_share = self._earlier_share, None
-        if share is None:
-            return
-        # One factor for all objectives: exact where they count the same, as all on logits do.
-        weights = share.new_tensor([objective.weight for objective in self._each_objective().values()])
-        share = (share * weights).sum() / weights.sum()
         # The optimizers' parameters: before a backward, FSDP2 may show whole ones in their place, without gradients.
         groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        gradients = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-        scale_(group_tensors(gradients), share.to(gradients[0].dtype))
->>>>>>> work-b
+        self._window.shrink_earlier([parameter for group in groups for parameter in group["params"]], weights)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""
