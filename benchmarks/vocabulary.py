@@ -1,7 +1,7 @@
 """The loss of a language model's head: whole logits against chunks, ours, Liger's and TRL's, forward and backward.
 
 OMP_NUM_THREADS=2 python benchmarks/vocabulary.py      # prints the table, writes benchmarks/results/vocabulary.json
-python benchmarks/vocabulary.py --tokens 512 --words 32000 --rounds 5
+python benchmarks/vocabulary.py --tokens 512 --words 32000 --rounds 5 --only time
 
 Each loss is 0.5 forward KL + 0.5 cross entropy at temperature 1, where all of them mean the same (TRL's has the KL
 alone). Times are medians of rounds in which the losses take turns in one process, after one round that compiles. Memory
@@ -129,7 +129,7 @@ def quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def measure(tokens: int, words: int, device: str, rounds: int, with_memory: bool) -> dict[str, Any]:
+def times(tokens: int, words: int, device: str, rounds: int) -> dict[str, dict[str, float]]:
     given = inputs(tokens, words, device)
     found = losses(given)
     values = {name: step(loss, given) for name, loss in found.items()}
@@ -139,18 +139,20 @@ def measure(tokens: int, words: int, device: str, rounds: int, with_memory: bool
             began = time.perf_counter()
             step(loss, given)
             seconds[name].append(time.perf_counter() - began)
-    result = {name: {"seconds": statistics.median(times), "loss": values[name]} for name, times in seconds.items()}
-    del given, found
-    gc.collect()
+    return {name: {"seconds": statistics.median(taken), "loss": values[name]} for name, taken in seconds.items()}
+
+
+def memory(tokens: int, words: int, device: str) -> dict[str, dict[str, float]]:
     handed_over = (words * WIDTH + tokens * WIDTH) * (4 if device == "cpu" else 2)
     context = multiprocessing.get_context("spawn")
-    for name in result if with_memory else ():
+    result = {}
+    for name in losses(inputs(8, 16, device)):
         answer = context.Queue()
         process = context.Process(target=peak, args=(tokens, words, device, name, answer))
         process.start()
-        result[name]["peak"] = answer.get(timeout=300)
-        result[name]["peak_without_gradients"] = result[name]["peak"] - handed_over
+        found = answer.get(timeout=600)
         process.join()
+        result[name] = {"peak": found, "peak_without_gradients": found - handed_over}
     return result
 
 
@@ -160,10 +162,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     for size, losses_ in results.items():
         base = losses_["eager"]
         for name, row in losses_.items():
-            cells = [size, name, f"{row['seconds']:.3f}", f"{row['seconds'] / base['seconds']:.2f}"]
-            for kind in ("peak", "peak_without_gradients"):
-                if kind in row:
-                    cells += [f"{row[kind] / 1e6:.0f}", f"{row[kind] / base[kind]:.3f}"]
+            cells = [size, name]
+            for kind, unit in (("seconds", 1.0), ("peak", 1e6), ("peak_without_gradients", 1e6)):
+                known = kind in row and kind in base
+                cells += [f"{row[kind] / unit:.3g}", f"{row[kind] / base[kind]:.3f}"] if known else ["", ""]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -173,20 +175,27 @@ def main() -> None:
     parser.add_argument("--tokens", type=int)
     parser.add_argument("--words", type=int)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--only", choices=["time", "memory"], help="measure this alone; the file keeps the other")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "vocabulary.json")
     options = parser.parse_args()
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = [(options.tokens, options.words)] if options.tokens and options.words else SIZES[device]
     results: dict[str, dict[str, Any]] = {}
+    if options.only and options.output.exists():
+        results = json.loads(options.output.read_text())["sizes"]
     for tokens, words in sizes:
-        results[f"{tokens} x {words}"] = measure(tokens, words, device, options.rounds, not options.no_memory)
-        print(table({f"{tokens} x {words}": results[f"{tokens} x {words}"]}), flush=True)
+        size = results.setdefault(f"{tokens} x {words}", {})
+        measured = [] if options.only == "memory" else [times(tokens, words, device, options.rounds)]
+        measured += [] if options.only == "time" else [memory(tokens, words, device)]
+        for part in measured:
+            for name, row in part.items():
+                size[name] = size.get(name, {}) | row
+        print(table({f"{tokens} x {words}": size}), flush=True)
+        gc.collect()
     options.output.parent.mkdir(exist_ok=True)
-    options.output.write_text(
-        json.dumps({"device": device, "threads": torch.get_num_threads(), "sizes": results}, indent=1)
-    )
+    written = {"device": device, "threads": torch.get_num_threads(), "sizes": results}
+    options.output.write_text(json.dumps(written, indent=1))
 
 
 if __name__ == "__main__":
