@@ -21,8 +21,8 @@ from lightning_distill.tasks import IGNORE_INDEX
 
 # Small models from scratch want a higher learning rate than pretrained ones, and a teacher wants to be trained out.
 GIVEN = {"lr": 3e-4, "epochs": 1, "teacher_epochs": 1}
-EMBEDDED = {"lr": 2e-3, "epochs": 2, "teacher_epochs": 6}
-EMBEDDED_ROWS_PER_CLASS, EMBEDDED_LENGTH = 1300, 128
+EMBEDDED = {"lr": 2e-3, "epochs": 3, "teacher_epochs": 6}
+EMBEDDED_ROWS_PER_CLASS, EMBEDDED_LENGTH = 700, 128
 
 
 def language_parser(description: str | None, *, output_dir: str) -> ArgumentParser:
