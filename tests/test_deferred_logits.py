@@ -187,14 +187,14 @@ def test_what_needs_whole_logits_gets_them(tmp_path: Path, monkeypatch: pytest.M
 def test_a_model_that_changes_its_logits_in_its_own_way_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "LARGE", 10)
 
-    class Odd(transformers.LlamaForCausalLM):
+    class OddForCausalLM(transformers.LlamaForCausalLM):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
             output.logits = output.logits + 0.1 * output.logits**2
             return output
 
     teacher, student = pair("causal_lm")
-    odd = Odd(student.config)
+    odd = OddForCausalLM(student.config)
     with pytest.warns(UserWarning, match="The student change their logits"):
         losses = (module := DistillationModule(teacher, odd)).losses(data := batch("causal_lm"))
     monkeypatch.setattr(vocabulary, "LARGE", 16_000)

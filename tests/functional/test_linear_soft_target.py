@@ -112,7 +112,8 @@ def test_gradcheck(divergence: Any) -> None:
             chunk_size=5,
         ).loss
 
-    assert torch.autograd.gradcheck(loss, student, fast_mode=True)
+    # A second backward computes the gradient anew, with the factor inside and not after it.
+    assert torch.autograd.gradcheck(loss, student, fast_mode=True, nondet_tol=1e-12)
 
 
 @given_any(
