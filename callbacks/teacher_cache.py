@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_distill import tasks
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.cache import (
     SignalStore,
     cached_teacher,
@@ -29,6 +29,7 @@ Kept = Literal["logits", "hidden_states"]
 DType = Literal["float16", "float32"]
 
 
+@typed
 class TeacherCache(L.Callback):
     """Writes the teacher's signals to disk the first time a row is seen, and reads them ever after.
 

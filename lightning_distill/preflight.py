@@ -255,7 +255,7 @@ def enable_gradient_checkpointing(student: nn.Module) -> None:
     model: Any = student
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise ValueError(
-            "Expected argument `student` to be a transformers model with gradient checkpointing, but got "
+            "Expected argument `gradient_checkpointing` to come with a transformers model that can, but got "
             f"{type(student).__name__}; call `torch.utils.checkpoint.checkpoint` in its forward instead."
         )
     # Reentrant checkpointing would run the layers without a gradient, and what is recorded in them would have none.

@@ -205,7 +205,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     """Run a model on what it takes of a batch, never on the labels: it would compute a loss in vain."""
     if not isinstance(batch, Mapping):
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    accepted = _parameters(getattr(model.forward, "__func__", model.forward))
+    accepted = _accepted(model)
     # Teacher and student may differ in what they take: DistilBERT has no token_type_ids. A transformers forward also
     # has **kwargs, but what it does not name it hands to the attention function.
     named_only = hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in accepted.values())
@@ -213,6 +213,19 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return model(**inputs)
+
+
+def _accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    accepted = _parameters(getattr(model.forward, "__func__", model.forward))
+    if hasattr(model, "config") and all(p.kind in _VARIABLE for name, p in accepted.items() if name != "self"):
+        # A class of the user's own that hands everything on takes what the class it is derived from takes.
+        derived = (_parameters(kind.forward) for kind in type(model).__mro__[1:] if hasattr(kind, "forward"))
+        named = (names for names in derived if any(p.kind not in _VARIABLE for p in list(names.values())[1:]))
+        return next(named, accepted)
+    return accepted
+
+
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @lru_cache(maxsize=256)

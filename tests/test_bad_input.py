@@ -5,6 +5,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -16,7 +17,7 @@ from torch import nn
 
 from lightning_distill import DistillationModule, callbacks, student_from_teacher
 from lightning_distill import objectives as of
-from lightning_distill.data import BucketBatchSampler, TextClassificationData, train_tokenizer
+from lightning_distill.data import BucketBatchSampler, LanguageModelData, TextClassificationData, train_tokenizer
 from lightning_distill.early_exit import Confidence, Entropy, Margin, Patience, calibrate, make_ramps
 from lightning_distill.optim import build_lr_scheduler, build_optimizer, parameter_groups, recommended_lr
 from lightning_distill.quantization import gptq_layer, quantize, quantize_int8
@@ -53,8 +54,10 @@ CALLS: dict[Callable[..., Any], dict[str, Callable[[], Any]]] = {
     of.UncertaintyBalance: {"names": lambda: ["a", "b"]},
     of.GradientNormBalance: {"names": lambda: ["a", "b"]},
     **{getattr(callbacks, name): {} for name in callbacks.__all__},
+    callbacks.TeacherCache: {"path": lambda: "cache"},
     BucketBatchSampler: {"lengths": lambda: [3, 4, 5, 6], "batch_size": lambda: 2},
     TextClassificationData: {},
+    LanguageModelData: {},
     train_tokenizer: {"texts": lambda: ["a good film", "a bad film"]},
     parameter_groups: {"module": lambda: NET, "lr": lambda: 0.1},
     build_optimizer: {"module": lambda: NET},
@@ -91,6 +94,11 @@ def arguments(call: Callable[..., Any]) -> list[str]:
 
 def cannot_be_right(value: object) -> bool:
     return isinstance(value, (complex, bytes, set)) or type(value) is object or value != value
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # an odd string may be the name of a folder
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: call.__name__)

@@ -288,7 +288,7 @@ def test_gradient_checkpointing_trains_the_same_student(task: str, precision: st
 
 
 def test_gradient_checkpointing_of_a_plain_module_is_refused() -> None:
-    with pytest.raises(ValueError, match="`student` to be a transformers model with gradient checkpointing"):
+    with pytest.raises(ValueError, match="`gradient_checkpointing` to come with a transformers model"):
         DistillationModule(nn.Linear(4, 3), nn.Linear(4, 3), gradient_checkpointing=True)
 
 

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_distill import DistillationModule
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader
 from lightning_distill.objectives import AttentionRelation, HardLabel, HiddenState, Objective, SoftTarget
-from tests.callbacks.registry import ROWS, Regression
+from tests.callbacks.registry import ROWS
 from tests.callbacks.registry import trainer as callback_trainer
 from tests.helpers.models import batch, bert, llama
 from tests.helpers.processes import run_pair
@@ -79,9 +79,9 @@ def fit_objective(objective: Objective, strategy: Any) -> Weights:
 
 def fit_callback(row: Any, folder: Path, strategy: Any) -> Weights:
     torch.manual_seed(0)
-    module = Regression()
+    module = row.module()
     run = callback_trainer(
-        folder, row.build(), max_steps=STEPS, strategy=strategy, devices=2 if strategy != "auto" else 1
+        folder, row.build(folder), max_steps=STEPS, strategy=strategy, devices=2 if strategy != "auto" else 1
     )
     run.fit(module)
     return weights(module)

@@ -8,13 +8,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_distill.arguments import between
+from lightning_distill.arguments import between, integer, typed
 from lightning_distill.data import files, hub
 from lightning_distill.data.embedded import embedded_corpus, train_causal_tokenizer
 from lightning_distill.data.module import Split, TextData
 from lightning_distill.data.packing import Document, PackedText
 
 
+@typed
 class LanguageModelData(TextData):
     """Documents for a causal language model, packed into rows of ``max_length`` tokens.
 
@@ -76,10 +77,9 @@ class LanguageModelData(TextData):
         if text_files and hub_dataset is not None:
             raise ValueError("Expected one of the arguments `text_files` and `hub_dataset`, but got both")
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-            if value < least:
-                raise ValueError(f"Expected argument `{name}` to be at least {least}, but got {value}")
-        if max_train_documents is not None and max_train_documents < 1:
-            raise ValueError(f"Expected argument `max_train_documents` to be positive, but got {max_train_documents}")
+            integer(name, value, least)
+        if max_train_documents is not None:
+            integer("max_train_documents", max_train_documents, 1)
         between("val_split", val_split, 0, 0.5)
         if not separator:
             raise ValueError("Expected argument `separator` to be some text, but got none")

@@ -1,6 +1,5 @@
 """Every callback of the library, one row each, and the small run they are all put through."""
 
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,17 +37,18 @@ class Row:
     def module(self) -> L.LightningModule:
         return Distillation() if self.distils else Regression()
 
-    def build(self, **changes: Any) -> L.Callback:
-        return self.callback(**{**self.arguments, **changes})
+    def build(self, folder: Path | None = None, **changes: Any) -> L.Callback:
+        """The callback; what it writes goes to a folder of its own, as that of the checkpoints must be empty."""
+        own = FOLDER if folder is None else str(folder / FOLDER)
+        arguments = {name: own if value == FOLDER else value for name, value in self.arguments.items()}
+        return self.callback(**{**arguments, **changes})
 
     def __str__(self) -> str:
         return "-".join([self.callback.__name__, *(str(v) for v in self.arguments.values() if isinstance(v, str))])
 
 
-# Not beside the checkpoints, whose folder must be empty; always the same, as it is part of the tests' names.
-AUDIT = str(Path(tempfile.gettempdir()) / "lightning-distill-audit")
-QUANTIZED = str(Path(tempfile.gettempdir()) / "lightning-distill-gptq")
-CACHE = str(Path(tempfile.gettempdir()) / "lightning-distill-cache")
+# Stands for a folder that :meth:`Row.build` makes up; part of the tests' names.
+FOLDER = "of-the-test"
 
 ROWS = [
     Row(
@@ -75,7 +75,7 @@ ROWS = [
     Row(GradientClipping, {"algorithm": "zscore", "threshold": 0.5, "warmup_steps": 2}),
     Row(
         LRFinder,
-        {"suggestion": "valley", "num_steps": 150, "min_lr": 1e-2, "max_lr": 1.0, "output_dir": AUDIT},
+        {"suggestion": "valley", "num_steps": 150, "min_lr": 1e-2, "max_lr": 1.0, "output_dir": FOLDER},
         bad=(
             {"suggestion": "best"},
             {"min_lr": 0.0},
@@ -110,7 +110,7 @@ ROWS = [
     Row(LossAdvice, {"window": 2}, bad=({"window": 0}, {"min_fall": 2.0})),
     Row(
         InitPolicy,
-        {"policy": "auto", "output_dir": AUDIT},
+        {"policy": "auto", "output_dir": FOLDER},
         bad=({"policy": "magic"}, {"std": 0.0}, {"only": []}, {"residual": "resnet"}, {"teacher": "somewhere"}),
     ),
     # Asked to gain a lot, so that the float student stays and the weights can be compared.
@@ -122,7 +122,7 @@ ROWS = [
             "monitor": "val_loss",
             "mode": "min",
             "max_drop": -9.0,
-            "folder": QUANTIZED,
+            "folder": FOLDER,
         },
         bad=(
             {"bits": 5},
@@ -136,10 +136,10 @@ ROWS = [
             {"budget_bytes": 0},
         ),
     ),
-    Row(InitPolicy, {"policy": "orthogonal", "only": "all", "seed": 3, "output_dir": AUDIT}),
+    Row(InitPolicy, {"policy": "orthogonal", "only": "all", "seed": 3, "output_dir": FOLDER}),
     Row(
         TeacherCache,
-        {"path": CACHE, "top_k": None, "dtype": "float32"},
+        {"path": FOLDER, "top_k": None, "dtype": "float32"},
         bad=({"signals": "logits"}, {"signals": ["hidden_states"]}, {"top_k": 0}, {"dtype": "int8"}),
         distils=True,
     ),

@@ -37,11 +37,11 @@ def without_folders(state: dict[str, Any]) -> dict[str, Any]:
 
 @every_row
 def test_state_goes_through_a_checkpoint(row: Row, tmp_path: Path) -> None:
-    callback = row.build()
+    callback = row.build(tmp_path)
     trainer(tmp_path, callback).fit(row.module())
     state = callback.state_dict()
     assert same(checkpoint(tmp_path, 5)["callbacks"].get(callback.state_key, {}), state)
-    fresh = row.build()
+    fresh = row.build(tmp_path)
     fresh.load_state_dict(state)
     assert same(fresh.state_dict(), state)
 
@@ -60,16 +60,16 @@ class Kill(L.Callback):
 @pytest.mark.forks
 @every_row
 def test_a_run_killed_after_any_step_and_resumed_equals_the_run_without_a_break(row: Row, tmp_path: Path) -> None:
-    trainer(tmp_path / "whole", row.build()).fit(row.module())
+    trainer(tmp_path / "whole", row.build(tmp_path)).fit(row.module())
     whole = checkpoint(tmp_path / "whole", 5)
     for step in range(1, 5):
         broken, folder = tmp_path / f"broken {step}", tmp_path / f"from {step}"
-        run = trainer(broken, row.build(), Kill(step))
+        run = trainer(broken, row.build(tmp_path), Kill(step))
         child = multiprocessing.get_context("fork").Process(target=run.fit, args=(row.module(),))
         child.start()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        trainer(folder, row.build()).fit(row.module(), ckpt_path=broken / f"step={step}.ckpt")
+        trainer(folder, row.build(tmp_path)).fit(row.module(), ckpt_path=broken / f"step={step}.ckpt")
         resumed = checkpoint(folder, 5)
         for part in ("state_dict", "optimizer_states", "lr_schedulers"):
             assert same(resumed[part], whole[part]), f"{part} after a break at step {step}"
@@ -79,8 +79,8 @@ def test_a_run_killed_after_any_step_and_resumed_equals_the_run_without_a_break(
 @pytest.mark.forks
 @every_row
 def test_two_processes_equal_one(row: Row, tmp_path: Path) -> None:
-    trainer(tmp_path / "one", row.build()).fit(row.module())
-    trainer(tmp_path / "two", row.build(), strategy="ddp_fork", devices=2).fit(row.module())
+    trainer(tmp_path / "one", row.build(tmp_path)).fit(row.module())
+    trainer(tmp_path / "two", row.build(tmp_path), strategy="ddp_fork", devices=2).fit(row.module())
     one, two = checkpoint(tmp_path / "one", 5), checkpoint(tmp_path / "two", 5)
     assert same(two["state_dict"], one["state_dict"], rtol=1e-4)
     assert same(without_folders(two["callbacks"]), without_folders(one["callbacks"]), rtol=1e-4)
@@ -93,11 +93,11 @@ def test_mixed_precision_trains_as_full_precision_does(
 ) -> None:
     full, mixed = row.module(), row.module()
     start = {name: weight.detach().clone() for name, weight in full.named_parameters() if weight.requires_grad}
-    trainer(tmp_path / "full", row.build()).fit(full)
+    trainer(tmp_path / "full", row.build(tmp_path)).fit(full)
     # As a plugin, because the Trainer turns 16-mixed into bf16-mixed on a CPU.
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if precision == "16-mixed" else None
     plugin = MixedPrecision(precision, "cpu", scaler)
-    trainer(tmp_path / "mixed", row.build(), plugins=plugin).fit(mixed)
+    trainer(tmp_path / "mixed", row.build(tmp_path), plugins=plugin).fit(mixed)
     for (name, wanted), got in zip(full.named_parameters(), mixed.parameters(), strict=True):
         # A callback may add parameters; those that there were must have moved.
         assert name not in start or not torch.equal(start.pop(name), got)
