@@ -50,7 +50,7 @@ class Rows(L.LightningDataModule):
 
 
 def trainer(strategy: Any = "auto", **settings: Any) -> L.Trainer:
-    settings |= {"devices": 2} if dist.is_torchelastic_launched() else {"devices": 1}
+    settings = {"devices": 2 if dist.is_torchelastic_launched() else 1, **settings}
     defaults = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     defaults |= {"enable_model_summary": False, "log_every_n_steps": 1, "max_steps": STEPS, "accelerator": "cpu"}
     return L.Trainer(**{**defaults, "strategy": strategy, **settings})  # type: ignore[arg-type]
@@ -154,19 +154,22 @@ RUNS = [
 ]
 
 
+LOWER = ("bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
 PRECISIONS = [
     (name, precision)
-    for name in ("ddp", "FSDP2", "tensor parallel")
-    for precision in ("bf16-mixed", "16-mixed", "bf16-true", "16-true", "64-true")
-    if name == "ddp" or precision not in ("16-mixed", "64-true")  # which Lightning refuses with ModelParallelStrategy
+    for name in STRATEGIES
+    for precision in LOWER
+    if name not in ("FSDP2", "tensor parallel")
+    or precision not in ("16-mixed", "64-true")  # which Lightning refuses with ModelParallelStrategy
 ]
 
 
-def fit_precision(strategy: Any, precision: str) -> DistillationModule:
-    given: dict[str, Any] = {"precision": precision}
+def fit_precision(strategy: Any, precision: str, **settings: Any) -> DistillationModule:
+    given: dict[str, Any] = {"precision": precision, **settings}
     if precision == "16-mixed":
         # As a plugin, because the Trainer turns the flag into bf16-mixed on a CPU.
-        given = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))}
+        del given["precision"]
+        given["plugins"] = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=256.0))
     return fit_strategy("llama", strategy, optimizer=lambda p: torch.optim.SGD(p, lr=0.1), **given)
 
 
@@ -368,11 +371,34 @@ def test_a_quantised_teacher_stays_whole_beside_a_sharded_student(two: dict[str,
 @pytest.mark.forks
 @pytest.mark.parametrize(("name", "precision"), PRECISIONS)
 def test_each_strategy_in_each_precision_is_near_one_process(name: str, precision: str, two: dict[str, Any]) -> None:
+    assert_near_one_process(two[f"{name} {precision}"], precision)
+
+
+@pytest.mark.forks
+@pytest.mark.parametrize("precision", LOWER)
+def test_forked_processes_in_each_precision_are_near_one_process(precision: str, tmp_path: Path) -> None:
+    fit_precision("ddp_fork", precision, devices=2, callbacks=[Keep(tmp_path)])
+    assert_near_one_process(torch.load(tmp_path / "weights.pt", weights_only=True), precision)
+
+
+class Keep(L.Callback):
+    """Writes the weights as the first of forked processes has them, in their own type."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert trainer.world_size == 2
+        if trainer.is_global_zero:
+            torch.save(weights(pl_module), self.folder / "weights.pt")
+
+
+def assert_near_one_process(found: Weights, precision: str) -> None:
     one, start = alone_in(precision), weights(DistillationModule(*models("llama")))
-    found = two[f"{name} {precision}"]
     keys = [key for key in start if key.startswith("student.")]
     moved = torch.stack([(one[key].double() - start[key]).norm() for key in keys]).norm()
     apart = torch.stack([(one[key].double() - found[key]).norm() for key in keys]).norm()
+    assert moved > 0
     assert {found[key].dtype for key in keys} == {one[key].dtype for key in keys}
     assert apart < {"64-true": 1e-9, "16-mixed": 0.02, "16-true": 0.05}.get(precision, 0.2) * moved
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.node import fit
+from tests.helpers.node import PRECISIONS, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 TWO_NODES = r"""
@@ -61,6 +61,13 @@ def test_two_nodes_with_two_addresses_train_as_one_process_does(tmp_path: Path) 
     assert done.returncode == 0, done.stderr[-3000:]
     addresses = {path.name: path.read_text() for path in tmp_path.glob("* of 2")}
     assert addresses == {"0 of 2": "10.9.0.1", "1 of 2": "10.9.0.2"}
-    two, one = torch.load(tmp_path / "weights.pt", weights_only=True), fit(num_nodes=1).state_dict()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0)
+    found = torch.load(tmp_path / "weights.pt", weights_only=True)
+    start = fit(1, "32-true", max_steps=0).state_dict()
+    for precision in PRECISIONS:
+        two, one = found[precision], fit(1, precision).state_dict()
+        for name, value in one.items():
+            if precision == "32-true":
+                torch.testing.assert_close(two[name], value, atol=1e-6, rtol=0)
+            moved, apart = (value.double() - start[name]).norm(), (value.double() - two[name]).norm()
+            assert two[name].dtype == value.dtype
+            assert apart < {"64-true": 1e-9, "16-mixed": 0.02, "16-true": 0.05}.get(precision, 0.2) * moved
