@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_distill import DistillationModule, vocabulary
+from lightning_distill import DistillationModule, functional, vocabulary
 from lightning_distill.objectives import Decoupled, HardLabel, HiddenState, Objective, SoftTarget
 from tests.helpers.models import SMALL, batch, bert, llama
 
@@ -188,8 +188,8 @@ def test_a_model_that_changes_its_logits_in_its_own_way_is_found_out(monkeypatch
     monkeypatch.setattr(vocabulary, "LARGE", 10)
 
     class OddForCausalLM(transformers.LlamaForCausalLM):
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            output = super().forward(*args, **kwargs)
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+            output = super().forward(input_ids, attention_mask, **kwargs)
             output.logits = output.logits + 0.1 * output.logits**2
             return output
 
@@ -208,8 +208,12 @@ def test_padded_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:
     module = DistillationModule(teacher, student)
     data = batch("causal_lm")
     whole = module.losses(data)
-    student_logits, teacher_logits = student(data["input_ids"]).logits, teacher(data["input_ids"]).logits[..., :1088]
-    del student_logits, teacher_logits
+    with torch.no_grad():
+        logits = [model(**data).logits for model in (student, teacher)]
+    mask = data["labels"][:, 1:] != -100
+    pair_ = (logits[0][:, :-1], logits[1][:, :-1, :1088])
+    expected = functional.soft_target(*pair_, temperature=2.0, mask=mask)
+    torch.testing.assert_close(whole["soft_target"], expected)
     monkeypatch.setattr(vocabulary, "LARGE", 10)
     for name, value in module.losses(data).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-6, atol=1e-6)
