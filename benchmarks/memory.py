@@ -9,8 +9,7 @@ labels and hidden states. Memory on Linux is the high-water mark of the process 
 activations, as the machine has to hold them. On a GPU it is the allocator's peak. Time is the median of the steps, in
 CPU seconds of one thread there (what else runs on the machine does not count), in seconds on a GPU.
 
-A cached teacher would be one more row: a `Setting` whose batches hold the teacher's answers and whose teacher never
-runs.
+The cached teacher was asked beforehand, in another process; here there is its class without its weights.
 """
 
 import argparse
@@ -38,6 +37,7 @@ import transformers
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule
+from lightning_distill.callbacks import TeacherCache
 from lightning_distill.objectives import HardLabel, HiddenState, SoftTarget
 
 RESULTS = Path(__file__).parent / "results" / "memory.json"
@@ -53,6 +53,7 @@ class Setting:
     teacher_precision: str | None = None
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"
+    cached: bool = False
 
 
 SETTINGS = [
@@ -63,9 +64,11 @@ SETTINGS = [
     Setting("teacher bf16", teacher_precision="bf16"),
     Setting("teacher int8", teacher_precision="int8"),
     Setting("teacher nf4", teacher_precision="nf4"),
+    Setting("teacher cached", cached=True),
     Setting("optimizer 8-bit", optimizer="adamw_8bit"),
     Setting("bf16-mixed, teacher nf4, checkpointing", "bf16-mixed", "nf4", True),
     Setting("bf16-true, teacher nf4, checkpointing", "bf16-true", "nf4", True),
+    Setting("bf16-true, teacher cached, checkpointing", "bf16-true", None, True, cached=True),
     Setting("all, optimizer 8-bit", "bf16-mixed", "nf4", True, "adamw_8bit"),
 ]
 
@@ -127,12 +130,13 @@ def optimizer_of(name: str) -> Any:
     return lambda parameters: bitsandbytes.optim.AdamW8bit(list(parameters), lr=1e-5)
 
 
-def run(setting: Setting, folder: str, sizes: tuple[int, int, int]) -> dict[str, Any]:
-    """One combination in a process of its own."""
+def run(setting: Setting, folder: str, sizes: tuple[int, int, int], *, fills: bool = False) -> dict[str, Any]:
+    """One combination in a process of its own; where it fills the cache, the teacher is there."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     steps, rows, length = sizes
+    cache = f"{folder}-cache-{setting.precision}"
     try:
         optimizer = optimizer_of(setting.optimizer)
         # Libraries that only some combinations need are no part of what is measured.
@@ -140,7 +144,7 @@ def run(setting: Setting, folder: str, sizes: tuple[int, int, int]) -> dict[str,
         importlib.import_module("lightning_distill.quantization")
         resident = memory("VmRSS")
         module = DistillationModule(
-            folder,
+            TeacherCache.teacher(cache) if setting.cached and not fills else folder,
             make(*STUDENT),
             [SoftTarget(), HardLabel(), HiddenState()],
             optimizer=optimizer,
@@ -148,10 +152,11 @@ def run(setting: Setting, folder: str, sizes: tuple[int, int, int]) -> dict[str,
             gradient_checkpointing=setting.gradient_checkpointing,
         )
         clock = Clock()
+        kept = TeacherCache(cache, ("logits", "hidden_states"), top_k=None)
         trainer = L.Trainer(
             max_steps=steps,
             precision=setting.precision,  # type: ignore[arg-type]
-            callbacks=[clock],
+            callbacks=[clock, kept] if setting.cached else [clock],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -192,10 +197,14 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     measured = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as parent:
+        folder = str(Path(parent) / "teacher")
         make(*TEACHER).save_pretrained(folder)
         for setting in SETTINGS:
             sizes = (arguments.steps, arguments.rows, arguments.length)
+            if setting.cached:
+                with ProcessPoolExecutor(1, context) as executor:
+                    executor.submit(run, setting, folder, sizes, fills=True).result()
             with ProcessPoolExecutor(1, context) as executor:
                 measured.append({**asdict(setting), **executor.submit(run, setting, folder, sizes).result()})
             print(measured[-1], flush=True)
