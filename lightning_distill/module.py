@@ -160,7 +160,8 @@ class DistillationModule(L.LightningModule):
             student_info = teacher_info = describe(self.student)
         else:
             objectives = self._each_objective().values()
-            any_vocabulary = all(o.any_vocabulary for o in objectives if o.needs_teacher and o.reads_logits)
+            comparing = [o.any_vocabulary for o in objectives if o.needs_teacher and o.reads_logits]
+            any_vocabulary = bool(comparing) and all(comparing)
             self._label_order = preflight.check_pair(
                 self.student, self.teacher, self.task, any_vocabulary=any_vocabulary
             )

@@ -50,6 +50,7 @@ def test_summary_student_and_curves(main: Any, flags: list[str], tmp_path: Path,
     found = summary(tmp_path)
     for model in MODELS:
         assert set(found[model]) == {"parameters", "bytes", "perplexity", "agreement", "tokens_per_second"}
+        assert (found[model]["agreement"] == 1.0) is (model == "teacher")
         assert found[model]["tokens_per_second"] > 0
     assert found["student"]["parameters"] < found["teacher"]["parameters"]
     ratio = found["student"]["perplexity"] / found["teacher"]["perplexity"]
