@@ -377,6 +377,7 @@ class DistillationModule(L.LightningModule):
         """Refuse a Trainer that would train or save something else than is meant."""
         if stage == "fit":
             parallel.check_trainer(self.trainer, self.student, self.teacher)
+            parallel.look_for_unused(self.trainer.strategy, self._each_objective().values())
 
     def configure_model(self) -> None:
         """Under ``ModelParallelStrategy``: split student, teacher and objectives by plan and shard them by layer."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -213,6 +214,22 @@ def check_trainer(trainer: L.Trainer, student: nn.Module, teacher: nn.Module | N
             )
     if isinstance(strategy, DDPStrategy) and teacher is not None and trainer.world_size > 1:
         _check_same_on_every_process(strategy, teacher)
+
+
+def look_for_unused(strategy: Strategy, objectives: Iterable[Objective]) -> None:
+    """Tell DDP, before it wraps, that a student's head has no gradient where no objective reads its logits.
+
+    Args:
+        strategy: The Trainer's; what its user has said about unused parameters or a static graph holds.
+        objectives: What the student learns from.
+    """
+    if not isinstance(strategy, DDPStrategy) or any(objective.reads_logits for objective in objectives):
+        return
+    if not {"find_unused_parameters", "static_graph"} & strategy._ddp_kwargs.keys():
+        strategy._ddp_kwargs["find_unused_parameters"] = True
+        rank_zero_info(
+            "No objective reads the student's logits, so DDP is told to look for parameters without gradient."
+        )
 
 
 def _check_same_on_every_process(strategy: DDPStrategy, teacher: nn.Module) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from lightning_distill import DistillationModule
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader
-from lightning_distill.objectives import HardLabel, HiddenState, SoftTarget
+from lightning_distill.objectives import HardLabel, HiddenState, Objective, SoftTarget
 from tests.helpers.models import batch, bert, llama
 
 # Forking is what keeps this test short; torch says of it what multiprocessing says of every fork.
@@ -42,10 +42,17 @@ def pair(task: str) -> tuple[torch.nn.Module, torch.nn.Module]:
 
 
 def fit(
-    task: str, folder: Path, *, devices: int = 1, accumulate: int = 1, hidden: float = 0.2, batch_size: int = 4
+    task: str,
+    folder: Path,
+    *,
+    devices: int = 1,
+    accumulate: int = 1,
+    hidden: float = 0.2,
+    batch_size: int = 4,
+    logits: bool = True,
 ) -> DistillationModule:
     teacher, student = pair(task)
-    objectives = [SoftTarget(weight=0.5), HardLabel(weight=0.3)]
+    objectives: list[Objective] = [SoftTarget(weight=0.5), HardLabel(weight=0.3)] if logits else []
     objectives += [HiddenState(weight=hidden)] if hidden else []
     module = DistillationModule(teacher, student, objectives, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
     settings: dict[str, Any] = {"devices": devices, "strategy": "ddp_fork" if devices > 1 else "auto"}
@@ -67,6 +74,14 @@ def fit(
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_two_processes_give_the_weights_of_one(task: str, tmp_path: Path) -> None:
     assert_same_training(task, fit(task, tmp_path), fit(task, tmp_path, devices=2))
+
+
+def test_a_head_that_no_objective_reaches_is_no_error_of_ddp(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"hidden": 1.0, "logits": False}
+    one, two = (fit("classification", tmp_path, devices=devices, **settings) for devices in (1, 2))
+    assert_same_training("classification", one, two)
+    untouched = pair("classification")[1].classifier.weight
+    assert torch.equal(two.student.classifier.weight, untouched)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
