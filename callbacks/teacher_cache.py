@@ -21,7 +21,7 @@ from lightning_distill.cache import (
     stored_fields,
     tokenizer_fingerprint,
 )
-from lightning_distill.functional.vocabulary import TopK
+from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import SoftTarget
 from lightning_distill.signals import Signals
 

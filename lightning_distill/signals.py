@@ -19,7 +19,7 @@ from lightning_distill.attention import Attention, attach, detach
 
 if TYPE_CHECKING:
     # They are made of functions whose package imports this file.
-    from lightning_distill.functional.vocabulary import TopK
+    from lightning_distill.functional.projection import TopK
     from lightning_distill.vocabulary import Deferred
 
 

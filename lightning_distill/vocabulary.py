@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_distill.functional.vocabulary import Projection
+from lightning_distill.functional.projection import Projection
 
 #: Words above which the logits of a batch are worth not having.
 LARGE = 16_000

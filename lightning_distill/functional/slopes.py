@@ -2,30 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_distill.functional.projection import TopK
 from lightning_distill.functional.reduction import full_precision
 from lightning_distill.functional.soft_target import LOG_ZERO, log_probabilities, mixture
-
-
-@dataclass(frozen=True)
-class TopK:
-    """A teacher's k best words of each token and the mass of all others.
-
-    Args:
-        log_probs: Log-probabilities ``[..., k]`` at the temperature of the loss, normalised over all words.
-        classes: Integer ``[..., k]``, the words they belong to, each once.
-    """
-
-    log_probs: Tensor
-    classes: Tensor
-
-    def take(self, items: Any) -> "TopK":
-        """The k best words of some of the items."""
-        return TopK(self.log_probs[items], self.classes[items])
 
 
 @dataclass(frozen=True)

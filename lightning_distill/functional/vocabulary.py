@@ -3,20 +3,20 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_distill.functional.hard_label import IGNORE_INDEX
+from lightning_distill.functional.projection import Projection, TopK
 from lightning_distill.functional.reduction import full_precision
-from lightning_distill.functional.slopes import Options, TopK, block_losses
+from lightning_distill.functional.slopes import Options, block_losses
 from lightning_distill.functional.soft_target import Divergence
 
 # Tokens of a chunk. A chunk must be long enough for the gradient of the weight, which every chunk reads and writes
 # once, to cost little beside the matrix products, and short enough for two chunks of logits to be small.
-_CHUNK = {"cpu": 128, "cuda": 1024}
+_CHUNK = {"cpu": 256, "cuda": 1024}
 # What a CPU works through at a time inside a chunk: as many logits as stay in its cache with their temporaries.
 _BLOCK = 2**18
 
@@ -33,54 +33,6 @@ class LinearLoss(NamedTuple):
     loss: Tensor
     soft_target: Tensor
     hard_label: Tensor
-
-
-@dataclass(frozen=True)
-class Projection:
-    """Logits that are not there yet: hidden states, and the linear layer that turns them into words.
-
-    Args:
-        hidden: Shape ``[..., D]``.
-        weight: Shape ``[V, D]``.
-        bias: Shape ``[V]``, or None.
-        softcap: The logits become ``softcap * tanh(logits / softcap)``; None for as they are.
-        scale: Factor of the logits, before the cap.
-
-    Example:
-        >>> import torch
-        >>> from lightning_distill.functional.vocabulary import Projection
-        >>> Projection(torch.ones(2, 3), torch.ones(5, 3), scale=2.0).logits()[0].tolist()
-        [6.0, 6.0, 6.0, 6.0, 6.0]
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    scale: float = 1.0
-
-    def take(self, items: Any) -> "Projection":
-        """The projection of some of the items: a slice, or a bool mask."""
-        return Projection(self.hidden[items], self.weight, self.bias, self.softcap, self.scale)
-
-    def logits(self) -> Tensor:
-        """Logits ``[..., V]``, in float32, or in float64 for float64 inputs."""
-        logits = full_precision(torch.nn.functional.linear(self.hidden, self.weight, self.bias))
-        logits = logits if self.scale == 1.0 else logits * self.scale
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-    def write_logits(self, out: Tensor) -> Tensor:
-        """The logits ``[N, V]`` of ``[N, D]`` hidden states, written over a tensor that is there, with no gradient.
-
-        A fresh tensor for every chunk would cost a CPU as much as a tenth of the matrix product that fills it.
-        """
-        if self.hidden.dtype != out.dtype:
-            out.copy_(torch.nn.functional.linear(self.hidden, self.weight, self.bias))
-        else:
-            torch.mm(self.hidden, self.weight.T, out=out)
-            out = out if self.bias is None else out.add_(self.bias)
-        out = out if self.scale == 1.0 else out.mul_(self.scale)
-        return out if self.softcap is None else out.div_(self.softcap).tanh_().mul_(self.softcap)
 
 
 def linear_soft_target(
@@ -133,7 +85,7 @@ def linear_soft_target(
         teacher_softcap: Cap of the teacher's logits.
         student_logit_scale: Factor of the student's logits before the cap, as Cohere and Granite have.
         teacher_logit_scale: Factor of the teacher's logits.
-        chunk_size: Tokens of a chunk; ``"auto"``: 128 on a CPU, 1024 on an accelerator.
+        chunk_size: Tokens of a chunk; ``"auto"``: 256 on a CPU, 1024 on an accelerator.
         ignore_index: The label of a token that does not count.
         reduction: ``"mean"`` over the tokens that count, or ``"sum"``.
 
@@ -320,11 +272,15 @@ def _chunks(
     """Sums ``[2]`` of the losses and the gradients of hidden states, weight and bias."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(2, dtype=exact, device=hidden.device)
-    gradients = [
-        torch.zeros(of.shape, dtype=exact, device=hidden.device) if need and of is not None else None
-        for of, need in zip((hidden, weight, bias), needed, strict=True)
-    ]
     words = _shared_words(weight, teacher)
+    shapes = [
+        of.shape if need and of is not None else None for of, need in zip((hidden, weight, bias), needed, strict=True)
+    ]
+    gradients = [None if shape is None else torch.empty(shape, dtype=exact, device=hidden.device) for shape in shapes]
+    for gradient in gradients[1:]:
+        if gradient is not None:
+            # The first chunk writes the rest: zeros there would be one more pass over the largest tensor there is.
+            gradient[words if len(hidden) else 0 :].zero_()
     cast: Callable[[Tensor], Tensor] = (lambda x: x) if dtype is None else (lambda x: x.to(dtype))
     with torch.autocast(hidden.device.type, enabled=False):
         own = Projection(cast(hidden), cast(weight[:words]), None if bias is None else cast(bias[:words]), None, 1.0)
@@ -374,16 +330,19 @@ def _rows_of(
 def _accumulate(gradients: list[Tensor | None], chunk: slice, slope: Tensor, own: Projection, words: int) -> None:
     """Add a chunk's share to the gradients, in float32 whatever the inputs are."""
     of_hidden, of_weight, of_bias = gradients
-    hidden = own.hidden[chunk]
+    hidden, kept = own.hidden[chunk], float(chunk.start > 0)
     if of_hidden is not None:
         of_hidden[chunk] = slope @ own.weight
     if of_weight is not None:
         if slope.dtype == of_weight.dtype:
-            of_weight[:words].addmm_(slope.T, hidden)
-        else:
+            of_weight[:words].addmm_(slope.T, hidden, beta=kept)
+        elif kept:
             of_weight[:words] += slope.T @ hidden
+        else:
+            of_weight[:words] = slope.T @ hidden
     if of_bias is not None:
-        of_bias[:words] += slope.sum(0, dtype=of_bias.dtype)
+        shares = slope.sum(0, dtype=of_bias.dtype)
+        of_bias[:words] = of_bias[:words] + shares if kept else shares
 
 
 def _losses(

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from lightning_distill.functional.vocabulary import Projection, TopK, linear_losses
+from lightning_distill.functional.projection import Projection, TopK
+from lightning_distill.functional.vocabulary import linear_losses
 from lightning_distill.objectives.logits import HardLabel, SoftTarget, require_labels
 from lightning_distill.objectives.objective import Objective
 from lightning_distill.signals import Signals
