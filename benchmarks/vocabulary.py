@@ -184,6 +184,7 @@ def main() -> None:
     quiet()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = [(options.tokens, options.words)] if options.tokens and options.words else SIZES[device]
+    options.output.parent.mkdir(exist_ok=True)
     results: dict[str, dict[str, Any]] = {}
     if options.only and options.output.exists():
         results = json.loads(options.output.read_text())["sizes"]
@@ -195,10 +196,8 @@ def main() -> None:
             for name, row in part.items():
                 size[name] = size.get(name, {}) | row
         print(table({f"{tokens} x {words}": size}), flush=True)
+        options.output.write_text(json.dumps({"device": device, "sizes": results}, indent=1))
         gc.collect()
-    options.output.parent.mkdir(exist_ok=True)
-    written = {"device": device, "threads": torch.get_num_threads(), "sizes": results}
-    options.output.write_text(json.dumps(written, indent=1))
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 import types
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,67 @@ def test_liger_jsd() -> None:
     theirs = jsd.distillation_loss_fn(student, teacher, beta=0.3)
     ours = functional.soft_target(student, teacher, divergence="js", beta=0.3, reduction="sum")
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
+def linear(words: int = 30, teacher_words: int = 30) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Hidden states and weights of student and teacher, and labels."""
+    made = [normal(12, 6), normal(words, 6, seed=1), normal(12, 8, seed=2), normal(teacher_words, 8, seed=3)]
+    made[0].requires_grad_()
+    made[1].requires_grad_()
+    return made, torch.where(torch.arange(12) % 4 == 0, -100, torch.arange(12))
+
+
+def assert_same_gradients(ours: torch.Tensor, theirs: torch.Tensor, models: list[torch.Tensor]) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
+    for one, other in zip(*(torch.autograd.grad(loss, models[:2]) for loss in (ours, theirs)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("beta", "divergence"), [(0.0, "forward_kl"), (0.3, "js"), (1.0, "reverse_kl")])
+def test_liger_fused_linear_jsd(beta: float, divergence: Any) -> None:
+    loss = peer("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDLoss
+    models, labels = linear()
+    options = {"divergence": divergence, "beta": beta if divergence == "js" else 0.5}
+    ours = functional.linear_soft_target(*models, labels, soft_weight=0.7, hard_weight=0.3, chunk_size=5, **options)
+    theirs = loss(0.3, 0.7, beta, compiled=False, chunk_size=4)(*models, labels)
+    assert_same_gradients(ours.loss, theirs, models)
+    # At another temperature theirs lacks its square.
+    theirs = loss(0.0, 1.0, beta, temperature=3.0, compiled=False, chunk_size=4)(*models, labels)
+    ours = functional.linear_soft_target(*models, labels, temperature=3.0, **options)
+    assert_same_gradients(ours.loss, 9 * theirs, models)
+
+
+def test_liger_takes_the_padding_of_the_larger_vocabulary_for_words() -> None:
+    loss = peer("liger_kernel.chunked_loss.jsd_loss").LigerFusedLinearJSDLoss
+    models, labels = linear(30, 34)
+    theirs = loss(0.0, 1.0, 0.0, compiled=False)(*models, labels)
+    student = F.pad(models[0] @ models[1].T, (0, 4))
+    mask = labels != -100
+    torch.testing.assert_close(functional.soft_target(student, models[2] @ models[3].T, mask=mask), theirs)
+    ours = functional.linear_soft_target(*models, labels).loss
+    torch.testing.assert_close(
+        ours, functional.soft_target(student[:, :30], models[2] @ models[3][:30].T, mask=mask), rtol=1e-6, atol=1e-6
+    )
+    assert (ours - theirs).abs() > 0.09
+
+
+@pytest.mark.parametrize(("beta", "divergence"), [(0.0, "forward_kl"), (0.3, "js"), (1.0, "reverse_kl")])
+def test_trl_chunked_divergence(beta: float, divergence: Any) -> None:
+    chunked = peer("trl.trainer.distillation_trainer")._chunked_divergence_loss
+    models, labels = linear()
+    mask = (labels != -100)[None]
+
+    def theirs(**options: Any) -> torch.Tensor:
+        return chunked(models[0][None], models[2][None], models[1], models[3], mask, beta, **options)[0]
+
+    options = {"divergence": divergence, "beta": beta if divergence == "js" else 0.5, "chunk_size": 5}
+    caps = {"student_softcap": 3.0, "teacher_softcap": 2.0, "student_logit_scale": 0.5, "teacher_logit_scale": 2.0}
+    ours = functional.linear_soft_target(*models, labels, **options, **caps)
+    their_caps = {name.replace("softcap", "final_logit_softcapping"): value for name, value in caps.items()}
+    assert_same_gradients(ours.loss, theirs(**their_caps), models)
+    # At another temperature theirs lacks its square.
+    ours = functional.linear_soft_target(*models, labels, temperature=3.0, **options)
+    assert_same_gradients(ours.loss, 9 * theirs(temperature=3.0), models)
 
 
 def test_torchdistill_kd_drops_the_squared_temperature_without_labels() -> None:
