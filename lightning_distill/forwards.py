@@ -53,7 +53,7 @@ class Forwards:
             logits = self._head_inputs[role]
         logits, labels, mask = tasks.align(self.task, logits, batch)
         if head is not None:
-            deferred, logits = Deferred(head, logits), logits[..., :0]
+            deferred, logits = Deferred(head, logits, self.shared_words), logits[..., :0]
         elif self.shared_words is not None:
             logits = logits[..., : self.shared_words]
         signals = Signals(logits, labels, mask, tasks.token_mask(batch), deferred=deferred, **captured)

@@ -1,5 +1,6 @@
 """Language models with a large vocabulary train without their logits, and nobody can tell from the numbers."""
 
+import copy
 import os
 import socket
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule, functional, vocabulary
+from lightning_distill.callbacks import TeacherCache
 from lightning_distill.objectives import Decoupled, HardLabel, HiddenState, Objective, SoftTarget
 from tests.helpers.models import SMALL, batch, bert, llama
 
@@ -201,6 +203,34 @@ def test_a_model_that_changes_its_logits_in_its_own_way_is_found_out(monkeypatch
     for name, value in DistillationModule(teacher, odd).losses(data).items():
         torch.testing.assert_close(losses[name], value)
     assert module.losses(data)["soft_target"] == losses["soft_target"]
+
+
+@pytest.mark.parametrize("objectives", [[HardLabel()], [SoftTarget()], [SoftTarget(), HardLabel()]], ids=len)
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("padded", ["student", "teacher"])
+def test_padding_words_of_either_take_no_part(
+    padded: str, cached: bool, objectives: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sizes = {"student": 1088, "teacher": 1088, padded: 1088 + 64}
+    teacher, student = llama(layers=3, vocab_size=sizes["teacher"]), llama(vocab_size=sizes["student"])
+    data = batch("causal_lm")
+    found = []
+    for large in (10**6, 10):
+        monkeypatch.setattr(vocabulary, "LARGE", large)
+        module = DistillationModule(teacher, student, copy.deepcopy(objectives))
+        cache = TeacherCache(tmp_path / "cache", top_k=8, dtype="float32")
+        if cached:
+            cache.attach(module)
+        student.zero_grad()
+        losses = module.losses(data)
+        module.total_loss(losses).backward()
+        weight = student.lm_head.weight.grad
+        assert not weight[1088:].any()
+        trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        (scores,) = trainer.validate(module, DataLoader([data], batch_size=None), verbose=False)
+        cache.detach()
+        found.append(({**losses, **{k: torch.tensor(v) for k, v in scores.items()}}, weight.clone()))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
 
 
 def test_padded_vocabularies(monkeypatch: pytest.MonkeyPatch) -> None:

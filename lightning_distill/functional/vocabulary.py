@@ -146,6 +146,7 @@ def linear_losses(
     share: float = 0.5,
     label_smoothing: float = 0.0,
     weights: tuple[float, float] = (1.0, 1.0),
+    words: int | None = None,
     chunk_size: int | Literal["auto"] = "auto",
 ) -> Tensor:
     """Sums of soft target and hard label over the tokens that count.
@@ -163,6 +164,8 @@ def linear_losses(
         share: The divergence's ``beta`` or ``alpha``, in (0, 1).
         label_smoothing: In [0, 1).
         weights: Of soft target and hard label in the total.
+        words: How many of the student's words there are, where the last ones are padding; None for all of them, or as
+            many as the teacher has.
         chunk_size: Tokens of a chunk, at least 1, or ``"auto"``.
 
     Returns:
@@ -180,7 +183,10 @@ def linear_losses(
     options = Options(temperature, divergence, share, label_smoothing, student.scale, student.softcap)
     size = _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) if chunk_size == "auto" else chunk_size
     weighted = (float(teacher is not None) * weights[0], float(labels is not None) * weights[1])
-    sums: Tensor = _LinearLosses.apply(hidden, student.weight, student.bias, teacher, labels, options, weighted, size)
+    words = min(_shared_words(student.weight, teacher), words or len(student.weight))
+    sums: Tensor = _LinearLosses.apply(
+        hidden, student.weight, student.bias, teacher, labels, options, weighted, words, size
+    )
     return sums
 
 
@@ -221,13 +227,16 @@ class _LinearLosses(torch.autograd.Function):
         labels: Tensor | None,
         options: Options,
         weights: tuple[float, float],
+        words: int,
         size: int,
     ) -> Tensor:
         needed = ctx.needs_input_grad[:3]
         # Under autocast a linear layer computes in another type than its inputs have; so do the chunks here.
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        ctx.again = functools.partial(_chunks, teacher=teacher, labels=labels, options=options, size=size, dtype=dtype)
+        ctx.again = functools.partial(
+            _chunks, teacher=teacher, labels=labels, options=options, words=words, size=size, dtype=dtype
+        )
         ctx.save_for_backward(hidden, weight, bias)
         ctx.weights = weights
         sums, gradients = ctx.again(hidden, weight, bias, weights=weights, needed=needed)
@@ -253,7 +262,7 @@ class _LinearLosses(torch.autograd.Function):
             None if gradient is None else gradient.mul_(scale).to(of.dtype)
             for gradient, of in zip(gradients, (hidden, weight, bias), strict=True)
         ]
-        return (*scaled, *(None,) * 5)
+        return (*scaled, *(None,) * 6)
 
 
 def _chunks(
@@ -266,13 +275,13 @@ def _chunks(
     options: Options,
     weights: tuple[float, float],
     needed: tuple[bool, bool, bool],
+    words: int,
     size: int,
     dtype: torch.dtype | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Sums ``[2]`` of the losses and the gradients of hidden states, weight and bias."""
     exact = torch.promote_types(hidden.dtype, torch.float32)
     sums = torch.zeros(2, dtype=exact, device=hidden.device)
-    words = _shared_words(weight, teacher)
     shapes = [
         of.shape if need and of is not None else None for of, need in zip((hidden, weight, bias), needed, strict=True)
     ]

@@ -64,6 +64,7 @@ def deferred_losses(
             **({} if soft is None else soft[1].options()),
             label_smoothing=0.0 if hard is None else hard[1].label_smoothing,
             weights=(0.0 if soft is None else soft[1].weight, 0.0 if hard is None else hard[1].weight),
+            words=student.deferred.words if student.deferred is not None else None,
         )
 
     losses = student.deferred.head.call(sums, student.deferred.hidden)
@@ -99,7 +100,7 @@ def parts(student: Signals, teacher: Signals | None) -> Iterator[tuple[Signals, 
             of_teacher = TopK(of_teacher.log_probs.flatten(0, -2), of_teacher.classes.flatten(0, -2))
     everything = torch.arange(len(hidden), device=hidden.device)
     for tokens in (everything if student.mask is None else everything[student.mask.flatten()]).split(_TOKENS):
-        logits = projection.take(tokens).logits()[None]
+        logits = projection.take(tokens).logits()[None][..., : student.deferred.words]
         labels = None if student.labels is None else student.labels.flatten()[tokens][None]
         beside = None
         if isinstance(of_teacher, TopK):
