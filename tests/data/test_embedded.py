@@ -1,10 +1,12 @@
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import pytest
 from transformers import AutoTokenizer
 
-from lightning_distill.data import TextClassificationData, embedded_corpus, train_tokenizer
+from lightning_distill.data import TextClassificationData, embedded_corpus, train_causal_tokenizer, train_tokenizer
 
 
 def test_corpus_is_balanced_unique_and_the_same_each_time() -> None:
@@ -33,6 +35,21 @@ def test_tokenizer_round_trip(tmp_path: Path) -> None:
     assert loaded(texts[:20], texts[20:40])["input_ids"] == tokenizer(texts[:20], texts[20:40])["input_ids"]
     assert loaded(texts[0], texts[1]).keys() == {"input_ids", "token_type_ids", "attention_mask"}
     assert loaded.decode(loaded("A Tensor, returned.")["input_ids"]) == "[CLS] a tensor, returned. [SEP]"
+
+
+@pytest.mark.parametrize("train", [train_tokenizer, train_causal_tokenizer])
+def test_a_tokenizer_is_the_same_each_time(train: Any) -> None:
+    # As in another process: a run that is resumed there must read its text as before.
+    texts = [text for text, _ in embedded_corpus(60)]
+    vocabularies = [train(texts, vocab_size=600).get_vocab() for _ in range(5)]
+    assert all(vocabulary == vocabularies[0] for vocabulary in vocabularies)
+
+
+def test_letters_within_words_are_no_special_tokens() -> None:
+    tokenizer = train_tokenizer(["a tensor of shape", "a tensor of zeros"], vocab_size=60)
+    assert set(tokenizer.all_special_tokens) == {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
+    assert tokenizer.tokenize("ra tensor [SEP]")[-2:] == ["tensor", "[SEP]"]
+    assert tokenizer.decode(tokenizer("rats")["input_ids"], skip_special_tokens=True) == "rats"
 
 
 def test_data_module() -> None:
