@@ -31,7 +31,7 @@ def plot_calibration(report: "Calibration", path: Path) -> None:
     frontier.axhline(floor, color="C3", linestyle=":", linewidth=1, label=f"at most {promise['max_drop']:g} lost")
     kept = "promised" if promise["holds"] else "not promised"
     frontier.set(
-        title=f"Accuracy and depth ({kept} with confidence {promise['confidence']:g}, {promise['rows']} rows)",
+        title=f"Accuracy and depth ({kept} at {promise['confidence']:g}, {promise['rows']} rows)",
         xlabel="mean number of layers run",
         ylabel="accuracy",
         ylim=(min(floor, report.metric_early) - 0.05, max(scores) + 0.01),
