@@ -98,6 +98,8 @@ class TeacherCache(L.Callback):
         self._layers: tuple[int, ...] = ()
         self._whole = True
         self._rows_to_come: int | None = None
+        self._first_epoch = 0
+        self._read_in_epoch = self._asked_in_epoch = 0
         self._rank = 0
 
     @staticmethod
@@ -136,12 +138,26 @@ class TeacherCache(L.Callback):
         self._module, self._ask, self._rank = module, module.teacher_step, rank
         module.teacher_step = self._step
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Expect new rows in the first epoch."""
+        self._first_epoch = trainer.current_epoch
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Learn of the rows that other processes have written."""
         if self._store is not None:
             self._store.refresh()
         if trainer.current_epoch == 0:
             self._rows_to_come = _count_rows(trainer)
+        self._read_in_epoch = self._asked_in_epoch = 0
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say if the cache spares nothing: it would grow with each epoch, and slow all of them down."""
+        if trainer.current_epoch > self._first_epoch and self._asked_in_epoch and not self._read_in_epoch:
+            rank_zero_info(
+                f"Teacher cache at {self.path}: none of the {self._asked_in_epoch} rows of epoch "
+                f"{trainer.current_epoch} was in it. Where data change in each epoch (augmentation), it grows and "
+                "spares nothing: leave it out."
+            )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say how often the teacher was spared."""
@@ -178,6 +194,9 @@ class TeacherCache(L.Callback):
             missing = self._missing(keys)
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
+        if self._module.training:
+            self._read_in_epoch += len(keys) - len(missing)
+            self._asked_in_epoch += len(missing)
         if missing and self._weightless:
             raise ValueError(
                 f"Expected the cache at {self.path} to hold every row, but {len(missing)} of a batch of {len(keys)} "

@@ -235,7 +235,9 @@ def look_for_unused(strategy: Strategy, objectives: Iterable[Objective]) -> None
 def _check_same_on_every_process(strategy: DDPStrategy, teacher: nn.Module) -> None:
     """DDP is told not to broadcast the teacher, which each process has loaded: one number says that it is the same."""
     floats = [tensor.detach() for tensor in teacher.state_dict().values() if tensor.is_floating_point()]
-    mine = torch.stack([tensor.double().sum().to(strategy.root_device) for tensor in floats]).sum()
+    # A teacher whose answers are all in a cache has no weights, and is the same everywhere.
+    nothing = torch.zeros((), dtype=torch.double, device=strategy.root_device)
+    mine = sum((tensor.double().sum().to(strategy.root_device) for tensor in floats), nothing)
     highest, lowest = strategy.reduce(torch.stack([mine, -mine]), reduce_op="max").tolist()
     if highest != -lowest:
         raise ValueError(

@@ -176,6 +176,30 @@ def test_the_teacher_is_not_loaded(tmp_path: Path) -> None:
         TeacherCache.teacher(tmp_path)
 
 
+class Changing(L.Callback):
+    """Another token in each of so many rows from the second epoch on."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        for row in trainer.datamodule.rows[: self.rows]:  # type: ignore[attr-defined]
+            row["input_ids"][0] = 20 + trainer.current_epoch
+
+
+def test_data_that_change_are_asked_for_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "lightning.pytorch")
+    # Validation that begins late is no change.
+    fit("causal_lm", tmp_path, TeacherCache(tmp_path / "late"), check_val_every_n_epoch=2, num_sanity_val_steps=0)
+    cache = TeacherCache(tmp_path / "some", top_k=None, dtype="float32")
+    assert_same(fit("causal_lm", tmp_path, Changing(2)), fit("causal_lm", tmp_path, cache, Changing(2)))
+    assert cache.misses == 12 + 3 * 2  # the sanity check sees the first rows as they were
+    assert "was in it" not in caplog.text
+    fit("causal_lm", tmp_path, TeacherCache(tmp_path / "all"), Changing(12))
+    for epoch in (1, 2):
+        assert f"none of the 12 rows of epoch {epoch} was in it" in caplog.text
+
+
 def test_accumulation(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
     plain = fit("causal_lm", tmp_path, accumulate_grad_batches=2)
@@ -338,40 +362,54 @@ def test_the_guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["cache"].misses == 0
 
 
-def test_the_command_fills_a_cache_and_a_recipe_asks_for_one(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def cache_flags(folder: Path) -> list[str]:
+    """Flags of ``lightning-distill cache`` for 24 rows of text and a teacher, which are written to the folder."""
     table = [("great film", 1), ("dull film", 0), ("a great idea", 1), ("a dull idea", 0)] * 6
-    file = tmp_path / "train.tsv"
+    file = folder / "train.tsv"
     file.write_text("sentence\tlabel\n" + "".join(f"{text} {i}\t{label}\n" for i, (text, label) in enumerate(table)))
-    tokenizer = train_tokenizer([text for text, _ in table], vocab_size=60)
-    teacher = bert(vocab_size=len(tokenizer), layers=3)
-    teacher.save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    flags = ["cache", "--teacher", str(tmp_path / "teacher"), "--cache.path", str(tmp_path / "cache")]
+    tokenizer = train_tokenizer([f"{text} {i}" for i, (text, _) in enumerate(table)], vocab_size=60)
+    bert(vocab_size=len(tokenizer), layers=3).save_pretrained(folder / "teacher")
+    tokenizer.save_pretrained(folder / "teacher")
+    flags = ["cache", "--teacher", str(folder / "teacher"), "--cache.path", str(folder / "cache")]
     flags += ["--data", "lightning_distill.data.TextClassificationData", "--data.train_file", str(file)]
-    flags += ["--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    main(flags)
-    (told,) = re.findall(r"process 0: (\d+) rows written, (\d+) were there", capsys.readouterr().out)
-    # Rows whose numbers the tokenizer does not know are the same row.
-    assert sum(map(int, told)) == 24
-    assert int(told[0]) > 12
-    data = TextClassificationData(train_file=file, tokenizer=tmp_path / "teacher")
-    config = text_parser(None, output_dir=str(tmp_path)).parse_args(["--teacher_cache.path", str(tmp_path / "cache")])
+    return [*flags, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+
+
+def train_from(folder: Path, **settings: Any) -> TeacherCache:
+    """An epoch of a student from a cache that the command filled."""
+    data = TextClassificationData(train_file=folder / "train.tsv", tokenizer=folder / "teacher")
+    config = text_parser(None, output_dir=str(folder)).parse_args(["--teacher_cache.path", str(folder / "cache")])
     (cache,) = build_callbacks(config, "student")
     assert isinstance(cache, TeacherCache)
     data.setup("fit")
-    module = DistillationModule(
-        TeacherCache.teacher(tmp_path / "cache"), bert(vocab_size=len(tokenizer)), tokenizer=data.tokenizer
+    student = bert(vocab_size=len(data.tokenizer))  # type: ignore[arg-type]
+    module = DistillationModule(TeacherCache.teacher(folder / "cache"), student, tokenizer=data.tokenizer)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "log_every_n_steps": 1}
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", enable_checkpointing=False, callbacks=[cache], **quiet, **settings
     )
-    L.Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        log_every_n_steps=1,
-        callbacks=[cache],
-    ).fit(module, data)
-    assert cache.misses == 0
+    trainer.fit(module, data)
+    return cache
+
+
+def test_the_command_fills_a_cache_and_a_recipe_asks_for_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = cache_flags(tmp_path)
+    main(flags)
+    assert "process 0: 24 rows written, 0 were there" in capsys.readouterr().out
+    main(flags)
+    assert "process 0: 0 rows written, 24 were there" in capsys.readouterr().out
+    assert train_from(tmp_path).misses == 0
+
+
+@pytest.mark.forks
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded, use of fork:DeprecationWarning")
+def test_the_command_on_two_processes(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    main([*cache_flags(tmp_path), "--trainer.devices", "2", "--trainer.strategy", "ddp_fork"])
+    told = dict(re.findall(r"process (\d): (\d+) rows written, 0 were there", capfd.readouterr().out))
+    assert told.keys() == {"0", "1"}
+    assert all(int(rows) > 8 for rows in told.values())
+    # Each has written a part, and either part is complete: one process trains on both without a teacher.
+    assert train_from(tmp_path).misses == 0
+    train_from(tmp_path, devices=2, strategy="ddp_fork")

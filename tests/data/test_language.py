@@ -100,6 +100,22 @@ def test_bad_arguments(arguments: dict[str, Any], message: str) -> None:
         data(**arguments)
 
 
+def test_hub_dataset_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "stories"
+    folder.mkdir()
+    for split, texts in (("train", TEXTS), ("validation", TEXTS[:4])):
+        datasets.Dataset.from_dict({"story": texts}).to_parquet(folder / f"{split}.parquet")
+    made = LanguageModelData(hub_dataset=str(folder), text_column="story", tokenizer=TOKENIZER)
+    assert made._texts["val"] == list(TEXTS[:4])
+    assert sorted(made._texts["train"] + made._texts["test"]) == sorted(TEXTS)
+    made.setup()
+    assert made.dataset("val").num_labels == sum(len(document.ids) - 1 for document in made.documents("val"))
+    with pytest.raises(ValueError, match=r"stories \(train\): no column 'text'"):
+        LanguageModelData(hub_dataset=str(folder), tokenizer=TOKENIZER).setup()
+
+
 def test_bad_files(tmp_path: Path) -> None:
     for name, content, message in (
         ("none.txt", None, "none.txt: there is no such file"),
