@@ -19,8 +19,8 @@ from lightning_distill.pretrained import load_pretrained
 from lightning_distill.report import Column
 from lightning_distill.tasks import IGNORE_INDEX
 
-# Small models from scratch want a higher learning rate than pretrained ones. A teacher is trained until it learns no more:
-# a student begins with its weights, and one of a teacher that is still learning is better off with the text alone.
+# Small models from scratch want a higher learning rate than pretrained ones. A teacher is trained until it learns no
+# more: a student begins with its weights, and one of a teacher that is still learning does better on the text alone.
 GIVEN = {"lr": 3e-4, "epochs": 1, "teacher_epochs": 1}
 EMBEDDED = {"lr": 2e-3, "epochs": 2, "teacher_epochs": 7}
 EMBEDDED_ROWS_PER_CLASS, EMBEDDED_LENGTH = 1300, 128
@@ -69,14 +69,22 @@ class LanguageRun(Run):
         return LanguageModelData(**config.data.as_dict(), tokenizer=path, seed=config.seed), teacher, GIVEN
 
     def check(self) -> None:
-        """Refuse rows longer than the teacher's positions, a teacher that mixes them, wrong ``--generation.*``."""
-        settings(self.teacher, self.config.generation.prompt_length, **self._sampling)
-        positions = getattr(self.teacher.config.get_text_config(), "max_position_embeddings", self.data.max_length)
-        if self.data.max_length > positions:
+        """Refuse rows longer than the models' positions, models that mix them, wrong ``--generation.*``."""
+        student = self.new_student()
+        for name, model in (("teacher", self.teacher), ("student", student)):
+            settings(model, self.config.generation.prompt_length, **self._sampling)
+            positions = getattr(model.config.get_text_config(), "max_position_embeddings", self.data.max_length)
+            if self.data.max_length > positions:
+                raise ValueError(
+                    f"--data.max_length is {self.data.max_length}, and the {name} has {positions} positions; lower it"
+                )
+            check_packing(model, f"--model.{name}")
+        sizes = [model.config.get_text_config().vocab_size for model in (student, self.teacher)]
+        if self.config.generation.num_prompts and sizes[0] != sizes[1]:
             raise ValueError(
-                f"--data.max_length is {self.data.max_length}, and the teacher has {positions} positions; lower it"
+                f"--generation.num_prompts: a draft needs its teacher's number of words, and they have {sizes[0]} and "
+                f"{sizes[1]}; 0 leaves speed and acceptance out"
             )
-        check_packing(self.teacher, "--model.teacher")
         if self.config.generation.on_policy and not any(o.needs_teacher for o in self.objectives or ()):
             raise ValueError(
                 "--generation.on_policy needs an objective that reads the teacher: the student's own text has no other "

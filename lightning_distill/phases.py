@@ -33,6 +33,8 @@ from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
 from lightning_distill.optim import LRRange
 from lightning_distill.precision import TeacherPrecision, load_teacher
+from lightning_distill.preflight import check_vocabulary
+from lightning_distill.pretrained import load_pretrained
 from lightning_distill.report import (
     Column,
     Curves,
@@ -66,6 +68,7 @@ def student_parser(
     defaults = {"trainer.enable_model_summary": False, "trainer.gradient_clip_val": 1.0}
     parser = recipe_parser(description, output_dir=output_dir, defaults=defaults, data=data)
     parser.add_argument("--model.teacher", type=str | None, help="folder or hub id; none: trained on the embedded text")
+    parser.add_argument("--model.student", type=str | None, help="folder or hub id; none: made of the teacher")
     parser.add_argument("--model.num_layers", type=int | None, help="layers of the student (default: half of them)")
     parser.add_argument("--model.width", type=float | None, help="width of the student as a share of the teacher's")
     parser.add_argument("--model.compression_ratio", type=float | None, help="teacher parameters / student parameters")
@@ -222,9 +225,21 @@ class Run:
         return self.config.trainer.max_epochs or self.defaults["epochs"]
 
     def new_student(self) -> transformers.PreTrainedModel:
-        """A student as the flags describe it; the same one each time."""
+        """A student as the flags describe it; the same one each time.
+
+        Raises:
+            ValueError: If they name a student and describe another, or one that reads text in other words.
+        """
         L.seed_everything(self.config.seed, workers=True, verbose=False)
         model = self.config.model
+        if model.student is not None:
+            for flag in ("num_layers", "width", "compression_ratio", "layers", "init"):
+                if model[flag] != self.parser.get_default(f"model.{flag}"):
+                    raise ValueError(f"--model.student is trained as it is; leave --model.{flag} out")
+            named = self.load_student(model.student)
+            advice = "--model.student must read text in the words of --model.teacher, whose tokenizer the data have."
+            check_vocabulary(named, self.teacher, padded=True, advice=advice)
+            return named
         num_layers = model.num_layers
         if num_layers is None and model.width is None and model.compression_ratio is None:
             num_layers = max(1, self.teacher.config.num_hidden_layers // 2)
@@ -236,6 +251,15 @@ class Run:
             layers=model.layers,
             init=model.init,
         )
+        return student
+
+    def load_student(self, path: str) -> transformers.PreTrainedModel:
+        """The student of ``--model.student``.
+
+        Args:
+            path: Folder or hub id.
+        """
+        student: Any = load_pretrained(path, "--model.student")
         return student
 
     def fit(

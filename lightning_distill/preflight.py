@@ -49,22 +49,27 @@ def check_pair(
     return align_labels(student_labels, teacher_labels)
 
 
-def check_vocabulary(student: nn.Module, teacher: nn.Module, *, padded: bool = False) -> None:
-    """Refuse two language models whose token ids do not mean the same.
+_ANOTHER_TOKENIZER = (
+    "Give the student the teacher's tokenizer, or, where they read text in different words, learn by "
+    "`objectives.UniversalLogit` in place of the objectives that compare word with word."
+)
+
+
+def check_vocabulary(
+    student: nn.Module, teacher: nn.Module, *, padded: bool = False, advice: str = _ANOTHER_TOKENIZER
+) -> None:
+    """Refuse two models whose token ids do not mean the same.
 
     Args:
         student: The model that learns, or drafts.
         teacher: The model that is imitated.
         padded: Whether one may have unused words at its end, see :func:`shared_words`.
+        advice: What to do, said with the error.
 
     Raises:
         ValueError: If their vocabularies differ in size, or the tokenizers beside their weights differ.
     """
     configs = getattr(student, "config", None), getattr(teacher, "config", None)
-    advice = (
-        "Give the student the teacher's tokenizer, or, where they read text in different words, learn by "
-        "`objectives.UniversalLogit` in place of the objectives that compare word with word."
-    )
     if not padded or shared_words(student, teacher) is None:
         _check_equal("vocab_size", *configs, advice)
     paths = [getattr(config, "name_or_path", "") for config in configs]

@@ -82,6 +82,19 @@ class TextRun(Run):
         rows: Any = self.data.train_dataloader().dataset
         return recommended_lr(task, optimizer=self.config.optimizer.name, num_examples=len(rows))
 
+    def load_student(self, path: str) -> transformers.PreTrainedModel:
+        """The student of ``--model.student``, with a new head for the data's classes where it has none."""
+        teacher = self.teacher.config
+        if not has_head(read_config(path, "--model.student")):
+            return _with_new_head(path, id2label=teacher.id2label, label2id=teacher.label2id)
+        student = super().load_student(path)
+        # The labels of the data are numbered as the teacher numbers them.
+        numbers: list[Any] = [config.label2id for config in (student.config, teacher)]
+        if not any(map(has_placeholder_labels, numbers)) and numbers[0] != numbers[1]:
+            own, others = (sorted(labels, key=labels.get) for labels in numbers)
+            raise ValueError(f"--model.student has the classes {own}, and --model.teacher {others}, in this order")
+        return student
+
     def quantize(self) -> None:
         """Write a GPTQ student to ``<output_dir>/student-gptq`` and test it, where ``--gptq.bits`` asks for it."""
         if self.config.gptq.bits is None:
@@ -198,10 +211,7 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
     if config.model.finetune_teacher:
         data = TextClassificationData(**arguments)
         names = {"id2label": data.id2label, "label2id": data.label2id} if data.label_names else {}
-        teacher = transformers.AutoModelForSequenceClassification.from_pretrained(
-            path, num_labels=data.num_labels, dtype="float32", use_safetensors=True, trust_remote_code=False, **names
-        )
-        return data, teacher
+        return data, _with_new_head(path, num_labels=data.num_labels, **names)
     if not with_head:
         raise ValueError(
             f"{path}: the teacher has no fine-tuned head; --model.finetune_teacher true fine-tunes it on the data first"
@@ -216,3 +226,10 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
             "--model.finetune_teacher true gives it a new head"
         )
     return data, teacher
+
+
+def _with_new_head(path: str, **labels: Any) -> transformers.PreTrainedModel:
+    model: transformers.PreTrainedModel = transformers.AutoModelForSequenceClassification.from_pretrained(
+        path, dtype="float32", use_safetensors=True, trust_remote_code=False, **labels
+    )
+    return model

@@ -14,7 +14,7 @@ FLAGS = [
     "seed", "save_every_n_steps", "resume", "nonsense",
     *(f"data.{name}" for name in ("train_file", "text_columns", "label_column", "batch_size", "max_length", "val_split",
                                   "max_train_rows", "task", "num_workers", "label_names")),
-    *(f"model.{name}" for name in ("teacher", "num_layers", "width", "compression_ratio", "layers", "init",
+    *(f"model.{name}" for name in ("teacher", "student", "num_layers", "width", "compression_ratio", "layers", "init",
                                    "finetune_teacher", "teacher_epochs", "baseline")),
     *(f"optimizer.{name}" for name in ("name", "lr", "weight_decay", "betas", "eps", "momentum")),
     *(f"lr_scheduler.{name}" for name in ("name", "interval", "warmup", "min_lr_ratio", "monitor")),

@@ -92,6 +92,58 @@ def test_on_policy_and_sequence_level(main: Any, flags: list[str], tmp_path: Pat
     assert "student_without_distillation" not in summary(tmp_path)
 
 
+def test_a_student_of_ones_own(main: Any, flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    main([*flags, "--model.baseline=false", "--optimizer.lr=0.01"])
+    first = summary(tmp_path)
+    (tmp_path / "out").rename(tmp_path / "first")
+    student = str(tmp_path / "first" / "student")
+    # Goes on from there, on its own text.
+    main([*flags, f"--model.student={student}", "--model.baseline=false", "--generation.on_policy=1.0"])
+    found = summary(tmp_path)
+    assert found["speculative"]["acceptance_before"] == first["speculative"]["acceptance"]
+    assert found["student"]["parameters"] == first["student"]["parameters"]
+    assert found["student"]["perplexity"] != first["student"]["perplexity"]
+
+    (tmp_path / "out").rename(tmp_path / "second")
+    larger = llama(vocab_size=2016, max_position_embeddings=48)
+    larger.save_pretrained(tmp_path / "padded")
+    train_causal_tokenizer([text[::-1] for text, _ in sentiment(80)], vocab_size=300).save_pretrained(
+        tmp_path / "other"
+    )
+    llama(vocab_size=300, max_position_embeddings=48).save_pretrained(tmp_path / "other")
+    llama(vocab_size=300, max_position_embeddings=24).save_pretrained(tmp_path / "short")
+    capsys.readouterr()
+    for more, message in (
+        ([f"--model.student={student}", "--model.num_layers=1"], "leave --model.num_layers out"),
+        ([f"--model.student={student}", "--model.layers=last"], "leave --model.layers out"),
+        ([f"--model.student={tmp_path / 'nowhere'}"], "`--model.student` to be a folder or hub id"),
+        ([f"--model.student={tmp_path / 'padded'}"], "--model.student must read text in the words of --model.teacher"),
+        ([f"--model.student={tmp_path / 'other'}"], "--model.student must read text in the words of --model.teacher"),
+        ([f"--model.student={tmp_path / 'short'}"], "the student has 24 positions"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*flags, *more])
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_student_with_a_padded_vocabulary(main: Any, flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    for folder, words in (("teacher", 1088), ("student", 1088 + 64)):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher")
+        tokenizer.save_pretrained(tmp_path / folder)
+        llama(vocab_size=words, max_position_embeddings=48).save_pretrained(tmp_path / folder)
+    named = [*flags, f"--model.student={tmp_path / 'student'}"]
+    with pytest.raises(SystemExit, match="2"):
+        main(named)
+    assert (
+        "a draft needs its teacher's number of words, and they have 1152 and 1088; 0 leaves" in capsys.readouterr().err
+    )
+    main([*named, "--generation.num_prompts=0"])
+    assert set(MODELS) < set(summary(tmp_path))
+
+
 def test_embedded_default(main: Any, tmp_path: Path) -> None:
     flags = [f"--output_dir={tmp_path / 'out'}", "--model.teacher_epochs=1", "--trainer.max_epochs=1"]
     flags += [f"--trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]

@@ -51,6 +51,26 @@ def test_summary_student_and_curves(main: Any, files: list[str], tmp_path: Path,
     assert "student without distillation / teacher" in capsys.readouterr().out
 
 
+def test_a_student_of_ones_own(main: Any, files: list[str], tmp_path: Path, capsys: Any) -> None:
+    named = [*files, f"--model.student={tmp_path / 'own'}"]
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher").vocab_size
+    config = {"layers": 1, "hidden_size": 16, "vocab_size": words, "max_position_embeddings": 64}
+    # A body alone gets a head for the teacher's classes.
+    bert(**config).bert.save_pretrained(tmp_path / "own")
+    main(named)
+    student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
+    assert student.config.label2id == {"negative": 0, "positive": 1}
+    assert (student.config.num_hidden_layers, student.config.hidden_size) == (1, 16)
+    (tmp_path / "out").rename(tmp_path / "first")
+    bert(**config, label2id={"positive": 0, "negative": 1}, id2label={0: "positive", 1: "negative"}).save_pretrained(
+        tmp_path / "own"
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main(named)
+    assert "--model.student has the classes ['positive', 'negative'], and" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_same_seed_gives_the_same_student(main: Any, files: list[str], tmp_path: Path) -> None:
     weights = []
     for _ in range(2):
