@@ -15,6 +15,7 @@ from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.cache import (
     SignalStore,
     cached_teacher,
+    check_description,
     model_fingerprint,
     row_keys,
     save_teacher,
@@ -126,6 +127,10 @@ class TeacherCache(L.Callback):
         Args:
             module: A :class:`DistillationModule` with a teacher.
             rank: Number of the process.
+
+        Raises:
+            TypeError: If the module has no teacher.
+            ValueError: If its objectives need what the cache does not keep, or the cache is another's.
         """
         if self._module is not None:
             return
@@ -134,7 +139,13 @@ class TeacherCache(L.Callback):
                 f"Expected callback `TeacherCache` to be used with a `DistillationModule` that has a teacher, but got "
                 f"`{type(module).__name__}`. Leave the callback out where there is no teacher."
             )
+        if getattr(module, "on_policy", 0):
+            raise ValueError(
+                f"Expected callback `TeacherCache` to be used with rows that come again, but got `on_policy` "
+                f"{module.on_policy}: what a student writes is new each time. Leave the callback out."
+            )
         self._check_objectives(module)
+        check_description(self.path, self._settings(module))
         self._module, self._ask, self._rank = module, module.teacher_step, rank
         module.teacher_step = self._step
 
@@ -239,16 +250,21 @@ class TeacherCache(L.Callback):
             fields[f"hidden_{layer}"] = (self.dtype, (answer.hidden_states[layer].shape[-1],))
         return fields
 
-    def _open(self, fields: dict[str, tuple[str, tuple[int, ...]]]) -> SignalStore:
-        module = self._module
-        description: dict[str, Any] = {
-            "teacher": model_fingerprint(module.teacher),
+    def _settings(self, module: Any) -> dict[str, Any]:
+        """What can be said of the cache before the teacher has answered."""
+        return {
             "tokenizer": tokenizer_fingerprint(module.tokenizer),
             "task": module.task,
             "top_k": None if self._whole else self.top_k,
             "dtype": self.dtype,
             "temperatures": [] if self._whole else list(self._temperatures),
             "layers": list(self._layers),
+        }
+
+    def _open(self, fields: dict[str, tuple[str, tuple[int, ...]]]) -> SignalStore:
+        module = self._module
+        description = self._settings(module) | {
+            "teacher": model_fingerprint(module.teacher),
             "fields": {name: [kind, list(shape)] for name, (kind, shape) in fields.items()},
         }
         store = SignalStore(self.path, description, fields, self._rank)

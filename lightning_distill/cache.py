@@ -53,7 +53,7 @@ class SignalStore:
         rank: int = 0,
     ) -> None:
         self.folder, self.rank, self.fields = Path(folder), rank, dict(fields)
-        self._check(json.loads(json.dumps(description)))
+        self._describe(description)
         # Of each row: its shard, and for each field the first item and the number of items.
         self._rows: dict[bytes, tuple[int, list[tuple[int, int]]]] = {}
         self._known: dict[int, int] = {}
@@ -76,17 +76,10 @@ class SignalStore:
     def _width(self) -> int:
         return _KEY + 16 * len(self.fields)
 
-    def _check(self, description: dict[str, Any]) -> None:
+    def _describe(self, description: dict[str, Any]) -> None:
         path = self.folder / _META
         if path.exists():
-            there = json.loads(path.read_text())
-            differ = sorted(key for key in there.keys() | description.keys() if there.get(key) != description.get(key))
-            if differ:
-                told = "; ".join(f"`{key}` is {there.get(key)!r} and not {description.get(key)!r}" for key in differ)
-                raise ValueError(
-                    f"Expected argument `path` to be a cache of this teacher, data and settings, but got one in which "
-                    f"{told}: {self.folder}. Give another path, or delete the folder."
-                )
+            check_description(self.folder, description)
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         written = path.with_name(f"{_META}.{self.rank}")
@@ -275,6 +268,29 @@ def stored_fields(folder: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[
         return None
     fields = json.loads((Path(folder) / _META).read_text())["fields"]
     return {name: (kind, tuple(shape)) for name, (kind, shape) in fields.items()}
+
+
+def check_description(folder: str | os.PathLike[str], description: dict[str, Any]) -> None:
+    """Refuse a store that is there if it is of another teacher, tokenizer or other settings.
+
+    Args:
+        folder: Of the store; one that is not there yet is not refused.
+        description: All that the store is to be, or what is known of it so far.
+
+    Raises:
+        ValueError: If it is another's; the message names what differs.
+    """
+    path = Path(folder) / _META
+    if not path.exists():
+        return
+    there, wanted = json.loads(path.read_text()), json.loads(json.dumps(description))
+    differ = sorted(key for key in wanted if there.get(key) != wanted[key])
+    if differ:
+        told = "; ".join(f"`{key}` is {there.get(key)!r} and not {wanted[key]!r}" for key in differ)
+        raise ValueError(
+            f"Expected argument `path` to be a cache of this teacher, tokenizer and settings, but got one in which "
+            f"{told}: {folder}. Fill it for the same objectives and settings, give another path, or delete the folder."
+        )
 
 
 def save_teacher(teacher: nn.Module, folder: Path) -> None:

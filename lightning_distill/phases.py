@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from lightning_distill.arguments import integer
+from lightning_distill.callbacks import TeacherCache
 from lightning_distill.cli import (
     begin_run,
     best_checkpoint,
@@ -194,6 +195,10 @@ class Run:
             self._imitate()
             for objectives in (*stages, self.objectives):
                 module = self.module(self.imitated or self.teacher, self.new_student(), copy.deepcopy(objectives))
+                for callback in build_callbacks(self.config, "student"):
+                    if isinstance(callback, TeacherCache):
+                        callback.attach(module)
+                        callback.detach()
             optimizer = optimizer_from_flags(self.config, module, self.defaults["lr"])
             # As if for a long training: how long it will be, its Trainer knows.
             schedule_from_flags(self.config, module, optimizer, num_training_steps=10**9)

@@ -22,6 +22,7 @@ from lightning_distill.callbacks import TeacherCache
 from lightning_distill.cli import build_callbacks
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader, TextClassificationData
 from lightning_distill.data.embedded import train_tokenizer
+from lightning_distill.generation import OnPolicyDistillation
 from lightning_distill.objectives import AttentionMap, HardLabel, HiddenState, Objective, SoftTarget
 from lightning_distill.recipe import text_parser
 from tests.helpers.models import batch, bert, llama
@@ -330,6 +331,10 @@ def test_what_it_cannot_keep_is_refused_before_the_first_step(tmp_path: Path) ->
         module = DistillationModule(*pair("classification"), made())
         with pytest.raises(ValueError, match=message):
             TeacherCache(tmp_path / "cache", **settings).attach(module)
+    short: dict[str, Any] = {"prompt_length": 4, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match=r"rows that come again, but got `on_policy` 0\.5"):
+        TeacherCache(tmp_path / "cache").attach(OnPolicyDistillation(llama(), llama(), on_policy=0.5, **short))
+    TeacherCache(tmp_path / "cache").attach(OnPolicyDistillation(llama(), llama(), on_policy=0.0, **short))
     with pytest.raises(TypeError, match="to be used with a `DistillationModule` that has a teacher"):
         TeacherCache(tmp_path / "cache").attach(DistillationModule(None, pair("classification")[1]))
 

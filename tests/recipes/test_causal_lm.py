@@ -1,5 +1,6 @@
 """The recipe of language models: what it writes, on-policy and sequence-level phases, wrong input."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import transformers
 
+from lightning_distill.__main__ import main as command
 from lightning_distill.data import LanguageModelData, train_causal_tokenizer
 from lightning_distill.report import read_curves
 from tests.helpers.models import llama
@@ -142,6 +144,33 @@ def test_a_student_with_a_padded_vocabulary(main: Any, flags: list[str], tmp_pat
     )
     main([*named, "--generation.num_prompts=0"])
     assert set(MODELS) < set(summary(tmp_path))
+
+
+def test_a_cache_filled_beforehand(main: Any, flags: list[str], tmp_path: Path, capsys: Any) -> None:
+    teacher, text, cache = (str(tmp_path / name) for name in ("teacher", "text.txt", "cache"))
+    fill = ["cache", "--teacher", teacher, "--cache.path", cache, "--trainer.accelerator=cpu"]
+    fill += ["--data", "lightning_distill.data.LanguageModelData", "--data.text_files", text, "--data.max_length=48"]
+    objectives = '[{"class_path": "SoftTarget", "init_args": {"temperature": 1.0}}]'
+    command([*fill, "--objectives", objectives])
+    rows = int(re.findall(r"process 0: (\d+) rows written", capsys.readouterr().out)[0])
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "cache").iterdir()}
+    asked = [*flags, f"--teacher_cache.path={cache}", "--generation.num_prompts=0"]
+    main([*asked, "--model.baseline=false"])
+    assert rows > 10
+    assert {path.name: path.stat().st_size for path in (tmp_path / "cache").iterdir()} == sizes
+    # What does not fit is said before the baseline is trained.
+    (tmp_path / "out").rename(tmp_path / "first")
+    for more, message in (
+        (["--teacher_cache.top_k=5"], "`top_k` is 64 and not 5"),
+        ([f"--objectives={objectives.replace('1.0', '3.0')}"], "`temperatures` is [1.0] and not [3.0]"),
+        (["--generation.on_policy=0.5"], "rows that come again, but got `on_policy` 0.5"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*asked, *more])
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
 
 
 def test_embedded_default(main: Any, tmp_path: Path) -> None:
