@@ -211,7 +211,7 @@ class TeacherCache(L.Callback):
         if missing and self._weightless:
             raise ValueError(
                 f"Expected the cache at {self.path} to hold every row, but {len(missing)} of a batch of {len(keys)} "
-                "are not in it. Fill it with the same data, tokenizer and maximal length, or load the teacher."
+                "are not in it. Fill it with the same data, tokenizer, maximal length and seed, or load the teacher."
             )
         if missing:
             self._fill(batch, keys)

@@ -34,7 +34,8 @@ from lightning_distill.report import CurvesLogger
 
 say = rank_zero_only(print)
 
-# One entry a message: what Lightning says to everybody and a recipe has already decided.
+# One entry a message: what libraries say to everybody and a recipe has already decided; the last one transformers'
+# assisted generation says of its own call.
 _EXPECTED_MESSAGES = (
     "GPU available: False",
     "TPU available: False",
@@ -42,6 +43,7 @@ _EXPECTED_MESSAGES = (
     "Loading `train_dataloader` to estimate number of stepping batches",
     "Restoring states from the checkpoint path",
     "Loaded model weights from the checkpoint",
+    "Passing `generation_config` together with generation-related arguments",
 )
 _EXPECTED_WARNINGS = (
     "`isinstance.treespec, LeafSpec.` is deprecated",
@@ -347,7 +349,8 @@ def quiet() -> None:
     """Silence, by name, what libraries say to everybody, so that what a recipe says is seen."""
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_news)
+    for logger in ("lightning.pytorch.utilities.rank_zero", "transformers.generation.utils"):
+        logging.getLogger(logger).addFilter(_is_news)
     transformers.utils.logging.disable_progress_bar()
 
 
