@@ -238,6 +238,8 @@ class Run:
         L.seed_everything(self.config.seed, workers=True, verbose=False)
         model = self.config.model
         if model.student is not None:
+            if model.teacher is None:
+                raise ValueError("--model.student goes with --model.teacher, whose text it reads; that is missing")
             for flag in ("num_layers", "width", "compression_ratio", "layers", "init"):
                 if model[flag] != self.parser.get_default(f"model.{flag}"):
                     raise ValueError(f"--model.student is trained as it is; leave --model.{flag} out")

@@ -128,6 +128,9 @@ def test_a_student_of_ones_own(main: Any, flags: list[str], tmp_path: Path, caps
         error = capsys.readouterr().err
         assert message in error
         assert error.count("\n") == 1
+    with pytest.raises(SystemExit, match="2"):
+        main([f"--model.student={student}", f"--output_dir={tmp_path / 'out'}"])
+    assert "--model.student goes with --model.teacher" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
