@@ -79,12 +79,6 @@ class LanguageRun(Run):
                     f"--data.max_length is {self.data.max_length}, and the {name} has {positions} positions; lower it"
                 )
             check_packing(model, f"--model.{name}")
-        sizes = [model.config.get_text_config().vocab_size for model in (student, self.teacher)]
-        if self.config.generation.num_prompts and sizes[0] != sizes[1]:
-            raise ValueError(
-                f"--generation.num_prompts: a draft needs its teacher's number of words, and they have {sizes[0]} and "
-                f"{sizes[1]}; 0 leaves speed and acceptance out"
-            )
         if self.config.generation.on_policy and not any(o.needs_teacher for o in self.objectives or ()):
             raise ValueError(
                 "--generation.on_policy needs an objective that reads the teacher: the student's own text has no other "

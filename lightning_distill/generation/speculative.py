@@ -74,7 +74,7 @@ def speculative(
 
     Args:
         teacher: A causal language model of transformers.
-        student: One with the same vocabulary.
+        student: One with the same vocabulary; if it is padded to another size, a copy of the teacher's size drafts.
         prompts: Token ids of each prompt.
         max_new_tokens: At most this many are written to each.
         num_draft_tokens: Tokens the student proposes at a time.
@@ -106,7 +106,8 @@ def speculative(
     "DistillSpec", 2024.
     """
     preflight.check_not_shared(student, teacher)
-    preflight.check_vocabulary(student, teacher)
+    preflight.check_vocabulary(student, teacher, padded=True)
+    student = _with_words_of(student, teacher)
     if num_draft_tokens < 1:
         raise ValueError(f"Expected argument `num_draft_tokens` to be at least 1, but got {num_draft_tokens}.")
     if cache_implementation not in (None, "dynamic"):
@@ -145,6 +146,17 @@ def speculative(
             speed = tokens_per_second(writers, repeats=repeats, device=device)
             found.tokens_per_second, found.teacher_tokens_per_second = speed["both"], speed["alone"]
     return found
+
+
+def _with_words_of(student: Any, teacher: Any) -> Any:
+    """The student, or a copy of the teacher's number of words where one of the two is padded."""
+    words = teacher.config.get_text_config().vocab_size
+    if student.config.get_text_config().vocab_size == words:
+        return student
+    draft = copy.deepcopy(student)
+    # Words that the student does not have are of no use to the teacher either, whatever is drafted of them.
+    draft.resize_token_embeddings(words, mean_resizing=False)
+    return draft
 
 
 @contextmanager

@@ -39,6 +39,29 @@ def test_greedy_text_is_the_teachers_token_by_token(num_draft_tokens: int, eos: 
     assert found.tokens_per_teacher_call > 1 + 0.6 * num_draft_tokens
 
 
+@pytest.mark.parametrize("words", [1088, 1216])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_padded_student_drafts(words: int, tied: bool) -> None:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"eos_token_id": None, "tie_word_embeddings": tied}
+    teacher = llama(vocab_size=1152, **settings)
+    # The first words are the teacher's; the others are padding, of whatever weights.
+    student = llama(vocab_size=words, **settings)
+    shared = min(words, 1152)
+    with torch.no_grad():
+        for own, of_teacher in zip(student.parameters(), teacher.parameters(), strict=True):
+            part = slice(shared if len(own) == words else None)
+            own[part] = of_teacher[part] + 1e-3 * torch.randn_like(own[part])
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    found = speculative(teacher, student, PROMPTS, max_new_tokens=12, num_draft_tokens=3)
+    alone = [generate(teacher, [prompt], max_new_tokens=12, do_sample=False) for prompt in PROMPTS]
+    for sequence, prompt, written in zip(found.sequences, PROMPTS, alone, strict=True):
+        assert sequence[len(prompt) :].tolist() == written["input_ids"][0, len(prompt) :].tolist()
+    assert found.acceptance > 0.5
+    assert student.config.vocab_size == words
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+
+
 def test_drawn_text_has_the_teachers_distribution() -> None:
     teacher, student = pair(vocab_size=6, eos_token_id=None, initializer_range=0.5)
     rows, new = 1500, 3

@@ -134,19 +134,16 @@ def test_a_student_of_ones_own(main: Any, flags: list[str], tmp_path: Path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_a_student_with_a_padded_vocabulary(main: Any, flags: list[str], tmp_path: Path, capsys: Any) -> None:
-    for folder, words in (("teacher", 1088), ("student", 1088 + 64)):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher")
+def test_a_student_with_a_padded_vocabulary(main: Any, flags: list[str], tmp_path: Path) -> None:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    for folder, words in (("teacher", 1088), ("own", 1088 + 64)):
         tokenizer.save_pretrained(tmp_path / folder)
         llama(vocab_size=words, max_position_embeddings=48).save_pretrained(tmp_path / folder)
-    named = [*flags, f"--model.student={tmp_path / 'student'}"]
-    with pytest.raises(SystemExit, match="2"):
-        main(named)
-    assert (
-        "a draft needs its teacher's number of words, and they have 1152 and 1088; 0 leaves" in capsys.readouterr().err
-    )
-    main([*named, "--generation.num_prompts=0"])
-    assert set(MODELS) < set(summary(tmp_path))
+    main([*flags, f"--model.student={tmp_path / 'own'}"])
+    found = summary(tmp_path)
+    assert set(MODELS) < set(found)
+    assert 0 <= found["speculative"]["acceptance"] <= 1
+    assert transformers.AutoConfig.from_pretrained(tmp_path / "out" / "student").vocab_size == 1088 + 64
 
 
 def test_a_cache_filled_beforehand(main: Any, flags: list[str], tmp_path: Path, capsys: Any) -> None:
