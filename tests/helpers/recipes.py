@@ -33,6 +33,16 @@ def summary(tmp_path: Path) -> dict[str, Any]:
     return found
 
 
+def refusal(main: Callable[[list[str]], None], flags: list[str], capsys: Any) -> str:
+    """The one line that a run says of flags it refuses, with code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(flags)
+    error: str = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
+
+
 class Break(L.Callback):
     """Sends a signal to its process after the second step of a phase, as the variable BREAK says: ``student:15``."""
 
