@@ -15,6 +15,7 @@ from lightning_distill.generation.speed import tokens_per_second
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.phases import BASELINE, Run, say, student_parser
+from lightning_distill.preflight import shared_words
 from lightning_distill.pretrained import load_pretrained
 from lightning_distill.report import Column
 from lightning_distill.tasks import IGNORE_INDEX
@@ -129,7 +130,8 @@ class LanguageRun(Run):
         say(f"\nThe teacher writes {len(documents)} documents, into {self.config.output_dir / 'teacher_text'}")
         prompts = [document.ids[: flags.prompt_length] for document in documents]
         folder = self.config.output_dir / "teacher_text"
-        written = teacher_documents(self.teacher, prompts, folder, **self._sampling, seed=self.config.seed)
+        words = shared_words(self.new_student(), self.teacher)
+        written = teacher_documents(self.teacher, prompts, folder, **self._sampling, words=words, seed=self.config.seed)
         self.data.replace_training_documents(written)
 
     def report(self) -> None:

@@ -46,6 +46,7 @@ def settings(
     top_p: float = 1.0,
     num_beams: int = 1,
     cache_implementation: str | None = None,
+    words: int | None = None,
 ) -> transformers.GenerationConfig:
     """Check how a model is to write, and say it in transformers' form; nothing is taken from the model's own settings.
 
@@ -58,6 +59,7 @@ def settings(
         top_p: Only the most probable tokens whose mass reaches this are drawn from, in (0, 1].
         num_beams: Width of a beam search, 1 for none.
         cache_implementation: Kind of KV cache, one of ``CACHES``; None: ``"dynamic"``.
+        words: As many words, the first of the vocabulary, may be written; None: all.
 
     Returns:
         The settings.
@@ -96,6 +98,7 @@ def settings(
         # Tokens share a scale in groups that must divide what a token keeps: its key-value heads.
         kept = (info.num_key_value_heads or 1) * (info.head_width or 1)
         cache["cache_config"] = {"backend": _quantized_backend(), "q_group_size": math.gcd(64, kept)}
+    size = model.config.get_text_config().vocab_size
     drawn = {"temperature": float(temperature), "top_p": float(top_p), "top_k": 0} if do_sample else {}
     eos = end_tokens(model)
     return transformers.GenerationConfig(
@@ -105,6 +108,7 @@ def settings(
         eos_token_id=eos or None,
         pad_token_id=pad_token(model),
         use_cache=True,
+        suppress_tokens=None if words is None else list(range(words, size)) or None,
         **drawn,
         **cache,
     )
@@ -181,6 +185,7 @@ def generate(
     top_p: float = 1.0,
     num_beams: int = 1,
     cache_implementation: str | None = None,
+    words: int | None = None,
     seed: int | None = None,
     synced_gpus: bool = False,
 ) -> dict[str, Tensor]:
@@ -198,6 +203,8 @@ def generate(
         top_p: Only the most probable tokens whose mass reaches this are drawn from, in (0, 1].
         num_beams: Width of a beam search, 1 for none.
         cache_implementation: ``"dynamic"``, ``"static"``, ``"offloaded"``, ``"offloaded_static"`` or ``"quantized"``.
+        words: As many words, the first of the vocabulary, may be written, where the last ones are padding that who
+            reads the text does not have; None: all.
         seed: Seed of the draws; None: the global generator.
         synced_gpus: Whether ranks that share one sharded model must run equally many forwards.
 
@@ -230,6 +237,7 @@ def generate(
         top_p=top_p,
         num_beams=num_beams,
         cache_implementation=cache_implementation,
+        words=words,
     )
     with evaluating(model), seeded(seed, device):
         sequences = writer.generate(

@@ -148,14 +148,22 @@ def speculative(
     return found
 
 
+@torch.no_grad()
 def _with_words_of(student: Any, teacher: Any) -> Any:
     """The student, or a copy of the teacher's number of words where one of the two is padded."""
     words = teacher.config.get_text_config().vocab_size
     if student.config.get_text_config().vocab_size == words:
         return student
     draft = copy.deepcopy(student)
-    # Words that the student does not have are of no use to the teacher either, whatever is drafted of them.
-    draft.resize_token_embeddings(words, mean_resizing=False)
+    own = student.config.get_text_config().vocab_size
+    with seeded(0, next(student.parameters()).device):
+        draft.resize_token_embeddings(words, mean_resizing=False)
+    # As probable as words are on average: of random weights, padding would beat all words of a model whose logits are
+    # far below 0, as GPT-2's are, and every proposal would be refused.
+    head = draft.get_output_embeddings()
+    for of_words in (head.weight, getattr(head, "bias", None)):
+        if of_words is not None:
+            of_words[own:] = of_words[:own].mean(0)
     return draft
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_distill import DistillationModule
 from lightning_distill.data import Document, LanguageModelData, PackedText, train_causal_tokenizer
-from lightning_distill.generation import OnPolicyDistillation
+from lightning_distill.generation import OnPolicyDistillation, generate
 from lightning_distill.objectives import AttentionRelation, HardLabel, HiddenState, SoftTarget
 from tests.helpers.models import llama
 
@@ -284,3 +284,15 @@ def test_its_arguments_are_in_its_checkpoint(tmp_path: Path) -> None:
     assert (again.on_policy, again.prompt_length, again.sampling) == (0.25, 3, made.sampling)
     for name, value in made.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
+
+
+def test_a_student_does_not_write_words_that_its_teacher_does_not_have() -> None:
+    torch.manual_seed(0)
+    teacher, student = llama(vocab_size=1088), llama(vocab_size=1536)
+    made = OnPolicyDistillation(teacher, student, on_policy=1.0, prompt_length=2, max_new_tokens=12)
+    batch = {"input_ids": torch.tensor([[1, 5, 6, 7]] * 8)}
+    written = made.write(batch, seed=0)
+    assert int(written["input_ids"].max()) < 1088
+    assert made.losses(written)["soft_target"].isfinite()
+    # Without the bound it would: a third of the words are padding.
+    assert int(generate(student, [[1, 5]] * 8, max_new_tokens=12, seed=0)["input_ids"].max()) >= 1088

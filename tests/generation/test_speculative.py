@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from lightning_distill.generation import generate, speculative
+from lightning_distill.generation.speculative import _with_words_of
 from tests.helpers.models import llama
 
 PROMPTS = [[1, 5, 9, 12], [1, 7], [1, 8, 3]]
@@ -53,6 +54,13 @@ def test_a_padded_student_drafts(words: int, tied: bool) -> None:
             part = slice(shared if len(own) == words else None)
             own[part] = of_teacher[part] + 1e-3 * torch.randn_like(own[part])
     before = {name: value.clone() for name, value in student.state_dict().items()}
+    state = torch.get_rng_state()
+    logits = _with_words_of(student, teacher)(torch.tensor(PROMPTS[:1])).logits
+    assert torch.equal(torch.get_rng_state(), state)
+    assert logits.shape[-1] == 1152
+    # Padding is no word that anybody would propose, wherever the logits lie.
+    average = logits[..., :shared].mean(-1, keepdim=True).expand_as(logits[..., shared:])
+    torch.testing.assert_close(logits[..., shared:] if words < 1152 else average, average, rtol=1e-4, atol=1e-6)
     found = speculative(teacher, student, PROMPTS, max_new_tokens=12, num_draft_tokens=3)
     alone = [generate(teacher, [prompt], max_new_tokens=12, do_sample=False) for prompt in PROMPTS]
     for sequence, prompt, written in zip(found.sequences, PROMPTS, alone, strict=True):
