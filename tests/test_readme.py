@@ -81,3 +81,13 @@ def test_commands_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert len(recipes) == 3
     for arguments in recipes:
         parser.parse_args(arguments)
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_no_table_is_cut(page: Path) -> None:
+    lines = page.read_text().splitlines()
+    for index, line in enumerate(lines):
+        begins = line.startswith("|") and not lines[index - 1].startswith("|")
+        assert not begins or lines[index + 1].startswith("|--"), f"{page.name}:{index + 1} belongs to no table"

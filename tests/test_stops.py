@@ -23,6 +23,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed"),
     pytest.mark.filterwarnings("ignore:Step left out"),  # in a process that a test starts
+    pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step"),  # a scaler leaves the first steps out
 ]
 
 
@@ -124,6 +125,77 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(value: float, tmp_pat
     assert same(last, dict(module.state_dict()))
 
 
+class SteepAtZero(Regression):
+    """Its loss is finite at every batch, and at some its gradient is infinity times 0."""
+
+    def __init__(self, batches: tuple[int, ...], rank: int = 0) -> None:
+        super().__init__()
+        self.batches, self.rank, self.seen = batches, rank, 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.seen += 1
+        if self.seen - 1 in self.batches and self.global_rank == self.rank:
+            loss = loss + (self.head.weight * 0).sum().sqrt()
+        return loss
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tmp_path: Path) -> None:
+    module = SteepAtZero((4,))
+    said = r"Expected finite gradients, but got NaN or infinity in head.weight at step 4, "
+    with pytest.raises(RuntimeError, match=said + "batch 1 of epoch 1; nothing was updated. .*detect_anomaly"):
+        trainer(tmp_path, FiniteLoss(), gradient_clip_val=1.0).fit(module)
+    assert same(read_checkpoint(tmp_path / "step=4.ckpt")["state_dict"], dict(module.state_dict()))
+    assert all(bool(parameter.isfinite().all()) for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_steps_of_such_gradients_are_left_out(accumulate: int, tmp_path: Path) -> None:
+    finite = FiniteLoss(max_skipped=1)
+    arguments = {"max_steps": 4, "limit_train_batches": 8, "accumulate_grad_batches": accumulate}
+    with pytest.warns(UserWarning, match=r"Step left out \(1 of 1\): NaN or infinity in head.weight at step 2"):
+        trainer(tmp_path, finite, **arguments).fit(SteepAtZero((2 * accumulate,)))
+    states = [read_checkpoint(tmp_path / f"step={step}.ckpt")["state_dict"] for step in (2, 3, 4)]
+    assert finite.skipped == 1
+    assert same(states[0], states[1])
+    assert not same(states[1], states[2])
+
+
+def test_a_clipper_says_what_happens_to_such_gradients(tmp_path: Path) -> None:
+    finite = FiniteLoss()
+    trainer(tmp_path / "skip", finite, GradientClipping(nonfinite="skip")).fit(SteepAtZero((2,)))
+    assert finite.skipped == 0
+    with pytest.raises(RuntimeError, match="choose nonfinite='skip'"):
+        trainer(tmp_path / "raise", finite, GradientClipping(nonfinite="raise")).fit(SteepAtZero((2,)))
+
+
+def test_a_gradient_scaler_may_overflow_but_not_below_one(tmp_path: Path) -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    finite = FiniteLoss()
+    trainer(tmp_path / "once", finite, plugins=plugin).fit(SteepAtZero((2,)))
+    assert finite.skipped == 0
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    with pytest.raises(RuntimeError, match="Expected finite gradients"):
+        trainer(tmp_path / "always", finite, plugins=plugin, max_steps=9).fit(SteepAtZero(tuple(range(20))))
+
+
+def test_sparse_gradients_are_looked_at_too(tmp_path: Path) -> None:
+    class Words(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(4, 2, sparse=True)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self.words(batch[0]).sum() + (self.words(batch[0]) * 0).sum().sqrt()
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.arange(4)), batch_size=2)
+    with pytest.raises(RuntimeError, match=r"in words\.weight at step 0"):
+        trainer(tmp_path, FiniteLoss(), limit_val_batches=0).fit(Words(), data)
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_steps_are_left_out_up_to_a_number(accumulate: int, tmp_path: Path) -> None:
     before: dict[int, Any] = {}
@@ -163,6 +235,15 @@ def test_under_a_gradient_scaler_too(tmp_path: Path) -> None:
 @pytest.mark.forks
 def test_all_processes_leave_the_step_out_together(tmp_path: Path) -> None:
     trainer(tmp_path, FiniteLoss(max_skipped=1), strategy="ddp_fork", devices=2).fit(Poisoned((2,), rank=1))
+    states = [read_checkpoint(tmp_path / f"step={step}.ckpt") for step in (2, 3, 4)]
+    assert same(states[0]["state_dict"], states[1]["state_dict"])
+    assert not same(states[1]["state_dict"], states[2]["state_dict"])
+    assert states[2]["callbacks"]["FiniteLoss"] == {"skipped": 1}
+
+
+@pytest.mark.forks
+def test_all_processes_see_such_a_gradient_of_one(tmp_path: Path) -> None:
+    trainer(tmp_path, FiniteLoss(max_skipped=1), strategy="ddp_fork", devices=2).fit(SteepAtZero((2,), rank=1))
     states = [read_checkpoint(tmp_path / f"step={step}.ckpt") for step in (2, 3, 4)]
     assert same(states[0]["state_dict"], states[1]["state_dict"])
     assert not same(states[1]["state_dict"], states[2]["state_dict"])
