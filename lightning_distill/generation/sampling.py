@@ -48,10 +48,10 @@ def settings(
     cache_implementation: str | None = None,
     words: int | None = None,
 ) -> transformers.GenerationConfig:
-    """Check how a model is to write, and say it in transformers' form; nothing is taken from the model's own settings.
+    """Check how a model is to write, and say it in transformers' form; it holds inside :func:`own_settings_aside`.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or a peft model of one.
         prompt_length: Tokens of the longest prompt.
         max_new_tokens: At most this many are written.
         do_sample: Whether to draw; otherwise the most probable token is taken, and the next two mean nothing.
@@ -65,10 +65,13 @@ def settings(
         The settings.
 
     Raises:
+        TypeError: If it is no such model.
         ValueError: If an argument is out of its range, or the text would be longer than the model's positions.
         ModuleNotFoundError: If the kind of cache needs a package that is missing.
     """
-    if not isinstance(model, transformers.PreTrainedModel) or not model.can_generate():
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    writes = isinstance(base, transformers.PreTrainedModel) and base.can_generate()
+    if not writes or model.config.is_encoder_decoder:
         raise TypeError(
             f"Expected a causal language model of transformers, such as `LlamaForCausalLM`, but got "
             f"`{type(model).__name__}`."
@@ -114,6 +117,28 @@ def settings(
     )
 
 
+@contextmanager
+def own_settings_aside(*models: nn.Module) -> Iterator[None]:
+    """Have models write by the settings they are called with alone, and not by what they ship, while the block lasts.
+
+    ``generate`` fills what its caller leaves open from the model's ``generation_config``: a repetition penalty, words
+    that are never written, a least length. A list of all that to switch off would be as old as its day.
+
+    Args:
+        *models: The models; each has its own settings again afterwards.
+    """
+    # A peft model has those of the model inside it.
+    owners: list[Any] = [part for model in models for part in model.modules() if "generation_config" in vars(part)]
+    own = [owner.generation_config for owner in owners]
+    for owner in owners:
+        owner.generation_config = transformers.GenerationConfig()
+    try:
+        yield
+    finally:
+        for owner, settings_of_owner in zip(owners, own, strict=True):
+            owner.generation_config = settings_of_owner
+
+
 def _quantized_backend() -> str:
     for backend, package in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
         try:
@@ -130,7 +155,7 @@ def _quantized_backend() -> str:
 
 def end_tokens(model: Any) -> list[int]:
     """The tokens that end a text of a model; none where its settings name none."""
-    eos = model.generation_config.eos_token_id if model.generation_config is not None else None
+    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     eos = model.config.get_text_config().eos_token_id if eos is None else eos
     return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
 
@@ -191,11 +216,11 @@ def generate(
 ) -> dict[str, Tensor]:
     """Let a model write to prompts, in one batch with a KV cache, in eval and without gradients.
 
-    Every module is in its mode again afterwards, and with a seed the global random numbers are as if nothing had been
-    drawn.
+    Of the model's own ``generation_config`` only the tokens that end a text count. Every module is in its mode again
+    afterwards, and with a seed the global random numbers are as if nothing had been drawn.
 
     Args:
-        model: A causal language model of transformers.
+        model: A causal language model of transformers, or a peft model of one.
         prompts: Token ids of each prompt, of any lengths.
         max_new_tokens: At most this many are written to each.
         do_sample: Whether to draw; otherwise the most probable token is taken.
@@ -239,11 +264,12 @@ def generate(
         cache_implementation=cache_implementation,
         words=words,
     )
-    with evaluating(model), seeded(seed, device):
+    ends = end_tokens(model)
+    with evaluating(model), own_settings_aside(model), seeded(seed, device):
         sequences = writer.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus
         )
-    return _as_batch(sequences, mask, end_tokens(model))
+    return _as_batch(sequences, mask, ends)
 
 
 def _as_batch(sequences: Tensor, prompt_mask: Tensor, ends: list[int]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill import preflight
-from lightning_distill.generation.sampling import Prompt, pad_prompts, pad_token, seeded, settings
+from lightning_distill.generation.sampling import Prompt, own_settings_aside, pad_prompts, pad_token, seeded, settings
 from lightning_distill.generation.speed import tokens_per_second
 from lightning_distill.teacher import evaluating
 
@@ -133,7 +133,13 @@ def speculative(
         return [writer.generate(input_ids=ids, attention_mask=mask, **arguments, **assistant)[0] for ids, mask in rows]
 
     prompt_tokens = sum(ids.shape[1] for ids, _ in rows)
-    with torch.no_grad(), evaluating(teacher, student), _drafting(student, num_draft_tokens), seeded(seed, device):
+    with (
+        torch.no_grad(),
+        evaluating(teacher, student),
+        own_settings_aside(teacher, student),
+        seeded(seed, device),
+    ):
+        _draft(student, num_draft_tokens)
         with _counting(teacher) as teacher_calls, _counting(student) as drafted:
             sequences = write(assistant_model=student)
         calls = teacher_calls[0]
@@ -167,18 +173,11 @@ def _with_words_of(student: Any, teacher: Any) -> Any:
     return draft
 
 
-@contextmanager
-def _drafting(student: Any, num_draft_tokens: int) -> Iterator[None]:
+def _draft(student: Any, num_draft_tokens: int) -> None:
     """Have the student propose a fixed number of tokens; transformers reads that off the student's own settings."""
-    own = student.generation_config
-    student.generation_config = copy.deepcopy(own)
     student.generation_config.num_assistant_tokens = num_draft_tokens
     student.generation_config.num_assistant_tokens_schedule = "constant"
     student.generation_config.assistant_confidence_threshold = 0.0
-    try:
-        yield
-    finally:
-        student.generation_config = own
 
 
 @contextmanager

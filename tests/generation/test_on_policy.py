@@ -102,6 +102,25 @@ def test_without_on_policy_batches_it_is_the_module_it_extends(tmp_path: Path) -
         assert torch.equal(value, other.state_dict()[name])
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_a_peft_student_trains_its_adapter_on_its_own_text(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    teacher, base = llama(layers=3), llama()
+    frozen = {name: value.clone() for name, value in base.state_dict().items()}
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    student = peft.get_peft_model(base, lora)
+    objectives = [SoftTarget(1.0, "reverse_kl")]
+    made = OnPolicyDistillation(teacher, student, objectives, on_policy=1.0, prompt_length=3, max_new_tokens=6)
+    fit(made, tmp_path, max_epochs=1)
+    after = student.state_dict()
+    assert any(bool(value.any()) for name, value in after.items() if "lora_B" in name)
+    merged = student.merge_and_unload().state_dict()
+    assert {name for name in frozen if not torch.equal(frozen[name], merged[name])} == {
+        f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "qv"
+    }
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(("divergence", "beta"), [("forward_kl", 0.0), ("js", 0.3), ("reverse_kl", 1.0)])
 def test_the_loss_on_the_students_text_is_that_of_trl_with_prompts_masked(divergence: Any, beta: float) -> None:

@@ -1,9 +1,11 @@
 """What a model writes, and what the batch of it says."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from lightning_distill.generation import generate, teacher_documents
@@ -87,6 +89,97 @@ def test_temperature_and_nucleus_narrow_the_draw_and_the_models_own_settings_do_
     counts = torch.bincount(wide, minlength=64)
     # A chi-square of 63 degrees of freedom is above 112 once in ten thousand.
     assert ((counts - 200 * probabilities) ** 2 / (200 * probabilities)).sum() < 112
+
+
+OWN_SETTINGS: dict[str, Any] = {
+    "repetition_penalty": 1.3,
+    "no_repeat_ngram_size": 2,
+    "min_p": 0.3,
+    "typical_p": 0.3,
+    "epsilon_cutoff": 0.05,
+    "eta_cutoff": 0.05,
+    "top_h": 0.3,
+    "top_k": 1,
+    "top_p": 0.3,
+    "temperature": 0.3,
+    "num_beams": 3,
+    "num_return_sequences": 2,
+    "suppress_tokens": list(range(3, 40)),
+    "begin_suppress_tokens": list(range(3, 40)),
+    "bad_words_ids": [[token] for token in range(3, 40)],
+    "sequence_bias": [[[7], 50.0]],
+    "min_length": 11,
+    "min_new_tokens": 8,
+    "forced_bos_token_id": 5,
+    "forced_eos_token_id": 2,
+    "exponential_decay_length_penalty": (1, 9.0),
+    "guidance_scale": 1.5,
+    "renormalize_logits": True,
+    "remove_invalid_values": True,
+    "stop_strings": ["a"],
+    "max_length": 5,
+    "max_time": 0.0,
+    "watermarking_config": {"bias": 9.0, "seeding_scheme": "selfhash", "greenlist_ratio": 0.1},
+    "prompt_lookup_num_tokens": 2,
+    "return_dict_in_generate": True,
+    "output_scores": True,
+    "cache_implementation": "static",
+    "use_cache": False,
+    "a_field_to_come": 3,
+}
+
+
+def with_settings(writer: Any, names: Any = OWN_SETTINGS) -> Any:
+    other = copy.deepcopy(writer)
+    for name in names:
+        setattr(other.generation_config, name, OWN_SETTINGS[name])
+    return other
+
+
+@pytest.mark.parametrize("do_sample", [True, False])
+def test_nothing_that_a_model_ships_changes_what_it_writes(do_sample: bool) -> None:
+    student = model()
+    options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": do_sample, "seed": 0}
+    expected = generate(student, PROMPTS, **options)["input_ids"]
+    for names in ([name] for name in OWN_SETTINGS):
+        other = with_settings(student, names)
+        shipped = other.generation_config
+        assert torch.equal(generate(other, PROMPTS, **options)["input_ids"], expected), names
+        assert other.generation_config is shipped
+        assert hasattr(shipped, names[0])
+    assert torch.equal(generate(with_settings(student), PROMPTS, **options)["input_ids"], expected)
+
+
+def test_the_tokens_that_end_a_text_are_still_the_models() -> None:
+    student = model(eos_token_id=2)
+    free = generate(student, [[1]] * 32, max_new_tokens=12, seed=0)
+    student.generation_config.eos_token_id = [2, *range(20, 40)]
+    ended = generate(student, [[1]] * 32, max_new_tokens=12, seed=0)
+    assert ended["attention_mask"].sum() < 0.6 * free["attention_mask"].sum()
+
+
+def test_a_teachers_documents_are_its_own_too(tmp_path: Any) -> None:
+    teacher = model()
+    expected = teacher_documents(teacher, PROMPTS, tmp_path / "a", max_new_tokens=6)
+    assert teacher_documents(with_settings(teacher), PROMPTS, tmp_path / "b", max_new_tokens=6) == expected
+
+
+def test_an_encoder_decoder_is_no_causal_model() -> None:
+    config = transformers.T5Config(d_model=8, d_ff=8, num_layers=1, vocab_size=8, decoder_start_token_id=0)
+    with pytest.raises(TypeError, match="causal language model"):
+        generate(transformers.T5ForConditionalGeneration(config), [[1]], max_new_tokens=2)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft's own
+def test_a_peft_model_writes_with_its_adapter_and_without_its_bases_settings() -> None:
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(with_settings(model()), lora)
+    expected = copy.deepcopy(adapted).merge_and_unload()
+    expected.generation_config = transformers.GenerationConfig()
+    texts = [generate(m, PROMPTS, max_new_tokens=10, do_sample=False)["input_ids"] for m in (adapted, expected)]
+    assert torch.equal(*texts)
+    assert adapted.generation_config.min_p == 0.3
 
 
 def test_a_teachers_text_is_made_once_and_again_when_anything_changes(tmp_path: Any, monkeypatch: Any) -> None:

@@ -40,6 +40,26 @@ def test_greedy_text_is_the_teachers_token_by_token(num_draft_tokens: int, eos: 
     assert found.tokens_per_teacher_call > 1 + 0.6 * num_draft_tokens
 
 
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_what_the_two_models_ship_changes_nothing(do_sample: bool) -> None:
+    teacher, student = pair(eos_token_id=2)
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": do_sample, "seed": 0}
+    expected = speculative(teacher, student, PROMPTS, **options)
+    for model in (teacher, student):
+        shipped = model.generation_config
+        shipped.repetition_penalty, shipped.no_repeat_ngram_size, shipped.min_p, shipped.suppress_tokens = (
+            3.0,
+            1,
+            0.4,
+            [5],
+        )
+        shipped.prompt_lookup_num_tokens, shipped.stop_strings, shipped.top_k, shipped.min_new_tokens = 3, ["a"], 2, 10
+        found = speculative(teacher, student, PROMPTS, **options)
+        assert [ids.tolist() for ids in found.sequences] == [ids.tolist() for ids in expected.sequences]
+        assert (found.num_drafted, found.num_teacher_calls) == (expected.num_drafted, expected.num_teacher_calls)
+        assert model.generation_config is shipped
+
+
 @pytest.mark.parametrize("words", [1088, 1216])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_padded_student_drafts(words: int, tied: bool) -> None:
