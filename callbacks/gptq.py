@@ -1,6 +1,7 @@
 """Quantise the student when training ends, and measure what it cost."""
 
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -390,11 +391,13 @@ def _plot(report: list[LayerReport], path: Path) -> None:
     figure = Figure(figsize=(8, 1.5 + 0.22 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))
-    axes.plot([100 * layer.rounding_error for layer in rows], places, "o", color="#b0b0b0", label="rounding")
-    axes.plot([100 * layer.error for layer in rows], places, "o", color="#1f5fa8", label="GPTQ")
+    errors = [[100 * layer.rounding_error for layer in rows], [100 * layer.error for layer in rows]]
+    for values, color, label in zip(errors, ("#b0b0b0", "#1f5fa8"), ("rounding", "GPTQ"), strict=True):
+        axes.plot(values, places, "o", color=color, label=label)
     axes.set_yticks(places, [layer.name for layer in rows], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    if any(0 < value < math.inf for values in errors for value in values):  # weights that round exactly have no error
+        axes.set_xscale("log")
     axes.set_xlabel("relative squared error of the layer's output (%)")
     axes.legend()
     figure.savefig(path, dpi=120)

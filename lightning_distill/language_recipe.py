@@ -147,6 +147,7 @@ class LanguageRun(Run):
         prompts = [document.ids[: flags.prompt_length] for document in documents]
         speed, more = self._speed(prompts), {}
         if prompts:
+            say(f"\nMeasuring the student as a draft, on {len(prompts)} prompts")
             more["speculative"] = self._speculative(prompts)
         rows = {
             name: {
@@ -166,7 +167,7 @@ class LanguageRun(Run):
         if prompts:
             columns.append(Column("tokens / s", "tokens_per_second", "{:.0f}"))
         tokens = self.data.dataset("test").num_labels
-        self.write_report(rows, columns, what=f"{tokens} test tokens", seconds=seconds, **more)
+        self.write_report(rows, columns, what="tokens", available=tokens, seconds=seconds, **more)
         if prompts:
             found = more["speculative"]
             print(
@@ -187,7 +188,8 @@ class LanguageRun(Run):
             return write
 
         writers = {name: writer(model) for name, model in self.models.items()}
-        return tokens_per_second(writers, repeats=3, device=self.teacher.device) if prompts else {}
+        options: dict[str, Any] = {"device": self.teacher.device, "progress": self.shows_progress}
+        return tokens_per_second(writers, repeats=3, **options) if prompts else {}
 
     def _speculative(self, prompts: list[Any]) -> dict[str, float]:
         """What the student is worth as a draft: distilled, as it was made, and trained without a teacher."""

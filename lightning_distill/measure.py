@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
 
 from lightning_distill.pretrained import export
 from lightning_distill.tasks import call_model
@@ -40,6 +41,7 @@ def latency_ms(
     *,
     repeats: int = 5,
     device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> dict[str, float]:
     """Median time of one forward, in milliseconds, of several models on the same batches.
 
@@ -51,6 +53,7 @@ def latency_ms(
         batches: What the models are called with, as in training.
         repeats: How many times each batch is run.
         device: Where to measure.
+        progress: Whether to show a bar on stderr.
 
     Returns:
         The median by name.
@@ -64,7 +67,7 @@ def latency_ms(
         >>> times["narrow"] < times["wide"]
         True
     """
-    times = _times(models, batches, repeats, device)
+    times = _times(models, batches, repeats, device, progress)
     return {name: 1000 * statistics.median(chain.from_iterable(per_batch)) for name, per_batch in times.items()}
 
 
@@ -74,6 +77,7 @@ def throughput(
     *,
     repeats: int = 5,
     device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> dict[str, float]:
     """Rows per second of several models on the same batches, which may take different times.
 
@@ -84,6 +88,7 @@ def throughput(
         batches: What the models are called with; the first tensor of each has its rows first.
         repeats: How many times each batch is run.
         device: Where to measure.
+        progress: Whether to show a bar on stderr.
 
     Returns:
         Rows per second by name.
@@ -97,13 +102,13 @@ def throughput(
         >>> rates["narrow"] > rates["wide"]
         True
     """
-    times = _times(models, batches, repeats, device)
+    times = _times(models, batches, repeats, device, progress)
     rows = sum(len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor))) for batch in batches)
     return {name: rows / sum(map(statistics.median, per_batch)) for name, per_batch in times.items()}
 
 
 def _times(
-    models: Mapping[str, nn.Module], batches: Sequence[Any], repeats: int, device: torch.device | str
+    models: Mapping[str, nn.Module], batches: Sequence[Any], repeats: int, device: torch.device | str, progress: bool
 ) -> dict[str, list[list[float]]]:
     """Seconds of each model, batch and repeat."""
     batches = [move_data_to_device(batch, device) for batch in batches]
@@ -111,13 +116,15 @@ def _times(
     times: dict[str, list[list[float]]] = {name: [[] for _ in batches] for name in models}
     for model in models.values():
         model.eval().to(device)  # outside of inference mode, where the int8 weights of torchao cannot be moved
-    with torch.inference_mode():
+    total = len(models) * len(batches) * repeats
+    with torch.inference_mode(), tqdm(total=total, desc="Measuring time", leave=False, disable=not progress) as bar:
         for model in models.values():
             _timed(model, batches[0])
         for _ in range(repeats):
             for index, batch in enumerate(batches):
                 for name, model in models.items():
                     times[name][index].append(_timed(model, batch))
+                    bar.update()
     for name, model in models.items():
         model.train(modes[name])
     return times

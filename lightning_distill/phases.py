@@ -4,7 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import lightning as L
 import torch
@@ -12,6 +12,7 @@ import transformers
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torchmetrics import MetricCollection
 
 from lightning_distill.arguments import integer
 from lightning_distill.callbacks import TeacherCache
@@ -29,6 +30,7 @@ from lightning_distill.cli import (
     say,
     schedule_from_flags,
 )
+from lightning_distill.evidence import CONFIDENCE, ItemCount, OneAnswer, Outcome, remarks
 from lightning_distill.measure import count_bytes, count_parameters
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
@@ -47,6 +49,7 @@ from lightning_distill.report import (
     write_summary,
 )
 from lightning_distill.student import student_from_teacher
+from lightning_distill.tasks import LANGUAGE_MODELS
 
 BASELINE = "student_without_distillation"
 AnyRun = TypeVar("AnyRun", bound="Run")
@@ -225,6 +228,11 @@ class Run:
         return objectives
 
     @property
+    def shows_progress(self) -> bool:
+        """Whether what takes long shows a bar, as training does."""
+        return self.config.trainer.enable_progress_bar is not False
+
+    @property
     def epochs(self) -> int:
         """Epochs of a phase of the student."""
         return self.config.trainer.max_epochs or self.defaults["epochs"]
@@ -348,6 +356,11 @@ class Run:
         }
 
     def _test(self, phase: str, module: DistillationModule) -> None:
+        counts = cast(nn.ModuleDict, module._metrics["test"])["scores"]
+        assert isinstance(counts, MetricCollection)
+        counts.add_metrics({"num_items": ItemCount()})
+        if module.task not in LANGUAGE_MODELS:  # what is one answer to a text?
+            counts.add_metrics({"one_answer": OneAnswer()})
         # Without a logger: in forked processes a second CSVLogger of one folder would begin its file anew.
         self.trainer = make_trainer(self.parser, self.config, phase, logger=False)
         (scores,) = self.trainer.test(module, datamodule=self.data, verbose=False)
@@ -363,6 +376,7 @@ class Run:
         columns: list[Column],
         *,
         what: str,
+        available: int,
         seconds: float,
         **more: Any,
     ) -> None:
@@ -371,29 +385,48 @@ class Run:
         Args:
             rows: What was measured of each model, by phase.
             columns: What the table shows of it.
-            what: What the models were tested on.
+            what: What the models were tested on: rows or tokens.
+            available: How many of these the test data have, of which ``--trainer.limit_test_batches`` may take a part.
             seconds: How long the run took.
             **more: What else ``summary.json`` holds.
         """
         output_dir, metric = self.config.output_dir, self.metric
+        tested = {name: Outcome.of(self.scores[name], metric) for name in rows}
+        items = tested["student"].items
+        intervals = {name: test.interval for name, test in tested.items()}
+        one_answer = [name for name, test in tested.items() if test.one_answer]
         summary = rows | {
             "ratios": ratios(rows["student"], rows["teacher"], columns),
+            "tested": {"items": items, "available": available},
+            "intervals": intervals
+            | {"confidence": CONFIDENCE, "method": "Wilson, for accuracy; none for other metrics"},
+            "one_answer": one_answer,
             "versions": versions(),
             "seed": self.config.seed,
             "seconds": round(seconds, 1),
             **more,
         }
         write_summary(output_dir / "summary.json", summary)
-        end_run(self.config)
         panels = {
             "training loss": ["train_loss"],
             f"validation {metric}": [f"val_{metric}"],
             "agreement": ["val_agreement"],
         }
         plot_curves(output_dir / "curves.png", self.curves, panels=panels)
+        part = f"{items}" if items == available else f"{items} of {available}"
         print()
-        print_table(rows, columns, reference="teacher", title=f"{what}, seed {self.config.seed}, {seconds:.0f} s")
+        print_table(
+            rows,
+            columns,
+            reference="teacher",
+            title=f"{part} test {what}, seed {self.config.seed}, {seconds:.0f} s",
+            intervals=intervals,
+            meaningless=one_answer,
+        )
+        for remark in remarks(tested, {name: row.get("metric") for name, row in rows.items()}, metric):
+            print(remark)
         print(f"\nThe student is in {output_dir / 'student'}, the numbers are in {output_dir / 'summary.json'}.")
+        end_run(self.config)
 
 
 def _describe(model: transformers.PreTrainedModel) -> str:

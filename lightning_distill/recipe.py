@@ -155,9 +155,9 @@ class TextRun(Run):
         metric = self.metric
         seconds = time.perf_counter() - self.started
         timed = self.models if self.quantized is None else {**self.models, "student-gptq": self.quantized}
+        options: dict[str, Any] = {"device": self.trainer.strategy.root_device, "progress": self.shows_progress}
         latency = {
-            size: latency_ms(timed, self.test_batches(size, count), device=self.trainer.strategy.root_device)
-            for size, count in ((1, 64), (32, 8))
+            size: latency_ms(timed, self.test_batches(size, count), **options) for size, count in ((1, 64), (32, 8))
         }
         rows = {
             name: {
@@ -181,7 +181,7 @@ class TextRun(Run):
             Column("batch 32", "latency_ms_batch32", "{:.1f} ms", name="latency_batch32"),
         ]
         rows_of_test: Any = self.data.predict_dataloader().dataset
-        self.write_report(rows, columns, what=f"{len(rows_of_test)} test rows", seconds=seconds, **more)
+        self.write_report(rows, columns, what="rows", available=len(rows_of_test), seconds=seconds, **more)
         if self.quantized is not None:
             print(f"\nThe student in {self.config.gptq.bits} bits: {json.dumps(more['gptq'])}")
 

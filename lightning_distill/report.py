@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -43,7 +44,26 @@ class Column(NamedTuple):
     name: str | None = ""
 
 
-def ratios(student: Mapping[str, Any], teacher: Mapping[str, Any], columns: Sequence[Column]) -> dict[str, float]:
+def ratio(student: float | None, teacher: float | None) -> float | None:
+    """Student / teacher; None where that means nothing: the teacher's number is 0 or below, or one is not finite.
+
+    Args:
+        student: The student's number.
+        teacher: The teacher's.
+
+    Example:
+        >>> from lightning_distill.report import ratio
+        >>> ratio(0.5, 2.0), ratio(0.5, 0.0), ratio(float("nan"), 1.0)
+        (0.25, None, None)
+    """
+    if student is None or teacher is None or not (math.isfinite(student) and math.isfinite(teacher)) or teacher <= 0:
+        return None
+    return student / teacher
+
+
+def ratios(
+    student: Mapping[str, Any], teacher: Mapping[str, Any], columns: Sequence[Column]
+) -> dict[str, float | None]:
     """How the student stands to the teacher: each ratio is student / teacher.
 
     Args:
@@ -52,7 +72,7 @@ def ratios(student: Mapping[str, Any], teacher: Mapping[str, Any], columns: Sequ
         columns: Which of its numbers.
 
     Returns:
-        The ratios by the names of the columns that have one.
+        The ratios by the names of the columns that have one; None where a ratio means nothing, see :func:`ratio`.
 
     Example:
         >>> from lightning_distill.report import Column, ratios
@@ -60,15 +80,22 @@ def ratios(student: Mapping[str, Any], teacher: Mapping[str, Any], columns: Sequ
         >>> ratios({"bytes": 10, "metric": 0.81}, {"bytes": 40, "metric": 0.9}, columns)
         {'bytes': 0.25, 'metric_retained': 0.9}
     """
-    return {
-        column.name or column.key: round(student[column.key] / teacher[column.key], 4)
+    found = {
+        column.name or column.key: ratio(student[column.key], teacher[column.key])
         for column in columns
         if column.name is not None
     }
+    return {name: None if value is None else round(value, 4) for name, value in found.items()}
 
 
 def print_table(
-    rows: Mapping[str, Mapping[str, Any]], columns: Sequence[Column], *, reference: str, title: str
+    rows: Mapping[str, Mapping[str, Any]],
+    columns: Sequence[Column],
+    *,
+    reference: str,
+    title: str,
+    intervals: Mapping[str, Sequence[float] | None] | None = None,
+    meaningless: Iterable[str] = (),
 ) -> None:
     """Print models side by side, each with its ratio to one of them.
 
@@ -77,22 +104,33 @@ def print_table(
         columns: What is shown of each.
         reference: The name of the model that the ratios are to.
         title: What stands above the table.
+        intervals: By model, between what its ``metric`` is; shown beside it.
+        meaningless: Models that give one answer to all rows: ratios of their ``metric`` and ``agreement`` are left out.
     """
+    intervals, meaningless = intervals or {}, set(meaningless)
     table = Table(title=title, title_justify="left")
     table.add_column("", no_wrap=True)
     for column in columns:
-        table.add_column(column.title, justify="right")
+        table.add_column(column.title, justify="right", no_wrap=True)
     for model, row in rows.items():
-        numbers = (column.form.format(row[column.key] * column.scale) for column in columns)
+        numbers = []
+        for column in columns:
+            value, interval = row[column.key], intervals.get(model) if column.key == "metric" else None
+            shown = "-" if value is None else column.form.format(value * column.scale)
+            numbers.append(shown if interval is None else f"{shown} ({interval[0]:.3f} to {interval[1]:.3f})")
         table.add_row(model.replace("_", " "), *numbers)
     base = rows[reference]
     for model, row in rows.items():
         if model != reference:
-            shares = (f"{row[column.key] / base[column.key]:.3f}" for column in columns)
+            shares = []
+            for column in columns:
+                empty = column.key in ("metric", "agreement") and bool(meaningless & {model, reference})
+                share = None if empty else ratio(row[column.key], base[column.key])
+                shares.append("-" if share is None else f"{share:.3f}")
             table.add_row(f"{model.replace('_', ' ')} / {reference}", *shares, style="dim")
     # A log file or a pipe has no width of its own, and a wrapped number cannot be read.
     console = Console()
-    Console(width=max(console.width, 120)).print(table)
+    Console(width=max(console.width, 140)).print(table)
 
 
 def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> None:
@@ -100,13 +138,21 @@ def write_summary(path: str | os.PathLike[str], summary: Mapping[str, Any]) -> N
 
     Args:
         path: The file.
-        summary: What goes into it; primitives only.
+        summary: What goes into it; primitives only. NaN and infinity, which JSON does not have, become null.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".tmp")
-    draft.write_text(json.dumps(summary, indent=2) + "\n")
+    draft.write_text(json.dumps(_json(summary), indent=2, allow_nan=False) + "\n")
     draft.replace(path)
+
+
+def _json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class CurvesLogger(CSVLogger):
@@ -187,9 +233,12 @@ def plot_curves(
                     steps, values = curves[metric]
                     marker = "o" if len(steps) < 12 else None
                     style: dict[str, Any] = {"color": f"C{number}", "marker": marker, "markersize": 4, "linewidth": 1.4}
+                    # An axis has no place for infinity, nor matplotlib ticks for numbers near float64's end.
+                    values = [value if abs(value) < 1e100 else math.nan for value in values]
                     axes.plot(steps, values, label=f"{run}: {metric}", **style)
         for name, value in (lines or {}).get(title, {}).items():
-            axes.axhline(value, linestyle="--", linewidth=1, color="0.4", label=f"{name}: {value:.3f}")
+            place = value if abs(value) < 1e100 else math.nan
+            axes.axhline(place, linestyle="--", linewidth=1, color="0.4", label=f"{name}: {value:.4g}")
         axes.set(title=title, xlabel="optimizer step")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)

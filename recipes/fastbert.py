@@ -29,6 +29,7 @@ from typing import Any, Literal
 import lightning as L
 import transformers
 
+from lightning_distill.arguments import between
 from lightning_distill.callbacks import EarlyExit
 from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors, resume_from, say
 from lightning_distill.early_exit import EarlyExitModel
@@ -56,6 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors(parser.prog):
         if run.data.task == "regression":
             raise ValueError("--data.*: early exit by confidence needs classes, and these labels are numbers")
+        between("--model.max_drop", run.config.model.max_drop, 0, 1)
+        if len({label for _, label in run.data.rows("val")}) < 2:
+            raise ValueError(
+                "--data.val_file: thresholds are chosen on validation rows of at least two classes, and these have one"
+            )
         for model in (run.teacher, run.new_student()):
             resolve_exits(run.config.model.exits, model.config.num_hidden_layers)
     run.prepare()
@@ -103,7 +109,8 @@ def early_exit(run: TextRun, name: str, model: transformers.PreTrainedModel) -> 
     (scores,) = tester.test(early, datamodule=run.data, verbose=False)
     ratios = {}
     for size, count in ((1, 64), (32, 8)):
-        rates = throughput({"full": model, "early": early}, run.test_batches(size, count), device=device)
+        batches, progress = run.test_batches(size, count), run.shows_progress
+        rates = throughput({"full": model, "early": early}, batches, device=device, progress=progress)
         ratios[f"throughput_ratio_batch{size}"] = round(rates["early"] / rates["full"], 4)
     full_metric, early_metric = run.scores[name][f"test_{run.metric}"], scores[f"test_{run.metric}"]
     return {

@@ -5,10 +5,15 @@ import time
 from collections.abc import Callable, Mapping
 
 import torch
+from tqdm.auto import tqdm
 
 
 def tokens_per_second(
-    writers: Mapping[str, Callable[[], int]], *, repeats: int = 5, device: torch.device | str = "cpu"
+    writers: Mapping[str, Callable[[], int]],
+    *,
+    repeats: int = 5,
+    device: torch.device | str = "cpu",
+    progress: bool = False,
 ) -> dict[str, float]:
     """Median speed of several ways to write; they take turns, so that a machine that slows down slows all of them.
 
@@ -16,6 +21,7 @@ def tokens_per_second(
         writers: By name, each writes once and returns how many tokens that was.
         repeats: How many turns, after one that is not counted.
         device: Where they write; a GPU is synchronised around each turn.
+        progress: Whether to show a bar on stderr.
 
     Returns:
         Tokens per second by name.
@@ -29,12 +35,12 @@ def tokens_per_second(
     """
     synchronize = torch.cuda.synchronize if torch.device(device).type == "cuda" else (lambda: None)
     speeds: dict[str, list[float]] = {name: [] for name in writers}
-    for turn in range(repeats + 1):
-        for name, write in writers.items():
-            synchronize()
-            start = time.perf_counter()
-            written = write()
-            synchronize()
-            if turn:
-                speeds[name].append(written / (time.perf_counter() - start))
+    turns = [(turn, name) for turn in range(repeats + 1) for name in writers]
+    for turn, name in tqdm(turns, desc="Measuring speed", leave=False, disable=not progress):
+        synchronize()
+        start = time.perf_counter()
+        written = writers[name]()
+        synchronize()
+        if turn:
+            speeds[name].append(written / (time.perf_counter() - start))
     return {name: statistics.median(values) for name, values in speeds.items()}
