@@ -397,10 +397,13 @@ class Run:
         one_answer = [name for name, test in tested.items() if test.one_answer]
         summary = rows | {
             "ratios": ratios(rows["student"], rows["teacher"], columns),
-            "tested": {"items": items, "available": available},
-            "intervals": intervals
-            | {"confidence": CONFIDENCE, "method": "Wilson, for accuracy; none for other metrics"},
-            "one_answer": one_answer,
+            "tested": {
+                "items": items,
+                "available": available,
+                "intervals": intervals,  # Wilson's, of accuracies; other metrics have none
+                "confidence": CONFIDENCE,
+                "one_answer": one_answer,
+            },
             "versions": versions(),
             "seed": self.config.seed,
             "seconds": round(seconds, 1),

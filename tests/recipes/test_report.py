@@ -46,8 +46,8 @@ def test_a_teacher_of_metric_0_and_a_report_that_failed(
     assert "Resuming student" in said
     assert found["teacher"]["metric"] == 0.0
     assert found["ratios"]["metric_retained"] is None
-    assert found["one_answer"][0] == "teacher"
-    assert found["intervals"]["teacher"] == pytest.approx([0.0, 0.2991], abs=1e-4)
+    assert found["tested"]["one_answer"][0] == "teacher"
+    assert found["tested"]["intervals"]["teacher"] == pytest.approx([0.0, 0.2991], abs=1e-4)
     assert re.search(r"student / teacher .* -  ?│ +-", said), said
     assert "The teacher gives one answer to all 9 test rows: its accuracy of 0.0000 says nothing" in said
 
@@ -66,7 +66,7 @@ def test_a_regression_without_a_correlation(
     found = summary(tmp_path)
     assert found["student"]["metric"] is None
     assert found["ratios"]["metric_retained"] is None
-    assert found["intervals"]["student"] is None
+    assert found["tested"]["intervals"]["student"] is None
     assert "pearson (test)" in capsys.readouterr().out
 
 
@@ -82,7 +82,8 @@ def test_early_exit_needs_two_classes_to_choose_thresholds_and_says_so_first(
 
 def test_a_part_of_the_test_rows(files: list[str], tmp_path: Path, capsys: Any) -> None:
     load_recipe("distilbert")([*files, "--trainer.limit_test_batches=2"])
-    assert summary(tmp_path)["tested"] == {"items": 16, "available": 24}
+    found = summary(tmp_path)["tested"]
+    assert (found["items"], found["available"]) == (16, 24)
     assert "16 of 24 test rows, seed 0" in capsys.readouterr().out
 
 

@@ -32,7 +32,16 @@ def test_stage_1_learns_the_layers_and_stage_2_goes_on(
     ]
     load_recipe(name)([*files, *flags, "--model.baseline=true"])
     found = summary(tmp_path)
-    assert {"teacher", "student", "student_without_distillation", "ratios", "versions", "seed", "seconds"} == set(found)
+    assert {
+        "teacher",
+        "student",
+        "student_without_distillation",
+        "ratios",
+        "versions",
+        "seed",
+        "seconds",
+        "tested",
+    } == set(found)
     student = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "student")
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (2, 8)
 
