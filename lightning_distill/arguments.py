@@ -105,13 +105,14 @@ def _describe(hint: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(map(_describe, parts)))
     if origin is Literal:
-        return "one of " + ", ".join(map(repr, parts))
+        return " or ".join(map(repr, parts))
     if origin is Callable:
         return "a callable"
     if isinstance(origin, type) and issubclass(origin, Mapping):
         return "a dictionary"
     if isinstance(origin, type) and issubclass(origin, Sequence):
-        return f"a list ({str(hint).rpartition('.')[2]})"
+        items = dict.fromkeys(_describe(part) for part in parts if part is not ...)
+        return f"a list of {' or '.join(items)}" if items else "a list"
     return _WORDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 

@@ -30,6 +30,7 @@ from lightning_distill.callbacks import (
 from lightning_distill.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
 from lightning_distill.data import TextClassificationData
 from lightning_distill.optim import LRRange, build_lr_scheduler, build_optimizer
+from lightning_distill.parsing import SWITCHES, FlagParser
 from lightning_distill.report import CurvesLogger
 
 say = rank_zero_only(print)
@@ -77,7 +78,7 @@ def recipe_parser(
     Returns:
         A parser to which the recipe adds flags of its own.
     """
-    parser = _Parser(description=description, formatter_class=_formatter())
+    parser = _Parser(description=description)
     parser.add_argument("--config", action="config", help="a YAML file with any of these flags")
     parser.add_argument("--output_dir", type=Path, default=output_dir, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -96,39 +97,21 @@ def recipe_parser(
     )
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False, skip={"default_root_dir"})
     parser.set_defaults({"optimizer.lr": None, "optimizer.weight_decay": 0.01, "lr_scheduler.warmup": 0.06})
-    parser.set_defaults(dict.fromkeys(_SWITCHES.values()))
+    parser.set_defaults(dict.fromkeys(SWITCHES.values()))
     parser.set_defaults(defaults)
     return parser
 
 
 _UNFINISHED = "unfinished.yaml"
 _SCHEDULE_FREE = "schedule_free_adamw"
-# The flag that asks for a callback, and the short ones for the name of a thing that has more flags.
-_SWITCHES = {
-    "gradient_clipping": "gradient_clipping.algorithm",
-    "lr_finder": "lr_finder.suggestion",
-    "init_policy": "init_policy.policy",
-    "teacher_cache": "teacher_cache.path",
-}
-_SHORT = {
-    "--optimizer": "--optimizer.name",
-    "--lr_scheduler": "--lr_scheduler.name",
-    "--init_policy": "--init_policy.policy",
-}
 
 
-class _Parser(ArgumentParser):
-    """Knows the short flags, and what gives way. A file of flags stays one: ``--optimizer lion.yaml``."""
+class _Parser(FlagParser):
+    """Knows what gives way."""
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
-        given = list(sys.argv[1:] if args is None else args)
-        for index, flag in enumerate(given):
-            name, _, value = flag.partition("=")
-            value = value or next(iter(given[index + 1 :]), "")
-            if name in _SHORT and not value.endswith((".yaml", ".yml", ".json")):
-                given[index] = _SHORT[name] + flag.removeprefix(name)
-        config: Namespace = super().parse_args(given, *rest, **options)
-        clips = config.get(_SWITCHES["gradient_clipping"]) is not None
+    def parse_args(self, *args: Any, **options: Any) -> Namespace:
+        config = super().parse_args(*args, **options)
+        clips = config.get(SWITCHES["gradient_clipping"]) is not None
         if clips and config.trainer.gradient_clip_val is not None:
             if config.trainer.gradient_clip_val != self.get_default("trainer.gradient_clip_val"):
                 self.error("--gradient_clipping.* and --trainer.gradient_clip_val would clip twice: leave one out")
@@ -158,7 +141,7 @@ def build_callbacks(
         ['InitPolicy', 'GradientClipping']
     """
     folder = config.output_dir / "logs" / phase
-    asked = {name: config[name].as_dict() for name, switch in _SWITCHES.items() if config[switch] is not None}
+    asked = {name: config[name].as_dict() for name, switch in SWITCHES.items() if config[switch] is not None}
     callbacks: list[Callback] = []
     if "init_policy" in asked and (with_teacher or config.init_policy.policy != "from_teacher"):
         callbacks.append(InitPolicy(**asked["init_policy"], output_dir=folder))
@@ -183,7 +166,8 @@ def optimizer_from_flags(config: Namespace, module: L.LightningModule, lr: float
         module: The module whose trainable parameters it takes.
         lr: The learning rate where ``--optimizer.lr`` says nothing.
     """
-    return build_optimizer(module, **{**config.optimizer.as_dict(), "lr": config.optimizer.lr or lr})
+    asked = config.optimizer.as_dict()
+    return build_optimizer(module, **{**asked, "lr": lr if asked["lr"] is None else asked["lr"]})
 
 
 def schedule_from_flags(
@@ -200,18 +184,6 @@ def schedule_from_flags(
     if config.optimizer.name == _SCHEDULE_FREE:
         return None
     return build_lr_scheduler(module, optimizer, **{**config.lr_scheduler.as_dict(), **changes})
-
-
-def _formatter() -> Any:
-    from jsonargparse import DefaultHelpFormatter
-
-    class Formatter(DefaultHelpFormatter):
-        """Keeps the line breaks of the docstring, where the commands stand."""
-
-        def _fill_text(self, text: str, width: int, indent: str) -> str:
-            return "".join(indent + line for line in text.splitlines(keepends=True))
-
-    return Formatter
 
 
 def make_trainer(

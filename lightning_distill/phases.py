@@ -10,11 +10,9 @@ import lightning as L
 import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torchmetrics import MetricCollection
 
-from lightning_distill.arguments import integer
 from lightning_distill.callbacks import TeacherCache
 from lightning_distill.cli import (
     begin_run,
@@ -30,6 +28,7 @@ from lightning_distill.cli import (
     say,
     schedule_from_flags,
 )
+from lightning_distill.dry_run import check_flags, check_trainer, dry_run
 from lightning_distill.evidence import CONFIDENCE, ItemCount, OneAnswer, Outcome, remarks
 from lightning_distill.measure import count_bytes, count_parameters
 from lightning_distill.module import DistillationModule
@@ -141,9 +140,7 @@ class Run:
         started = time.perf_counter()
         quiet()
         with one_line_errors(parser.prog):
-            integer("--seed", config.seed, 0, 2**32 - 1)
-            integer("--save_every_n_steps", config.save_every_n_steps, 1)
-            integer("--trainer.accumulate_grad_batches", config.trainer.accumulate_grad_batches, 1)
+            check_flags(config)
             L.seed_everything(config.seed, workers=True, verbose=False)
             data, teacher, defaults = cls.read(config)
             data.setup()
@@ -151,9 +148,7 @@ class Run:
             run.new_student()
             run.check()
             build_callbacks(config, "student")
-            trainer = make_trainer(parser, config, "student", logger=False)
-            if isinstance(trainer.strategy, ModelParallelStrategy):
-                raise ValueError("--trainer.strategy: a recipe writes whole models; shard in a script of your own")
+            check_trainer(make_trainer(parser, config, "student", logger=False))
         return run
 
     @classmethod
@@ -202,12 +197,10 @@ class Run:
                     if isinstance(callback, TeacherCache):
                         callback.attach(module)
                         callback.detach()
-            optimizer = optimizer_from_flags(self.config, module, self.defaults["lr"])
-            # As if for a long training: how long it will be, its Trainer knows.
-            schedule_from_flags(self.config, module, optimizer, num_training_steps=10**9)
+            self._dry_run()
             begin_run(self.parser, self.config)
-        if self.config.model.finetune_teacher or not self.config.model.teacher:
-            epochs = self.config.model.teacher_epochs or self.defaults["teacher_epochs"]
+        if self._trains_teacher:
+            epochs = self.teacher_epochs
             say(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
             self.teacher.requires_grad_(True)  # the modules above froze it
             self._fit("teacher", self.teacher, teacher=None, objectives=None, epochs=epochs)
@@ -215,6 +208,19 @@ class Run:
             self._test("teacher", DistillationModule(None, self.teacher))
         self.models["teacher"] = self.teacher
         self._imitate()
+
+    def _dry_run(self) -> None:
+        """Take a step of each kind of phase: what is wrong with Trainer, data and models is seen now."""
+
+        def student() -> DistillationModule:
+            return self.module(self.imitated or self.teacher, self.new_student(), self.objectives)
+
+        def teacher() -> DistillationModule:
+            return self.module(None, copy.deepcopy(self.teacher).requires_grad_(True), None)
+
+        dry_run(self.parser, self.config, student, self.data, self.epochs)
+        if self._trains_teacher:
+            dry_run(self.parser, self.config, teacher, self.data, self.teacher_epochs)
 
     def _imitate(self) -> None:
         """Make the teacher that students see: a copy, as students are made of the one that the report is about."""
@@ -235,7 +241,18 @@ class Run:
     @property
     def epochs(self) -> int:
         """Epochs of a phase of the student."""
-        return self.config.trainer.max_epochs or self.defaults["epochs"]
+        asked: int | None = self.config.trainer.max_epochs
+        return self.defaults["epochs"] if asked is None else asked
+
+    @property
+    def teacher_epochs(self) -> int:
+        """Epochs of a teacher that is trained here."""
+        asked: int | None = self.config.model.teacher_epochs
+        return self.defaults["teacher_epochs"] if asked is None else asked
+
+    @property
+    def _trains_teacher(self) -> bool:
+        return self.config.model.finetune_teacher or not self.config.model.teacher
 
     def new_student(self) -> transformers.PreTrainedModel:
         """A student as the flags describe it; the same one each time.
@@ -297,7 +314,7 @@ class Run:
             monitor: The validation metric that says which epoch is best; None: that of the task.
             report: Whether the student as it is now has a row in the report; a later phase may train it on.
         """
-        epochs = epochs or self.epochs
+        epochs = self.epochs if epochs is None else epochs
         say(f"\nTraining {phase.replace('_', ' ')}, for {epochs} epochs: {_describe(student)}")
         self._fit(phase, student, self.imitated or self.teacher, objectives, epochs, monitor)
         if report:
@@ -323,7 +340,7 @@ class Run:
         callbacks = build_callbacks(config, phase, recommended=self.recommended, with_teacher=teacher is not None)
         trainer = make_trainer(self.parser, config, phase, callbacks=[*callbacks, checkpoint], max_epochs=epochs)
         if self.recommended is not None and config.lr_finder.suggestion is None:
-            self.recommended.warn_if_far(config.optimizer.lr or self.defaults["lr"])
+            self.recommended.warn_if_far(self.defaults["lr"] if config.optimizer.lr is None else config.optimizer.lr)
         module = self.module(teacher, student, objectives)
         # A finished phase resumes from its last step: there is nothing left to train, and its best epoch is taken.
         trainer.fit(module, datamodule=self.data, ckpt_path=resume_from(config, phase))

@@ -82,7 +82,7 @@ def early_exit(run: TextRun, name: str, model: transformers.PreTrainedModel) -> 
     """Train ramps, choose thresholds, measure; the numbers, on rank 0."""
     config, phase = run.config, f"early_exit_{name}"
     before, model = model, copy.deepcopy(model)  # the report is of the models without ramps
-    epochs = config.model.ramp_epochs or run.epochs
+    epochs = run.epochs if config.model.ramp_epochs is None else config.model.ramp_epochs
     say(f"\nTraining ramps of the {name}, for {epochs} epochs")
     L.seed_everything(config.seed, workers=True, verbose=False)
     if config.model.ramp_training == "joint":

@@ -201,6 +201,11 @@ def named(objectives: Sequence[Objective] | Mapping[str, Objective]) -> dict[str
         raise TypeError(
             f"Expected argument `objectives` to be a list or a dictionary of objectives, but got {objectives!r}."
         )
+    if any(type(each) is Objective for each in given):
+        raise TypeError(
+            "Expected argument `objectives` to hold objectives such as `SoftTarget`, but got `Objective` itself, which "
+            "computes nothing."
+        )
     if not objectives:
         raise ValueError("Expected argument `objectives` to have at least one objective, but got none.")
     constant = [objective.constant_weight for objective in given]
