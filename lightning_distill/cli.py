@@ -109,7 +109,7 @@ _SCHEDULE_FREE = "schedule_free_adamw"
 class _Parser(FlagParser):
     """Knows what gives way."""
 
-    def parse_args(self, *args: Any, **options: Any) -> Namespace:
+    def parse_args(self, *args: Any, **options: Any) -> Namespace:  # type: ignore[override]
         config = super().parse_args(*args, **options)
         clips = config.get(SWITCHES["gradient_clipping"]) is not None
         if clips and config.trainer.gradient_clip_val is not None:

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.regression import PearsonCorrCoef
 
@@ -60,8 +61,10 @@ class DistillationModule(L.LightningModule):
             models' inputs and ``labels``, or a pair ``(inputs, labels)``.
         optimizer: Called with the trainable parameters. Default: AdamW with learning rate 5e-5 for a transformers
             student and 1e-3 for any other.
-        lr_scheduler: Called with the optimizer; returns a scheduler (stepped once an epoch), Lightning's dictionary
-            of scheduler, interval and monitor, or None for no schedule.
+        lr_scheduler: Called with the optimizer; returns any scheduler of torch, Lightning's dictionary of scheduler,
+            interval and monitor, or None for no schedule.
+        lr_scheduler_interval: How often a scheduler moves: once an ``"epoch"`` or every optimizer ``"step"``.
+        lr_scheduler_monitor: The logged metric that a plateau waits for.
         metrics: torchmetrics called with logits and labels of the items that count. Default: accuracy, perplexity for
             language models, Pearson correlation for regression.
         tokenizer: Saved beside the student by :meth:`export`.
@@ -101,7 +104,9 @@ class DistillationModule(L.LightningModule):
         *,
         task: tasks.Task | Literal["auto"] = "auto",
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
-        lr_scheduler: Callable[[Optimizer], Any] | None = None,
+        lr_scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau | dict] | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        lr_scheduler_monitor: str | None = None,
         metrics: Metric | MetricCollection | None = None,
         tokenizer: Any = None,
         teacher_precision: TeacherPrecision | None = None,
@@ -126,7 +131,9 @@ class DistillationModule(L.LightningModule):
         one_of("task", task, ("auto", *get_args(tasks.Task)))
         self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task
         self.tokenizer = tokenizer
+        one_of("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
+        self._schedule = {"interval": lr_scheduler_interval, "monitor": lr_scheduler_monitor}
         self._label_order: Tensor | None = None
         # Whether the classes of both mean the same, so that their predictions can be compared.
         self._same_answers = True
@@ -226,8 +233,18 @@ class DistillationModule(L.LightningModule):
             optimizer: Optimizer = torch.optim.AdamW(parameters, lr=lr)
         else:
             optimizer = self._optimizer(parameters)
-        schedule = None if self._lr_scheduler is None else self._lr_scheduler(optimizer)
-        return optimizer if schedule is None else {"optimizer": optimizer, "lr_scheduler": schedule}
+        schedule: Any = None if self._lr_scheduler is None else self._lr_scheduler(optimizer)
+        if schedule is None:
+            return optimizer
+        if not isinstance(schedule, dict):
+            own = getattr(schedule, "monitor", None)  # Lightning's own plateau has it
+            schedule = {"scheduler": schedule, **self._schedule, **({"monitor": own} if own else {})}
+        if isinstance(schedule["scheduler"], ReduceLROnPlateau) and schedule.get("monitor") is None:
+            raise ValueError(
+                "Expected argument `lr_scheduler_monitor` to be the name of a logged metric, such as 'val_loss', for a "
+                "schedule that waits for a plateau, but got None."
+            )
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A loss that is not finite stops the run before the update, unless the Trainer's own callback says else."""

@@ -30,8 +30,10 @@ _TYPES = {
     "<class 'NoneType'>": "null",
 }
 # Lines that say how jsonargparse tried, not what is wrong.
-_NOISE = ("Given value", "Subtypes:", "Errors:", "Does not validate", "Subclass types expect", "a class path (str)")
-_NOISE += ("a dict with", "Parser key")
+_NOISE = (
+    *("Given value", "Subtypes:", "Errors:", "Does not validate", "Subclass types expect", "a class path (str)"),
+    *("a dict with", "Parser key"),
+)
 _EXPECTED = re.compile(r"Expected an? (typing\.Literal\[.*?\]|<class '.*?'>|.*?)(?:\. Got value: .*)?$", re.MULTILINE)
 
 
@@ -71,7 +73,10 @@ class FlagParser(ArgumentParser):
                 given.append(f"{name}={value}" if equals or following != [None] else name)
             else:
                 given.append(word)
-        config: Namespace = super().parse_args(given, *rest, **options)
+        try:
+            config: Namespace = super().parse_args(given, *rest, **options)
+        except RecursionError:
+            self.error("a file of flags holds itself, or is nested too deep")
         dests = [action.dest for action in self._actions if not action.dest.endswith(".help")]
         for group in {dest.partition(".")[0] for dest in dests if "." in dest}:
             if not isinstance(config.get(group), Namespace):  # jsonargparse lets a file say `trainer: 3`

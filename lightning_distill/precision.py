@@ -19,6 +19,9 @@ TeacherPrecision = Literal["32", "bf16", "16", "int8", "nf4", "fp4"]
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 
 
+_CPU_BLOCK = 32  # outputs that bitsandbytes' 4-bit kernel computes together
+
+
 def load_teacher(teacher: nn.Module | str, precision: TeacherPrecision | None) -> nn.Module:
     """Load a teacher in a precision of its own.
 
@@ -74,7 +77,19 @@ def _quantized(folder: str, precision: str) -> nn.Module:
     # Here, because quantisation imports the callbacks, which this module is below.
     from lightning_distill.quantization import load_in_4bit, load_in_8bit
 
-    return load_in_8bit(folder) if precision == "int8" else load_in_4bit(folder, precision)  # type: ignore[arg-type]
+    if precision == "int8":
+        return load_in_8bit(folder)
+    model: nn.Module = load_in_4bit(folder, precision)  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        import bitsandbytes  # there, since the model is made of it
+
+        for name, module in model.named_modules():
+            if isinstance(module, bitsandbytes.nn.Linear4bit) and module.out_features % _CPU_BLOCK:
+                raise ValueError(
+                    f"Expected argument `teacher_precision` to fit the teacher, but got {precision!r}, whose kernels "
+                    f"on a CPU take widths that {_CPU_BLOCK} divides; `{name}` has {module.out_features}. Use 'int8'."
+                )
+    return model
 
 
 @contextmanager

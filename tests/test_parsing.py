@@ -38,7 +38,9 @@ def test_a_wrong_flag_is_one_line(flags: list[str], said: str, capsys: Any) -> N
     assert capsys.readouterr().err == f"recipe: error: {said}\n"
 
 
-@pytest.mark.parametrize("text", ["trainer: 3", "trainer: [1]", "- 1", "3", "nonsense: 1", "a: *b", "[" * 3000, "\x00"])
+@pytest.mark.parametrize(
+    "text", ["trainer: 3", "data: [1]", "model: null", "3", "nonsense: 1", "a: *b", "a: &a [*a]", "[" * 3000, "\x00"]
+)
 def test_a_wrong_file_of_flags_is_one_line(text: str, tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "config.yaml").write_text(text)
     with pytest.raises(SystemExit, match="2"):

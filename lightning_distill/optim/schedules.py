@@ -9,7 +9,7 @@ from transformers import SchedulerType, get_scheduler
 from lightning_distill.arguments import between, one_of, typed
 
 _TORCH = ("step", "reduce_on_plateau", "one_cycle", "cyclic", "wsd")
-_PLATEAU = ("reduce_on_plateau", "reduce_lr_on_plateau", "greedy")
+_PLATEAU = ("reduce_on_plateau", "reduce_lr_on_plateau", "ReduceLROnPlateau", "greedy")
 
 
 @typed
@@ -31,10 +31,12 @@ def build_lr_scheduler(
         module: The module; its Trainer knows how many steps or epochs there will be.
         optimizer: The optimizer.
         name: ``"step"``, ``"reduce_on_plateau"``, ``"one_cycle"``, ``"cyclic"`` (torch), ``"wsd"`` (warm-up, stable,
-            decay over the last fifth) or any name of ``transformers.get_scheduler`` (``"linear"``, ``"cosine"``, ...).
+            decay over the last fifth), any name of ``transformers.get_scheduler`` (``"linear"``, ``"cosine"``, ...), or
+            any class of ``torch.optim.lr_scheduler`` (``"ExponentialLR"``), whose arguments are all in ``options``.
         interval: The unit of the schedule: it moves on every optimizer step or every epoch, and every length given here
             is counted in it.
-        warmup: Length of the linear warm-up: below 1 a share of the whole, from 1 on a number of units.
+        warmup: Length of the linear warm-up: below 1 a share of the whole, from 1 on a number of units. ``"step"``,
+            plateaus and torch's classes have none.
         min_lr_ratio: For ``"cosine"`` and ``"wsd"``: where it ends, as a share of the learning rate.
         num_training_steps: Length of the whole in units; None takes it from the Trainer.
         monitor: For plateaus: the logged metric that should fall.
@@ -54,8 +56,10 @@ def build_lr_scheduler(
         >>> made["interval"], made["scheduler"].lr_lambdas[0](1), made["scheduler"].lr_lambdas[0](6)
         ('step', 0.5, 0.5)
     """
-    names = [*_TORCH, *(kind.value for kind in SchedulerType)]
-    one_of("name", name, names)
+    own = getattr(lr_scheduler, name, None)
+    by_class = isinstance(own, type) and issubclass(own, lr_scheduler.LRScheduler) and name[0] != "_"
+    if not by_class:
+        one_of("name", name, [*_TORCH, *(kind.value for kind in SchedulerType)])
     one_of("interval", interval, ("step", "epoch"))
     between("warmup", warmup, 0, closed=True)
     between("min_lr_ratio", min_lr_ratio, 0, 1, closed=True)
@@ -70,8 +74,12 @@ def build_lr_scheduler(
         if name == "greedy":
             made = get_scheduler(name, optimizer, scheduler_specific_kwargs=options)
         return {**config, "scheduler": made, "monitor": monitor, "reduce_on_plateau": True}
-    if name == "step":
-        return {**config, "scheduler": lr_scheduler.StepLR(optimizer, **options)}
+    if name == "step" or by_class:
+        make: Any = lr_scheduler.StepLR if name == "step" else own
+        try:
+            return {**config, "scheduler": make(optimizer, **options)}
+        except TypeError as error:
+            raise ValueError(f"Expected argument `options` to fit {name!r}, but got {options}: {error}.") from error
 
     total = _total(module, interval) if num_training_steps is None else num_training_steps
     between("num_training_steps", total, 0)

@@ -47,6 +47,8 @@ def rates(folder: Path, schedule: dict[str, Any], **settings: Any) -> list[float
         ({"name": "step", "interval": "epoch", "options": {"step_size": 1}}, [0.1] * 5 + [0.01] * 5),
         ({"name": "wsd", "warmup": 1}, [0] + [0.1] * 8 + [0.05]),
         ({"name": "constant"}, [0.1] * 10),
+        ({"name": "ExponentialLR", "options": {"gamma": 0.5}}, [0.1 * 0.5**i for i in range(10)]),
+        ({"name": "MultiStepLR", "options": {"milestones": [3, 6]}}, [0.1] * 3 + [0.01] * 3 + [0.001] * 4),
     ],
     ids=str,
 )
