@@ -153,7 +153,7 @@ class EarlyExit(L.Callback):
         self._handles.append(student.register_forward_hook(partial(self._keep_logits, "student")))
         if self._freezes:
             self._handles.append(student.register_forward_hook(self._tie))
-        if isinstance(teacher, nn.Module) and self.teacher_weight:
+        if isinstance(teacher, nn.Module) and self.teacher_weight and not hasattr(pl_module, "teacher_signals"):
             self._handles.append(teacher.register_forward_hook(partial(self._keep_logits, "teacher")))
         if stage == "fit":
             self._prepare_fit(pl_module, student, ramps, len(stack))
@@ -199,10 +199,30 @@ class EarlyExit(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the ramps a parameter group of their own, before the state of the optimizers is loaded."""
+        if self.teacher_weight and hasattr(pl_module, "teacher_signals"):
+            self._listen_to_teacher(pl_module)
         ramps = self._find_student(pl_module).ramps
         assert isinstance(ramps, Ramps)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         _own_group(trainer.optimizers, schedules, list(ramps.parameters()), self.lr)
+
+    def _listen_to_teacher(self, pl_module: Any) -> None:
+        # What the module itself learns from: aligned, and there too where a cache answers and no teacher runs.
+        ask = pl_module.teacher_step
+
+        @wraps(ask)
+        def teacher_step(batch: Any) -> Any:
+            signals = ask(batch)
+            if self._batch is not None:
+                if signals.top_k:
+                    raise ValueError(
+                        "Expected argument `teacher_weight` of `EarlyExit` to come with whole logits of the teacher, "
+                        "but got the best classes alone. Use `TeacherCache(..., top_k=None)`."
+                    )
+                self._logits["teacher"] = signals.logits.detach()
+            return signals
+
+        pl_module.teacher_step = teacher_step
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -237,7 +257,7 @@ class EarlyExit(L.Callback):
             output = step()
             if output is None:
                 return None
-            loss = self._loss(student, depth, batch, getattr(pl_module, "_label_order", None))
+            loss = self._loss(student, depth, batch)
         finally:
             self._end()
         pl_module.log("train_ramps_loss", loss.detach(), batch_size=len(tasks.labels_of(batch)))  # type: ignore[arg-type]
@@ -255,7 +275,7 @@ class EarlyExit(L.Callback):
     def _end(self) -> None:
         self._batch, self._answers, self._logits = None, {}, {}
 
-    def _loss(self, student: nn.Module, depth: int, batch: Any, label_order: Tensor | None) -> Tensor:
+    def _loss(self, student: nn.Module, depth: int, batch: Any) -> Tensor:
         ramps = student.ramps
         assert isinstance(ramps, Ramps)
         if missing := sorted(set(ramps.exits) - self._answers.keys()):
@@ -279,9 +299,7 @@ class EarlyExit(L.Callback):
                     )
                 loss, right = hard_label(logits, labels, mask=mask), labels
                 if self.teacher_weight:
-                    soft = self._logits["teacher"]
-                    soft = soft if label_order is None else soft[..., label_order.to(soft.device)]
-                    share = self.teacher_weight
+                    soft, share = self._logits["teacher"], self.teacher_weight
                     loss = (1 - share) * loss + share * _towards(task, logits, soft, self.temperature, mask)
             if gate is not None:
                 correct = (logits.argmax(-1) == right).to(gate.dtype)
@@ -332,6 +350,7 @@ class EarlyExit(L.Callback):
             handle.remove()
         self._handles = []
         vars(pl_module).pop("training_step", None)
+        vars(pl_module).pop("teacher_step", None)
         if self._frozen:
             self._find_student(pl_module).train()
         for name in self._frozen:

@@ -22,6 +22,7 @@ from lightning_distill.cache import (
     stored_fields,
     tokenizer_fingerprint,
 )
+from lightning_distill.class_names import class_names
 from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import SoftTarget
 from lightning_distill.signals import Signals
@@ -94,6 +95,7 @@ class TeacherCache(L.Callback):
         self.hits = self.misses = 0
         self._store: SignalStore | None = None
         self._module: Any = None
+        self._place = "teacher_signals"  # the method of the module that it stands in for
         self._ask: Callable[[Any], Signals] | None = None
         self._temperatures: tuple[float, ...] = ()
         self._layers: tuple[int, ...] = ()
@@ -144,10 +146,18 @@ class TeacherCache(L.Callback):
                 f"Expected callback `TeacherCache` to be used with rows that come again, but got `on_policy` "
                 f"{module.on_policy}: what a student writes is new each time. Leave the callback out."
             )
+        # Imported here, because the module imports the callbacks.
+        from lightning_distill.module import DistillationModule
+
+        # Beneath the place where classes are put in the student's order, so that the cache is good for every student.
+        # A step of the user's own need not come by there: what it gives is kept, for students of the same classes.
+        self._place = "teacher_signals"
+        if type(module).teacher_step is not DistillationModule.teacher_step:
+            self._place = "teacher_step"
         self._check_objectives(module)
         check_description(self.path, self._settings(module))
-        self._module, self._ask, self._rank = module, module.teacher_step, rank
-        module.teacher_step = self._step
+        self._module, self._ask, self._rank = module, getattr(module, self._place), rank
+        setattr(module, self._place, self._step)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Expect new rows in the first epoch."""
@@ -185,7 +195,7 @@ class TeacherCache(L.Callback):
     def detach(self) -> None:
         """Give the module its teacher back and close the files."""
         if self._module is not None:
-            del self._module.teacher_step
+            vars(self._module).pop(self._place, None)
         if self._store is not None:
             self._store.close()
         self._module = self._ask = self._store = None
@@ -259,6 +269,7 @@ class TeacherCache(L.Callback):
             "dtype": self.dtype,
             "temperatures": [] if self._whole else list(self._temperatures),
             "layers": list(self._layers),
+            "classes": class_names(module.student, "student") if self._place == "teacher_step" else "the teacher's",
         }
 
     def _open(self, fields: dict[str, tuple[str, tuple[int, ...]]]) -> SignalStore:

@@ -1,5 +1,6 @@
 """DistillationModule: a teacher and a student as one LightningModule."""
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -22,6 +23,7 @@ from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.forwards import Forwards
 from lightning_distill.functional.clipping import group_tensors, total_norm
+from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.objectives.objective import named
 from lightning_distill.objectives.vocabulary import deferred_losses, parts
@@ -202,16 +204,31 @@ class DistillationModule(L.LightningModule):
 
     @torch.no_grad()
     def teacher_step(self, batch: Any) -> Signals:
-        """The teacher's forward for a batch, under ``no_grad``, with its classes in the student's order."""
+        """The teacher's signals for a batch, under ``no_grad``, with its classes in the student's order."""
+        return self.in_student_order(self.teacher_signals(batch))
+
+    @torch.no_grad()
+    def teacher_signals(self, batch: Any) -> Signals:
+        """The teacher's forward for a batch, with its classes in its own order: the same whatever the student.
+
+        What answers in the teacher's place, as :class:`~lightning_distill.callbacks.TeacherCache` does, stands here.
+        """
         assert self.teacher is not None
         if self.teacher_precision is None:
-            signals = self.forwards.run("teacher", self.teacher, batch)
-        else:
-            with own_precision(self.teacher_precision, self.device) as dtype:
-                signals = self.forwards.run("teacher", self.teacher, cast_floats(batch, dtype))
-        if self._label_order is not None:
-            signals.logits = signals.logits[..., self._label_order.to(signals.logits.device)]
-        return signals
+            return self.forwards.run("teacher", self.teacher, batch)
+        with own_precision(self.teacher_precision, self.device) as dtype:
+            return self.forwards.run("teacher", self.teacher, cast_floats(batch, dtype))
+
+    def in_student_order(self, signals: Signals) -> Signals:
+        """The teacher's signals with their classes put, by name, in the student's order."""
+        if self._label_order is None:
+            return signals
+        order = self._label_order.to(signals.logits.device)
+        if not signals.top_k:
+            return dataclasses.replace(signals, logits=signals.logits[..., order])
+        places = order.argsort()  # of each of the teacher's classes among the student's
+        top_k = {t: TopK(best.log_probs, places[best.classes]) for t, best in signals.top_k.items()}
+        return dataclasses.replace(signals, top_k=top_k)
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum of the objectives' losses.

@@ -18,13 +18,14 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillationModule, functional, vocabulary
 from lightning_distill.__main__ import main
 from lightning_distill.cache import SignalStore, row_keys
-from lightning_distill.callbacks import TeacherCache
+from lightning_distill.callbacks import EarlyExit, TeacherCache
 from lightning_distill.cli import build_callbacks
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader, TextClassificationData
 from lightning_distill.data.embedded import train_tokenizer
 from lightning_distill.generation import OnPolicyDistillation
 from lightning_distill.objectives import AttentionMap, HardLabel, HiddenState, Objective, SoftTarget
 from lightning_distill.recipe import text_parser
+from lightning_distill.signals import Signals
 from tests.helpers.models import batch, bert, llama
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -199,6 +200,75 @@ def test_data_that_change_are_asked_for_again(tmp_path: Path, caplog: pytest.Log
     fit("causal_lm", tmp_path, TeacherCache(tmp_path / "all"), Changing(12))
     for epoch in (1, 2):
         assert f"none of the 12 rows of epoch {epoch} was in it" in caplog.text
+
+
+def of_classes(names: str, top: str = "SequenceClassification") -> nn.Module:
+    ids = {name: index for index, name in enumerate(names)}
+    return bert(top, label2id=ids, id2label={index: name for name, index in ids.items()}, **STILL)
+
+
+@pytest.mark.parametrize("top_k", [None, 2])
+@pytest.mark.parametrize("task", ["classification", "token_classification"])
+def test_a_cache_is_good_for_students_of_any_order_of_classes(task: Any, top_k: int | None, tmp_path: Path) -> None:
+    head = "TokenClassification" if task == "token_classification" else "SequenceClassification"
+    teacher, data = of_classes("abc", head), batch(task, classes=3)
+    for turn, order in enumerate(("cab", "abc", "bca")):
+        module = DistillationModule(teacher, of_classes(order, head), [SoftTarget(2.0)])
+        plain = module.teacher_step(data).logits
+        cache = TeacherCache(tmp_path / "cache", top_k=top_k, dtype="float32")
+        cache.attach(module)
+        read = module.teacher_step(data)
+        cache.detach()
+        assert (cache.misses > 0) is (turn == 0)
+        counts = torch.ones(len(plain), dtype=torch.bool) if read.mask is None else read.mask
+        if top_k is None:
+            torch.testing.assert_close(read.logits[counts], plain[counts])
+        else:
+            best, classes = plain.div(2.0).log_softmax(-1).topk(2)
+            assert torch.equal(read.top_k[2.0].classes[counts], classes[counts])
+            torch.testing.assert_close(read.top_k[2.0].log_probs[counts], best[counts])
+
+
+class OwnStep(DistillationModule):
+    """A step of the user's own, in the student's order of classes, that does not come by the teacher's signals."""
+
+    def teacher_step(self, batch: Any) -> Signals:
+        return self.in_student_order(self.forwards.run("teacher", self.teacher, batch))
+
+
+def test_a_step_of_the_users_own_is_kept_for_students_of_the_same_classes(tmp_path: Path) -> None:
+    teacher, data = of_classes("abc"), batch("classification", classes=3)
+    for order, misses in (("cab", 4), ("cab", 0), ("bca", None)):
+        module = OwnStep(teacher, of_classes(order), [SoftTarget(2.0)])
+        plain = module.teacher_step(data).logits
+        cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+        if misses is None:
+            with pytest.raises(ValueError, match=r"to be a cache of this teacher.*`classes` is"):
+                cache.attach(module)
+            continue
+        cache.attach(module)
+        torch.testing.assert_close(module.teacher_step(data).logits, plain)
+        cache.detach()
+        assert cache.misses == misses
+
+
+@pytest.mark.parametrize("kind", [DistillationModule, OwnStep])
+def test_early_exit_learns_from_a_cache(kind: type[DistillationModule], tmp_path: Path) -> None:
+    teacher, runs = of_classes("abc"), []
+    for cached in (None, "after", "before", "after"):
+        torch.manual_seed(0)
+        module = kind(teacher, of_classes("cab"), soft())
+        cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+        ramps = EarlyExit(training="two_stage", teacher_weight=0.5)
+        callbacks = {None: [ramps], "after": [ramps, cache], "before": [cache, ramps]}[cached]
+        quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = L.Trainer(max_epochs=2, accelerator="cpu", enable_checkpointing=False, callbacks=callbacks, **quiet)
+        trainer.fit(module, datamodule=Shuffled("classification"))
+        assert not {"teacher_step", "teacher_signals", "training_step"} & vars(module).keys()
+        runs.append(Fit(module.student.state_dict(), {}, module, trainer))
+    assert cache.misses == 0
+    for run in runs[1:]:
+        assert_same(runs[0], run)
 
 
 def test_accumulation(tmp_path: Path) -> None:
