@@ -5,6 +5,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lightning_distill import tasks
+from lightning_distill.class_names import are_placeholders, class_names, class_order
 from lightning_distill.functional import combine_teachers
 
 How = Literal["logits", "probabilities", "sample"]
@@ -13,7 +15,8 @@ How = Literal["logits", "probabilities", "sample"]
 class TeacherEnsemble(nn.Module):
     """A committee of teachers that gives the logits of one.
 
-    Teachers may have any widths and depths, as long as they read the same inputs and answer the same classes. Their
+    Teachers may have any widths and depths, as long as they read the same inputs and answer the same classes. Each is
+    given what it takes of a batch, and its classes are put, by their names, in the order of :attr:`class_names`. Their
     inner signals are reached by module path, such as ``"teachers.0.bert.encoder.layer.2"``.
 
     Args:
@@ -24,7 +27,8 @@ class TeacherEnsemble(nn.Module):
         temperature: Used by ``"probabilities"``: that of the objective that reads the logits.
 
     Raises:
-        ValueError: If there are no teachers, or an argument is out of its range.
+        ValueError: If there are no teachers, an argument is out of its range, or the teachers' configs name other
+            classes, or other numbers of them.
 
     Example:
         >>> import torch
@@ -51,19 +55,26 @@ class TeacherEnsemble(nn.Module):
             raise ValueError(f"Expected argument `how` to be one of {get_args(How)}, but got {how!r}.")
         self.teachers = nn.ModuleList(teachers)
         self.how, self.weights, self.temperature = how, weights or [1.0] * len(teachers), temperature
+        named = {f"teachers[{i}]": class_names(teacher, f"teachers[{i}]") for i, teacher in enumerate(teachers)}
+        known = {role: names for role, names in named.items() if names is not None}
+        #: The names of the classes in the order of the logits: the first teacher's that has names; None if none has.
+        self.class_names: list[str] | None = None
+        self._orders: list[Tensor | None] = [None] * len(teachers)
+        if known:
+            first = next((role for role, names in known.items() if not are_placeholders(names)), next(iter(known)))
+            own = self.class_names = known[first]
+            self._orders = [class_order(own, known[role], first, role) if role in known else None for role in named]
         # Says now what would be wrong at the first batch.
         combine_teachers([torch.zeros(1, 2)] * len(teachers), weights=self.weights, temperature=temperature)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Logits of the committee for the inputs that each teacher takes."""
         if self.how == "sample":
-            drawn = int(torch.multinomial(torch.tensor(self.weights), 1))
-            return _logits(self.teachers[drawn](*args, **kwargs))
-        logits = [_logits(teacher(*args, **kwargs)) for teacher in self.teachers]
+            return self._answer(int(torch.multinomial(torch.tensor(self.weights), 1)), args, kwargs)
+        logits = [self._answer(index, args, kwargs) for index in range(len(self.teachers))]
         return combine_teachers(logits, how=self.how, weights=self.weights, temperature=self.temperature)
 
-
-def _logits(output: Any) -> Tensor:
-    logits = output if isinstance(output, Tensor) else output.logits
-    assert isinstance(logits, Tensor)
-    return logits
+    def _answer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        teacher, order = self.teachers[index], self._orders[index]
+        logits = tasks.logits_of(teacher(*args, **kwargs) if args else tasks.call_model(teacher, kwargs))
+        return logits if order is None else logits[..., order.to(logits.device)]

@@ -408,7 +408,9 @@ class DistillationModule(L.LightningModule):
         return [] if self.teacher is None else tensor_names(self.teacher, "teacher.")
 
     def setup(self, stage: str) -> None:
-        """Refuse a Trainer that would train or save something else than is meant."""
+        """Refuse a Trainer that would train or save something else than is meant, and data of other classes."""
+        if self.task not in tasks.LANGUAGE_MODELS:
+            preflight.check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
         if stage == "fit":
             parallel.check_trainer(self.trainer, self.student, self.teacher)
             parallel.look_for_unused(self.trainer.strategy, self._each_objective().values())

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_distill import tasks
-from lightning_distill.teacher import align_labels
+from lightning_distill.class_names import class_names, class_order
 
 if TYPE_CHECKING:
     from lightning_distill.signals import Signals
@@ -31,7 +31,7 @@ def check_pair(
 
     Returns:
         None where the classes are in the same order; otherwise the index that puts the teacher's classes in the
-        student's order (see :func:`lightning_distill.teacher.align_labels`).
+        student's order (see :func:`lightning_distill.class_names.class_order`).
 
     Raises:
         ValueError: If the two share a parameter, or their vocabularies, numbers of classes or label names differ.
@@ -43,10 +43,35 @@ def check_pair(
             check_vocabulary(student, teacher, padded=True)
         return None
     _check_equal("num_labels", student_config, teacher_config, "Load both with the same number of classes.")
-    student_labels, teacher_labels = (getattr(config, "label2id", None) for config in (student_config, teacher_config))
-    if task == "regression" or not student_labels or not teacher_labels:
-        return None
-    return align_labels(student_labels, teacher_labels)
+    names, teacher_names = class_names(student, "student"), class_names(teacher, "teacher")
+    return None if names is None or teacher_names is None else class_order(names, teacher_names)
+
+
+def check_data_classes(model: nn.Module, data: Any) -> None:
+    """Refuse data whose classes are numbered in another order than those of a model.
+
+    Args:
+        model: The model that learns from the data, or is tested on it.
+        data: A LightningDataModule with ``label_names``, as :class:`lightning_distill.data.TextClassificationData`;
+            anything else is taken as it is.
+
+    Raises:
+        ValueError: If both name their classes, and their numbers or names differ, or their order.
+    """
+    names, of_data = class_names(model, "student"), getattr(data, "label_names", None)
+    # Labels that are whole numbers are the names of nothing.
+    if (
+        not names
+        or not of_data
+        or not isinstance(of_data, (list, tuple))
+        or all(str(name).lstrip("-").isdigit() for name in of_data)
+    ):
+        return
+    if class_order(names, of_data, "student", "the data") is not None:
+        raise ValueError(
+            f"Expected the data to number their classes as the student does, {names}, but got {list(of_data)}. Pass "
+            f"`label_names={names}` to the data."
+        )
 
 
 _ANOTHER_TOKENIZER = (

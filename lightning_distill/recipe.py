@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from lightning_distill.callbacks import GPTQ
+from lightning_distill.class_names import are_placeholders, class_names, class_order
 from lightning_distill.cli import make_trainer
 from lightning_distill.data import TextClassificationData
 from lightning_distill.measure import latency_ms
@@ -20,7 +21,6 @@ from lightning_distill.phases import Run, student_parser
 from lightning_distill.pretrained import has_head, load_pretrained, read_config
 from lightning_distill.quantization import load, use_kernels
 from lightning_distill.report import Column
-from lightning_distill.teacher import has_placeholder_labels
 
 # Small models from scratch want a higher learning rate than pretrained ones, and a teacher wants to be trained out.
 GIVEN = {"lr": 8e-5, "epochs": 3, "teacher_epochs": 3}
@@ -89,10 +89,16 @@ class TextRun(Run):
             return _with_new_head(path, id2label=teacher.id2label, label2id=teacher.label2id)
         student = super().load_student(path)
         # The labels of the data are numbered as the teacher numbers them.
-        numbers: list[Any] = [config.label2id for config in (student.config, teacher)]
-        if not any(map(has_placeholder_labels, numbers)) and numbers[0] != numbers[1]:
-            own, others = (sorted(labels, key=labels.get) for labels in numbers)
-            raise ValueError(f"--model.student has the classes {own}, and --model.teacher {others}, in this order")
+        own = class_names(student, "--model.student")
+        names = [class_names(self.teacher, "--model.teacher"), self.data.label_names]
+        for others, what in zip(names, ("--model.teacher", "the data"), strict=True):
+            if (
+                own
+                and others
+                and not _are_numbers(others)
+                and class_order(own, others, "--model.student", what) is not None
+            ):
+                raise ValueError(f"--model.student has the classes {own}, and {what} {others}, in this order")
         return student
 
     def quantize(self) -> None:
@@ -217,15 +223,34 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
             f"{path}: the teacher has no fine-tuned head; --model.finetune_teacher true fine-tunes it on the data first"
         )
     teacher = load_pretrained(path, "--model.teacher")
-    if arguments["label_names"] is None and not has_placeholder_labels(teacher.config.label2id):
-        arguments["label_names"] = [teacher.config.id2label[index] for index in range(teacher.config.num_labels)]
+    names, given = class_names(teacher, "--model.teacher") or [], arguments["label_names"]
+    if given is None and not are_placeholders(names):
+        arguments["label_names"] = names
+    # Other names may say what the data call the teacher's classes; the same in another order cannot.
+    same = given and sorted(map(str.casefold, given)) == sorted(map(str.casefold, names))
+    if same and class_order(names, given, "--model.teacher", "--data.label_names") is not None:
+        raise ValueError(f"--data.label_names has the classes {given}, and --model.teacher {names}, in this order")
     data = TextClassificationData(**arguments)
+    if given is None and are_placeholders(names) and data.label_names:
+        if are_placeholders(data.label_names):
+            # A class of the teacher may have no row.
+            data = TextClassificationData(**{**arguments, "label_names": [*names, *data.label_names[len(names) :]]})
+        elif data.hub_dataset is None and not _are_numbers(data.label_names):
+            raise ValueError(
+                f"the config of {path} does not name the teacher's classes, so the labels {data.label_names} of the "
+                "data could mean any of them; name them in the teacher's order with --data.label_names"
+            )
     if data.num_labels != teacher.config.num_labels:
         raise ValueError(
             f"the data have {data.num_labels} classes and the teacher {teacher.config.num_labels}; "
             "--model.finetune_teacher true gives it a new head"
         )
     return data, teacher
+
+
+def _are_numbers(names: list[str]) -> bool:
+    """Whether labels are numbers, which have an order of their own and are the names of nothing."""
+    return all(name.lstrip("-").isdigit() for name in names)
 
 
 def _with_new_head(path: str, **labels: Any) -> transformers.PreTrainedModel:

@@ -54,10 +54,7 @@ def infer_task(model: nn.Module) -> Task:
     config = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
         return "classification"
-    name = type(model).__name__
-    # A class of the user's own is what it is derived from, whatever its name.
-    names = [kind.__name__ for kind in type(model).__mro__]
-    task = next((task for name in names for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
+    name, task = type(model).__name__, _task_of_class(type(model))
     problem = getattr(config, "problem_type", None)
     if task is None or problem == "multi_label_classification":
         what = f"`problem_type={problem!r}`" if task else f"a `{name}`"
@@ -68,6 +65,17 @@ def infer_task(model: nn.Module) -> Task:
     if task == "classification" and (problem == "regression" or getattr(config, "num_labels", 2) == 1):
         return "regression"
     return task
+
+
+def _task_of_class(kind: type) -> Task | None:
+    # A class of the user's own is what it is derived from, whatever its name.
+    names = [base.__name__ for base in kind.__mro__]
+    return next((task for name in names for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a transformers model answers with words, so that the names of classes in its config mean nothing."""
+    return _task_of_class(type(model)) in LANGUAGE_MODELS
 
 
 def labels_of(batch: Any) -> Tensor | None:

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
+from lightning_distill.class_names import class_order
+
 _TEACHER = "teacher."
 
 
@@ -107,31 +109,23 @@ def align_labels(student_labels: dict[str, int], teacher_labels: dict[str, int])
         teacher_labels: The teacher's ``label2id``.
 
     Returns:
-        None where the orders agree or one side has only transformers' placeholder names (``LABEL_0``); otherwise an
-        int64 tensor ``index`` of shape ``[classes]`` so that ``teacher_logits[..., index]`` is in the student's order.
+        None where the orders agree (transformers' placeholder ``LABEL_0`` stands for class 0, whatever its name);
+        otherwise an int64 tensor ``index`` of shape ``[classes]`` so that ``teacher_logits[..., index]`` is in the
+        student's order.
 
     Raises:
-        ValueError: If the names differ, so that no order can be right.
+        ValueError: If the names differ, so that no order can be right; see
+            :func:`lightning_distill.class_names.class_order`.
 
     Example:
         >>> from lightning_distill.teacher import align_labels
         >>> align_labels({"no": 0, "yes": 1}, {"yes": 0, "no": 1})
         tensor([1, 0])
     """
-    if (
-        has_placeholder_labels(student_labels)
-        or has_placeholder_labels(teacher_labels)
-        or student_labels == teacher_labels
-    ):
-        return None
-    if set(student_labels) != set(teacher_labels):
-        raise ValueError(
-            "Expected arguments `student` and `teacher` to name the same classes, but got "
-            f"{sorted(student_labels)} and {sorted(teacher_labels)}. Give the student the teacher's `id2label` and "
-            "`label2id`, or train a teacher on the student's classes."
-        )
-    names = sorted(student_labels, key=student_labels.__getitem__)
-    return torch.tensor([teacher_labels[name] for name in names])
+    student_names, teacher_names = (
+        sorted(labels, key=labels.__getitem__) for labels in (student_labels, teacher_labels)
+    )
+    return class_order(student_names, teacher_names)
 
 
 def has_placeholder_labels(labels: dict[str, int]) -> bool:

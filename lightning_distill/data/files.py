@@ -12,6 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_distill.class_names import placeholder, placeholder_index
+
+#: A label LABEL_<i> beyond this is taken for a mistake.
+MOST_CLASSES = 100_000
+
 
 class Table(NamedTuple):
     """Columns of a file, and where each row came from.
@@ -249,6 +254,9 @@ def scores(table: Table, column: str) -> list[float]:
 def label_names(table: Table, column: str) -> list[str]:
     """Name the classes of a training file, in the order of their ids: whole numbers by size, strings by alphabet.
 
+    Names that transformers makes up say which class they are: ``LABEL_10`` is class 10, whether there are rows of class
+    9 or not.
+
     Args:
         table: the rows to train on.
         column: the label column.
@@ -270,6 +278,13 @@ def label_names(table: Table, column: str) -> list[str]:
         )
     if all(re.fullmatch(r"-?\d+", name) for name in names):
         return sorted(names, key=int)
+    if classes := [index for name in names if (index := placeholder_index(name)) is not None]:
+        if len(classes) < len(names) or max(classes) > MOST_CLASSES:
+            raise ValueError(
+                f"{table.name}: column {column!r} holds {placeholder(max(classes))!r}, which says which class it is, "
+                f"beside {len(names) - 1} other labels, which do not fit; set `label_names` to their names in order"
+            )
+        return [placeholder(index) for index in range(max(classes) + 1)]
     if all(map(_is_number, names)):
         row = next(row for row, name in enumerate(_labels(table, column)) if not re.fullmatch(r"-?\d+", name))
         raise table.error(row, f"the label {table.columns[column][row]!r} is a fraction; set task to 'regression'")

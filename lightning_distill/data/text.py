@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import typed
+from lightning_distill.class_names import are_placeholders
 from lightning_distill.data import files, hub
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
 from lightning_distill.data.files import Table
@@ -286,6 +287,8 @@ class TextClassificationData(TextData):
         found = self._found_label_names
         if all(label.isdigit() for label in found) and not set(found) <= set(names):
             names = [str(index) for index in range(len(names))]  # the column holds ids, the names were given
+        elif are_placeholders(found) and not set(found) <= set(names):
+            names = found[: len(names)]  # they are ids too
         source = "`label_names`" if self._given_label_names else self._tables["train"].name
         return files.label_ids(table, self.label_column, names, source)
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_distill import tasks
 from lightning_distill.arguments import between
+from lightning_distill.class_names import class_names
 from lightning_distill.early_exit.criteria import Criterion, State, criterion_from
 from lightning_distill.early_exit.ramps import Ramps
 from lightning_distill.early_exit.walk import (
@@ -61,7 +62,8 @@ class EarlyExitModel(L.LightningModule):
             end of the batch and taking them out copies nothing. The order of the answers is the batch's all the same.
 
     Raises:
-        ValueError: If the student has no ramps, a threshold is out of range, or an exit has no ramp.
+        ValueError: If the student has no ramps or those of other classes, a threshold is out of range, or an exit has
+            no ramp.
 
     Example:
         >>> import torch
@@ -93,8 +95,11 @@ class EarlyExitModel(L.LightningModule):
                 f"Expected argument `student` to hold ramps, but this `{type(student).__name__}` has none. Pass "
                 "`make_ramps(student)` and train them, or train with the callback EarlyExit."
             )
+        ramps.check_classes(student)
         student.ramps = ramps
         self.student = student
+        #: The names of the classes in the order of the logits, None where the student has none.
+        self.class_names = class_names(student, "student")
         self.layers = ramps.stack(student)
         self.criterion = ramps.criterion if criterion is None else criterion
         self.temperatures = {int(layer): float(value) for layer, value in (temperatures or {}).items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_distill import tasks
 from lightning_distill.arguments import integer, one_of, typed
+from lightning_distill.class_names import class_names, class_order
 from lightning_distill.early_exit.criteria import Confidence, Criterion, criterion_from
 from lightning_distill.initialization import Policy, initialize
 from lightning_distill.signals import describe, find_layers, get_submodule
@@ -109,6 +110,7 @@ class Ramps(nn.ModuleDict):
         task: What the student answers.
         criterion: When an exit is sure, as :meth:`Criterion.config` describes it; one that needs gates gives the
             ramps gates. None for :class:`Confidence`.
+        class_names: The names of the classes in the order of the logits, where the student has names.
     """
 
     def __init__(
@@ -122,6 +124,7 @@ class Ramps(nn.ModuleDict):
         layers: str | None = None,
         task: tasks.Task = "classification",
         criterion: dict[str, Any] | None = None,
+        class_names: list[str] | None = None,
     ) -> None:
         sureness = Confidence() if criterion is None else criterion_from(criterion)
         gate = sureness.needs_gate
@@ -137,6 +140,7 @@ class Ramps(nn.ModuleDict):
             "layers": layers,
             "task": task,
             "criterion": sureness.config(),
+            "class_names": class_names,
         }
 
     def forward(self, x: Any) -> Any:
@@ -153,6 +157,22 @@ class Ramps(nn.ModuleDict):
             token_mask = token_mask[:, -hidden_state.shape[1] :]  # a cache may hold what came before
         logits, gate = self[str(layer)](hidden_state, token_mask)
         return logits, gate
+
+    def check_classes(self, student: nn.Module) -> None:
+        """Refuse a student whose classes are not those of the ramps, in the same order.
+
+        Args:
+            student: The student that is to answer where no ramp is sure.
+
+        Raises:
+            ValueError: If both name their classes, and otherwise.
+        """
+        names, own = class_names(student, "student"), self.config["class_names"]
+        if names and own and class_order(own, names, "ramps", "student") is not None:
+            raise ValueError(
+                f"Expected argument `student` to have the ramps' classes in their order, {own}, but got {names}. "
+                "Load the student that the ramps were trained behind."
+            )
 
     def save(self, folder: Path, **config: Any) -> None:
         """Write ``ramps.safetensors`` and ``early_exit.json``.
@@ -348,7 +368,17 @@ def make_ramps(
     causal = any(getattr(module, "is_causal", False) for module in stack[0].modules())
     pooling: Pooling = "none" if task == "token_classification" else "last" if causal else "first"
     described = None if criterion is None else criterion.config()
-    made = Ramps(chosen, sizes, num_outputs, kind, pooling, layers=layers, task=task, criterion=described)
+    made = Ramps(
+        chosen,
+        sizes,
+        num_outputs,
+        kind,
+        pooling,
+        layers=layers,
+        task=task,
+        criterion=described,
+        class_names=class_names(student, "student"),
+    )
     # Each ramp alone: as a dictionary they would look like layers that follow each other.
     for index, ramp in enumerate(made.values()):
         initialize(ramp, init, seed=seed + index)
