@@ -1,13 +1,14 @@
 """The two forwards of a step, and what they leave behind for the objectives."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from lightning_distill import tasks
+from lightning_distill.inputs import InputCheck
 from lightning_distill.objectives.objective import Objective
 from lightning_distill.objectives.vocabulary import can_defer
 from lightning_distill.signals import Recorder, Request, Signals, find_decoder
@@ -21,11 +22,22 @@ class Forwards:
         task: What a batch asks for.
         objectives: By name.
         shared_words: Number of words that both vocabularies have, where the larger one is padded.
+        headless: The roles, ``"student"`` or ``"teacher"``, whose model gives no logits.
+        own_teacher_inputs: Whether a batch without the teacher's own inputs is refused.
     """
 
-    def __init__(self, task: tasks.Task, objectives: Mapping[str, Objective], shared_words: int | None) -> None:
-        self.task, self.objectives, self.shared_words = task, objectives, shared_words
+    def __init__(
+        self,
+        task: tasks.Task,
+        objectives: Mapping[str, Objective],
+        shared_words: int | None,
+        headless: Collection[str] = (),
+        own_teacher_inputs: bool = False,
+    ) -> None:
+        self.task, self.objectives, self.shared_words, self.headless = task, objectives, shared_words, headless
+        self.own_teacher_inputs = own_teacher_inputs
         self._recorders: dict[str, Recorder] = {}
+        self._checks: dict[str, InputCheck] = {}
         # Heads onto a large vocabulary that are kept from making logits during this step, their inputs, and the roles
         # whose heads turned out to be understood (or, False, not to be).
         self._heads: dict[str, Head] = {}
@@ -43,8 +55,18 @@ class Forwards:
         Returns:
             What it leaves behind, with empty logits where they are deferred.
         """
-        recorder, batch = self._recorder(role, model), tasks.batch_of(role, batch)
-        logits = tasks.logits_of(tasks.call_model(model, batch))
+        own = tasks.batch_of(role, batch)
+        if role == "teacher" and self.own_teacher_inputs and own is batch:
+            raise ValueError(
+                "Expected a batch to have the teacher's own inputs, because its tokenizer is not the student's, but "
+                f"got {sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__}. Add `teacher_input_ids` "
+                "and `teacher_attention_mask`."
+            )
+        recorder, batch = self._recorder(role, model), own
+        self.look(role, model, batch)
+        output = tasks.call_model(model, batch)
+        self._checks[role].after()
+        logits = tasks.no_logits(self.task, output) if role in self.headless else tasks.logits_of(output)
         captured = recorder.take()
         deferred = None
         if (head := self._heads.get(role)) is not None:
@@ -107,8 +129,26 @@ class Forwards:
             self._recorders[role] = Recorder(model, request)
         return self._recorders[role]
 
+    def look(self, role: str, model: nn.Module, batch: Any) -> None:
+        """Refuse what a model cannot read, see :class:`~lightning_distill.inputs.InputCheck`.
+
+        Args:
+            role: ``"student"`` or ``"teacher"``.
+            model: The model.
+            batch: As the model reads it.
+        """
+        if role not in self._checks:
+            rotary_limit = role == "student" and self.task == "causal_lm"
+            self._checks[role] = InputCheck(model, role, rotary_limit=rotary_limit)
+        self._checks[role].before(batch)
+
+    def look_again(self) -> None:
+        """Look at the next batch too where a look is not free: it is of other data."""
+        for check in self._checks.values():
+            check.look_again()
+
     def release_hooks(self) -> None:
         """Take every hook off the two models until the next forward."""
-        for recorder in self._recorders.values():
-            recorder.remove()
-        self._recorders = {}
+        for holder in (*self._recorders.values(), *self._checks.values()):
+            holder.remove()
+        self._recorders, self._checks = {}, {}

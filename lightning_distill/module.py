@@ -75,10 +75,14 @@ class DistillationModule(L.LightningModule):
             bitsandbytes, all but the classifier). None: what the Trainer says.
         gradient_checkpointing: Whether the layers of a transformers student keep only their inputs and run again in the
             backward: less memory for one more forward of them.
+        own_teacher_inputs: Whether each batch has the teacher's inputs under keys that begin with ``teacher_``
+            (``teacher_input_ids``, ``teacher_attention_mask``), because its tokenizer is another one.
 
     Raises:
         ValueError: If student and teacher cannot be compared (shared parameters; other numbers of classes,
-            vocabularies or label names), two objectives have one name, or an objective does not fit the pair.
+            vocabularies, tokenizers or label names), two objectives have one name, or an objective does not fit the
+            pair.
+        TypeError: If a model has no forward, or gives no logits and an objective reads them.
 
     Example:
         >>> import lightning as L, torch
@@ -113,6 +117,7 @@ class DistillationModule(L.LightningModule):
         tokenizer: Any = None,
         teacher_precision: TeacherPrecision | None = None,
         gradient_checkpointing: bool = False,
+        own_teacher_inputs: bool = False,
     ) -> None:
         super().__init__()
         # It is about sharding, and `configure_model` does nothing without it.
@@ -122,6 +127,7 @@ class DistillationModule(L.LightningModule):
         ignored = ["objectives", "optimizer", "lr_scheduler", "metrics", "tokenizer"]
         models = {"teacher": teacher, "student": student}
         ignored += [name for name, model in models.items() if not isinstance(model, str)]
+        ignored += [] if own_teacher_inputs else ["own_teacher_inputs"]
         self.save_hyperparameters(ignore=ignored)
 
         self.student = load_pretrained(student, "student").train()
@@ -150,14 +156,33 @@ class DistillationModule(L.LightningModule):
                 else [HardLabel()]
             )
         self.objectives = nn.ModuleDict(named(objectives))
-        self.forwards = Forwards(self.task, self._each_objective(), self._bind())
+        headless = self._check_models()
+        one_of("own_teacher_inputs", own_teacher_inputs, (False, True))
+        self._own_teacher_inputs = own_teacher_inputs
+        shared_words = self._bind(headless)
+        self.forwards = Forwards(
+            self.task, self._each_objective(), shared_words, headless, own_teacher_inputs=self._own_teacher_inputs
+        )
 
         self._metrics = nn.ModuleDict()
         for stage in _STAGES:
             agreement = PearsonCorrCoef() if self.task == "regression" else MeanMetric()
             self._metrics[stage] = nn.ModuleDict({"scores": self._scores(metrics, stage), "agreement": agreement})
 
-    def _bind(self) -> int | None:
+    def _check_models(self) -> set[str]:
+        """Refuse models that do not run or do not answer; returns the roles of those that give no logits."""
+        headless = set()
+        for role, model in (("student", self.student), ("teacher", self.teacher)):
+            step = f"{role}_step"
+            # Who calls a model in a way of their own knows what it gives.
+            if model is None or getattr(type(self), step) is not getattr(DistillationModule, step):
+                continue
+            preflight.check_forward(model, role)
+            if not preflight.check_answers(model, role, self._each_objective()):
+                headless.add(role)
+        return headless
+
+    def _bind(self, headless: set[str]) -> int | None:
         """Tell the objectives the two models; returns the number of words that padded vocabularies share."""
         shared_words = None
         if self.teacher is None:
@@ -172,11 +197,17 @@ class DistillationModule(L.LightningModule):
             comparing = [o.any_vocabulary for o in objectives if o.needs_teacher and o.reads_logits]
             any_vocabulary = bool(comparing) and all(comparing)
             self._label_order = preflight.check_pair(
-                self.student, self.teacher, self.task, any_vocabulary=any_vocabulary
+                self.student,
+                self.teacher,
+                self.task,
+                any_vocabulary=any_vocabulary,
+                same_answers=not headless,
+                own_inputs=self._own_teacher_inputs,
             )
+            self._own_teacher_inputs |= any_vocabulary and preflight.other_tokenizers(self.student, self.teacher)
             if self.task in tasks.LANGUAGE_MODELS and not any_vocabulary:
                 shared_words = preflight.shared_words(self.student, self.teacher)
-            self._same_answers = not any_vocabulary
+            self._same_answers = not any_vocabulary and not headless
             student_info, teacher_info = describe(self.student), describe(self.teacher)
         for objective in self._each_objective().values():
             objective.bind(student_info, teacher_info)
@@ -272,6 +303,8 @@ class DistillationModule(L.LightningModule):
 
     def forward(self, batch: Any) -> Tensor:
         """Logits of the student for a batch, as the student gives them."""
+        batch = tasks.batch_of("student", batch)
+        self.forwards.look("student", self.student, batch)
         return tasks.logits_of(tasks.call_model(self.student, batch))
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
@@ -323,14 +356,15 @@ class DistillationModule(L.LightningModule):
         assert isinstance(scores, MetricCollection)
         assert isinstance(agreement, Metric)
         compares = teacher is not None and self._same_answers
+        scored = student.labels is not None and "student" not in self.forwards.headless
         for part, of_teacher in parts(student, teacher if compares else None):
             if of_teacher is not None:
                 agreement.update(*tasks.agreement(self.task, part, of_teacher))
-            if part.labels is not None:
+            if scored:
                 scores.update(*tasks.flatten(self.task, part.logits, part.labels, part.mask))
         if compares:
             self.log(f"{stage}_agreement", agreement, prog_bar=True)
-        if student.labels is not None:
+        if scored:
             self.log_dict(scores, prog_bar=True)
 
     def _check_batch(self, batch: Any) -> None:
@@ -346,9 +380,11 @@ class DistillationModule(L.LightningModule):
             return
         field = "vocab_size" if self.task in tasks.LANGUAGE_MODELS else "num_labels"
         config, name = getattr(self.student, "config", None), f"a batch of the {where} data"
-        preflight.check_batch(self.task, batch, getattr(config, field, None), name)
-        if self.task == "causal_lm":
-            preflight.check_length(batch, config, name)
+        # What the config of a body says of classes is a default that nobody chose.
+        num_classes = None if "student" in self.forwards.headless else getattr(config, field, None)
+        preflight.check_batch(self.task, batch, num_classes, name)
+        if where not in self._checked:
+            self.forwards.look_again()
         self._checked.add(where)
 
     def _signals(self, batch: Any, with_teacher: bool) -> tuple[Signals, Signals | None]:
@@ -357,6 +393,8 @@ class DistillationModule(L.LightningModule):
         models: dict[str, Any] = {}
         if own == (DistillationModule.student_step, DistillationModule.teacher_step):
             models = {"student": self.student} | ({"teacher": self.teacher} if with_teacher else {})
+            # Before the teacher runs, so that what the student cannot read is said first.
+            self.forwards.look("student", self.student, tasks.batch_of("student", batch))
         with self.forwards.deferring(models):
             teacher = self.teacher_step(batch) if with_teacher else None
             student = self.student_step(batch)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import lightning as L
 import torch
 import transformers
 from torch import Tensor, nn
@@ -14,11 +15,61 @@ from lightning_distill import tasks
 from lightning_distill.class_names import class_names, class_order
 
 if TYPE_CHECKING:
+    from lightning_distill.objectives import Objective
     from lightning_distill.signals import Signals
 
 
+def check_forward(model: nn.Module, name: str) -> None:
+    """Refuse a module without a forward of its own, such as a LightningModule that computes all in its steps.
+
+    Args:
+        model: The module.
+        name: What the argument is called.
+
+    Raises:
+        TypeError: If so.
+    """
+    # A module says that it has none by a function of its base class that raises.
+    if type(model).forward in (nn.Module.forward, L.LightningModule.forward) and "forward" not in vars(model):
+        raise TypeError(
+            f"Expected argument `{name}` to be a module with a forward, but got a `{type(model).__name__}` that "
+            "has none. Define `forward` to return logits, or pass the network inside it."
+        )
+
+
+def check_answers(model: nn.Module, name: str, objectives: Mapping[str, "Objective"]) -> bool:
+    """Whether a model gives logits; one that gives none is refused where an objective reads them.
+
+    Args:
+        model: The model.
+        name: What the argument is called: ``"student"`` or ``"teacher"``.
+        objectives: By name.
+
+    Returns:
+        False for a transformers model without a head, True for any other module.
+
+    Raises:
+        TypeError: If it has no head and an objective needs one.
+    """
+    if tasks.gives_logits(model):
+        return True
+    if readers := [key for key, o in objectives.items() if o.reads_logits and (name == "student" or o.needs_teacher)]:
+        raise TypeError(
+            f"Expected argument `{name}` to be a model that gives `logits`, which {readers} read, but got a "
+            f"`{type(model).__name__}`. Load it with a head, for example by `AutoModelForSequenceClassification`, or "
+            "leave only objectives on hidden states, attention or modules."
+        )
+    return False
+
+
 def check_pair(
-    student: nn.Module, teacher: nn.Module, task: tasks.Task, *, any_vocabulary: bool = False
+    student: nn.Module,
+    teacher: nn.Module,
+    task: tasks.Task,
+    *,
+    any_vocabulary: bool = False,
+    same_answers: bool = True,
+    own_inputs: bool = False,
 ) -> Tensor | None:
     """Refuse a student and a teacher that cannot be compared.
 
@@ -28,20 +79,26 @@ def check_pair(
         task: The name of the task.
         any_vocabulary: Whether no objective compares word with word, so that a language model's vocabularies may
             differ.
+        same_answers: Whether both answer, so that their classes must be the same ones.
+        own_inputs: Whether the teacher reads inputs of its own, so that their tokenizers may differ.
 
     Returns:
         None where the classes are in the same order; otherwise the index that puts the teacher's classes in the
         student's order (see :func:`lightning_distill.class_names.class_order`).
 
     Raises:
-        ValueError: If the two share a parameter, or their vocabularies, numbers of classes or label names differ.
+        ValueError: If the two share a parameter, or their vocabularies, tokenizers, numbers of classes or label names
+            differ.
     """
     check_not_shared(student, teacher)
-    student_config, teacher_config = getattr(student, "config", None), getattr(teacher, "config", None)
-    if task in tasks.LANGUAGE_MODELS:
-        if not any_vocabulary:
-            check_vocabulary(student, teacher, padded=True)
+    words = task in tasks.LANGUAGE_MODELS
+    if words and same_answers and not any_vocabulary:
+        _check_sizes(student, teacher, padded=True, advice=_ANOTHER_TOKENIZER)
+    if not any_vocabulary and not own_inputs:
+        _check_tokenizers(student, teacher, _ANOTHER_TOKENIZER if words else _OWN_INPUTS)
+    if words or not same_answers:
         return None
+    student_config, teacher_config = getattr(student, "config", None), getattr(teacher, "config", None)
     _check_equal("num_labels", student_config, teacher_config, "Load both with the same number of classes.")
     names, teacher_names = class_names(student, "student"), class_names(teacher, "teacher")
     return None if names is None or teacher_names is None else class_order(names, teacher_names)
@@ -78,6 +135,10 @@ _ANOTHER_TOKENIZER = (
     "Give the student the teacher's tokenizer, or, where they read text in different words, learn by "
     "`objectives.UniversalLogit` in place of the objectives that compare word with word."
 )
+_OWN_INPUTS = (
+    "Give the student the teacher's tokenizer, or put what the teacher reads into the batch as `teacher_input_ids`, "
+    "`teacher_attention_mask` and so on, and pass `own_teacher_inputs=True`."
+)
 
 
 def check_vocabulary(
@@ -94,26 +155,68 @@ def check_vocabulary(
     Raises:
         ValueError: If their vocabularies differ in size, or the tokenizers beside their weights differ.
     """
-    configs = getattr(student, "config", None), getattr(teacher, "config", None)
+    _check_sizes(student, teacher, padded=padded, advice=advice)
+    _check_tokenizers(student, teacher, advice)
+
+
+def _check_sizes(student: nn.Module, teacher: nn.Module, *, padded: bool, advice: str) -> None:
     if not padded or shared_words(student, teacher) is None:
-        _check_equal("vocab_size", *configs, advice)
-    paths = [getattr(config, "name_or_path", "") for config in configs]
-    if paths[0] == paths[1] or not all(paths):
-        return
-    vocabularies = [_vocabulary(path) for path in paths]
-    if None not in vocabularies and vocabularies[0] != vocabularies[1]:
+        _check_equal("vocab_size", getattr(student, "config", None), getattr(teacher, "config", None), advice)
+
+
+def _check_tokenizers(student: nn.Module, teacher: nn.Module, advice: str) -> None:
+    if other_tokenizers(student, teacher):
+        paths = [model.config.name_or_path for model in (student, teacher)]  # type: ignore[union-attr]
         raise ValueError(
             "Expected arguments `student` and `teacher` to have the same tokenizer, but those of "
             f"{paths[0]!r} and {paths[1]!r} give other ids to the same tokens. {advice}"
         )
 
 
-def _vocabulary(path: str) -> Any:
-    """The tokens in a model's ``tokenizer.json``; None where there is none on this machine."""
+def other_tokenizers(student: nn.Module, teacher: nn.Module) -> bool:
+    """Whether the tokenizers beside the weights of two models are known to differ.
+
+    Args:
+        student: The model that learns.
+        teacher: The model that is imitated.
+
+    Returns:
+        False also where one of them has no tokenizer on this machine.
+    """
+    paths = [getattr(getattr(model, "config", None), "name_or_path", "") for model in (student, teacher)]
+    if paths[0] == paths[1] or not all(paths):
+        return False
+    first, second = (_vocabulary(path) for path in paths)
+    if first is None or second is None or type(first[0]) is not type(second[0]):
+        return False
+    # Tokens added to one of them alone are ids that the other model has not, or has and never saw.
+    added = first[1].keys() & second[1].keys()
+    return first[0] != second[0] or any(first[1][index] != second[1][index] for index in added)
+
+
+def _vocabulary(path: str) -> tuple[Any, dict[int, str]] | None:
+    """The tokens of the tokenizer in a model's folder, and those added to it by id; None where there is none here."""
+    file = _local_file(path, "tokenizer.json")
+    if file is not None:
+        tokenizer = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = tokenizer["model"].get("vocab")
+        # A unigram model lists its tokens in the order of their ids, each with a score that is no part of its meaning.
+        if isinstance(vocabulary, list):
+            vocabulary = {token: index for index, (token, _) in enumerate(vocabulary)}
+        return vocabulary, {token["id"]: token["content"] for token in tokenizer.get("added_tokens") or []}
+    if (file := _local_file(path, "vocab.json")) is not None:
+        return json.loads(file.read_text(encoding="utf-8")), {}
+    if (file := _local_file(path, "vocab.txt")) is not None:
+        words = file.read_text(encoding="utf-8").splitlines()
+        return {word: index for index, word in enumerate(words)}, {}
+    return None
+
+
+def _local_file(path: str, name: str) -> Path | None:
     file = transformers.utils.cached_file(
-        path, "tokenizer.json", local_files_only=True, _raise_exceptions_for_missing_entries=False
+        path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
     )
-    return None if file is None else json.loads(Path(file).read_text())["model"].get("vocab")
+    return None if file is None else Path(file)
 
 
 def shared_words(student: nn.Module, teacher: nn.Module) -> int | None:
@@ -186,29 +289,6 @@ def check_batch(task: tasks.Task, batch: Any, num_classes: int | None, where: st
             "logit) for real-valued labels."
         )
     _check_range(labels, num_classes, where)
-
-
-def check_length(batch: Any, config: Any, where: str) -> None:
-    """Refuse rows, or packed documents, that are longer than the positions of a model.
-
-    Args:
-        batch: The batch.
-        config: The model's config, or None.
-        where: Words that name the batch in the error.
-
-    Raises:
-        ValueError: If so. Rotary positions would go on in silence, beyond what the model was trained on.
-    """
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or not isinstance(batch, Mapping) or "input_ids" not in batch:
-        return
-    given = batch.get("position_ids")
-    longest = batch["input_ids"].shape[1] if given is None else int(given.max()) + 1
-    if longest > positions:
-        raise ValueError(
-            f"Expected {where} to fit into the {positions} positions of the models, but got {longest} tokens in a row. "
-            "Cut the texts, for example by `max_length`."
-        )
 
 
 def _check_range(labels: Tensor, num_classes: int, where: str) -> None:

@@ -11,11 +11,14 @@ import safetensors.torch
 import transformers
 from torch import nn
 
+from lightning_distill.wrapped import compiled_in_place
+
 
 def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "model") -> nn.Module:
     """Load a transformers model with the head its config names; a module comes back as it is.
 
-    Only safetensors are read, and code beside the model is never run: whoever trusts it says so by name, to
+    What ``torch.compile`` returned comes back as the module inside it, compiled in place. Only safetensors are read,
+    and code beside the model is never run: whoever trusts it says so by name, to
     ``from_pretrained(..., trust_remote_code=True)``, and passes the model.
 
     Args:
@@ -30,7 +33,7 @@ def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "mode
         TypeError: If ``model`` is neither a module nor a path.
     """
     if isinstance(model, nn.Module):
-        return model
+        return compiled_in_place(model)
     if not isinstance(model, (str, os.PathLike)):
         raise TypeError(
             f"Expected argument `{name}` to be an nn.Module, a folder or a hub id, but got {type(model).__name__}."

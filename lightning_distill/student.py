@@ -17,6 +17,7 @@ from lightning_distill.initialization import fill_
 from lightning_distill.layer_map import Layers, layer_map
 from lightning_distill.pretrained import load_pretrained
 from lightning_distill.signals import find_layers
+from lightning_distill.wrapped import inside
 
 # Axes of a weight that grow with the width, by the end of its name within a layer: h is the residual stream, q the
 # query heads, k the key and value heads, i the neurons of the feed-forward; "qqq" and "ii" are blocks side by side.
@@ -192,6 +193,11 @@ def copy_from_teacher(
 
 
 def _check_known(teacher: Any) -> None:
+    if inside(teacher) is not teacher:
+        raise ValueError(
+            f"Expected argument `teacher` to be a plain model, but got a `{type(teacher).__name__}`. Merge the adapter "
+            "into its base first: `teacher.merge_and_unload()`."
+        )
     kind = getattr(getattr(teacher, "config", None), "model_type", None)
     if kind not in _AXES:
         raise ValueError(

@@ -2,8 +2,9 @@
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.regression import PearsonCorrCoef
 from torchmetrics.text import Perplexity
+
+from lightning_distill.wrapped import inside
 
 if TYPE_CHECKING:
     from lightning_distill.signals import Signals
@@ -54,6 +57,7 @@ def infer_task(model: nn.Module) -> Task:
     config = getattr(model, "config", None)
     if not hasattr(config, "model_type"):
         return "classification"
+    model = inside(model)
     name, task = type(model).__name__, _task_of_class(type(model))
     problem = getattr(config, "problem_type", None)
     if task is None or problem == "multi_label_classification":
@@ -213,24 +217,26 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     """Run a model on what it takes of a batch, never on the labels: it would compute a loss in vain."""
     if not isinstance(batch, Mapping):
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    accepted = _accepted(model)
+    names = accepted(model)
     # Teacher and student may differ in what they take: DistilBERT has no token_type_ids. A transformers forward also
     # has **kwargs, but what it does not name it hands to the attention function.
-    named_only = hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    inputs = {key: value for key, value in batch.items() if key != "labels" and (key in accepted or not named_only)}
-    if "use_cache" in accepted:
+    named_only = hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in names.values())
+    inputs = {key: value for key, value in batch.items() if key != "labels" and (key in names or not named_only)}
+    if "use_cache" in names:
         inputs["use_cache"] = False
     return model(**inputs)
 
 
-def _accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
-    accepted = _parameters(getattr(model.forward, "__func__", model.forward))
-    if hasattr(model, "config") and all(p.kind in _VARIABLE for name, p in accepted.items() if name != "self"):
+def accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a model's forward; of a peft or a compiled model those of the model inside it."""
+    model = inside(model)
+    own = _parameters(getattr(model.forward, "__func__", model.forward))
+    if hasattr(model, "config") and all(p.kind in _VARIABLE for name, p in own.items() if name != "self"):
         # A class of the user's own that hands everything on takes what the class it is derived from takes.
         derived = (_parameters(kind.forward) for kind in type(model).__mro__[1:] if hasattr(kind, "forward"))
         named = (names for names in derived if any(p.kind not in _VARIABLE for p in list(names.values())[1:]))
-        return next(named, accepted)
-    return accepted
+        return next(named, own)
+    return own
 
 
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -242,11 +248,40 @@ def _parameters(forward: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(forward).parameters
 
 
+def gives_logits(model: nn.Module) -> bool:
+    """Whether a model answers by logits, as far as its class says so: False for a transformers model without a head.
+
+    Example:
+        >>> from transformers import BertConfig, BertModel
+        >>> from lightning_distill.tasks import gives_logits
+        >>> gives_logits(BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)))
+        False
+    """
+    model = inside(model)
+    if not hasattr(getattr(model, "config", None), "model_type"):
+        return True
+    if any(kind.__name__.endswith(suffix) for kind in type(model).__mro__ for suffix, _ in _SUFFIXES):
+        return True
+    # A forward of transformers says what it returns: a class of named tensors.
+    try:
+        returned = get_type_hints(type(model).forward).get("return")
+    except (NameError, TypeError):  # a forward of the user's own, annotated by names that are not there
+        return True
+    outputs = [kind for kind in (get_args(returned) or (returned,)) if is_dataclass(kind)]
+    return not outputs or any(field.name == "logits" for kind in outputs for field in fields(kind))
+
+
+def no_logits(task: Task, output: Any) -> Tensor:
+    """Logits of width 0, of a model that gives none: of each row or, in token tasks, of each token."""
+    first = next(value for value in output.values() if isinstance(value, Tensor))
+    return (first if task in TOKEN_TASKS else first.flatten(1))[..., :0]
+
+
 def logits_of(output: Any) -> Tensor:
     """The logits in what a model's forward returned."""
     if isinstance(output, Tensor):
         return output
-    logits = output["logits"] if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
+    logits = output.get("logits") if isinstance(output, Mapping) else output[0] if isinstance(output, tuple) else None
     if not isinstance(logits, Tensor):
         raise TypeError(
             "Expected the model's forward to return logits: a tensor, a mapping with `logits`, or a tuple that starts "

@@ -15,6 +15,7 @@ from lightning_distill.arguments import between, one_of
 from lightning_distill.signals import describe
 from lightning_distill.tasks import IGNORE_INDEX
 from lightning_distill.teacher import evaluating
+from lightning_distill.wrapped import inside
 
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 Prompt = Sequence[int] | Tensor
@@ -69,7 +70,7 @@ def settings(
         ValueError: If an argument is out of its range, or the text would be longer than the model's positions.
         ModuleNotFoundError: If the kind of cache needs a package that is missing.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inside(model)
     writes = isinstance(base, transformers.PreTrainedModel) and base.can_generate()
     if not writes or model.config.is_encoder_decoder:
         raise TypeError(
