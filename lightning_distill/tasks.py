@@ -79,7 +79,7 @@ def _task_of_class(kind: type) -> Task | None:
 
 def is_language_model(model: nn.Module) -> bool:
     """Whether a transformers model answers with words, so that the names of classes in its config mean nothing."""
-    return _task_of_class(type(model)) in LANGUAGE_MODELS
+    return _task_of_class(type(inside(model))) in LANGUAGE_MODELS
 
 
 def labels_of(batch: Any) -> Tensor | None:
@@ -260,7 +260,7 @@ def gives_logits(model: nn.Module) -> bool:
     model = inside(model)
     if not hasattr(getattr(model, "config", None), "model_type"):
         return True
-    if any(kind.__name__.endswith(suffix) for kind in type(model).__mro__ for suffix, _ in _SUFFIXES):
+    if _task_of_class(type(model)) is not None:
         return True
     # A forward of transformers says what it returns: a class of named tensors.
     try:
