@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import hostile_data
+
 from tests.helpers.models import bert
 from tests.helpers.text import write_sentiment, write_tokenizer
 
@@ -214,4 +216,135 @@ def flags(given: Given) -> Iterator[Attempt]:
         yield Attempt(f"config {text[:40]!r}", prepare)
 
 
-KINDS: dict[str, Callable[[Given], Iterator[Attempt]]] = {"flags": flags}
+def data(given: Given) -> Iterator[Attempt]:
+    """A training file in the place of a good one; and files where folders stand, folders where files do."""
+    for name, file, content in hostile_data.inputs():
+
+        def prepare(folder: Path, file: str = file, content: bytes = content) -> list[str]:
+            (folder / file).write_bytes(content)
+            return [*given.flags(folder / "out"), f"--data.train_file={folder / file}"]
+
+        yield Attempt(name, prepare)
+
+    def unreadable(folder: Path) -> list[str]:
+        (folder / "train.tsv").mkdir()
+        return [*given.flags(folder / "out"), f"--data.train_file={folder / 'train.tsv'}"]
+
+    yield Attempt("a folder named as a file", unreadable)
+
+    def dangling(folder: Path) -> list[str]:
+        (folder / "train.tsv").symlink_to(folder / "nowhere")
+        return [*given.flags(folder / "out"), f"--data.train_file={folder / 'train.tsv'}"]
+
+    yield Attempt("a link to nothing", dangling)
+    for split in ("val", "test"):
+        for name, rows in {"other classes": [("a film", "x"), ("a", "y")], "one class": [("a film", 1)] * 3}.items():
+
+            def other(folder: Path, split: str = split, rows: list[tuple[str, object]] = rows) -> list[str]:
+                (folder / "other.tsv").write_text(hostile_data.tsv(rows))
+                return [*given.flags(folder / "out"), f"--data.{split}_file={folder / 'other.tsv'}"]
+
+            yield Attempt(f"{split} file of {name}", other)
+        alone = [f"--data.{split}_file={given.files['val']}", f"--model.teacher={given.teacher}"]
+        yield Attempt(f"{split} file alone", lambda folder, a=alone: [*a, f"--output_dir={folder / 'out'}"])
+
+
+QUANTIZE = [
+    "--bits=5",
+    "--bits=x",
+    "--bits=0",
+    "--group-size=0",
+    "--group-size=-2",
+    "--group-size=3",
+    "--embedding-bits=3",
+    "--num-samples=0",
+    "--num-samples=-1",
+    "--max-length=0",
+    "--max-length=99999",
+    "--batch-size=0",
+    "--batch-size=-1",
+    "--model=nowhere",
+    "--model=",
+    "--model=/",
+    "--model=/dev/null",
+    "--data=nowhere",
+    "--data=",
+    "--data=/",
+    "--data=/dev/null",
+    "--output=.",
+    "--output=..",
+    "--output=/",
+    "--output=",
+    "--output=/dev/null",
+    "--output=/proc/x",
+    "--output=TEACHER",
+    "--output=full",
+    "--output=file",
+    "--nonsense=1",
+    "nonsense",
+    "--bits",
+    "--mode=x",
+]
+CACHE = [
+    "--teacher=nowhere",
+    "--teacher=",
+    "--teacher=/",
+    "--cache.path=/dev/null",
+    "--cache.path=/proc/x",
+    "--cache.path=",
+    "--cache.path=full",
+    "--cache.top_k=0",
+    "--cache.top_k=x",
+    "--cache.dtype=object",
+    "--cache.signals=[x]",
+    "--data=3",
+    "--data=nonsense",
+    "--data=torch.nn.Linear",
+    "--data.train_file=nowhere.tsv",
+    "--data.train_file=",
+    "--data.batch_size=0",
+    "--objectives=nonsense",
+    "--objectives=[{}]",
+    "--objectives=AttentionMap",
+    "--trainer.devices=x",
+    "--trainer.max_epochs=x",
+    "--trainer.accelerator=gpu",
+    "--nonsense=1",
+    "--cache.temperatures=[0]",
+    "--trainer.limit_val_batches=0",
+]
+
+
+def commands(given: Given) -> Iterator[Attempt]:
+    """``lightning-distill`` with a flag that is wrong, missing or harmful."""
+
+    def here(folder: Path) -> None:
+        (folder / "full").mkdir()
+        (folder / "full" / "thesis.txt").write_text("mine")
+        (folder / "file").write_text("mine")
+        (folder / "lines.txt").write_text("a warm film\na dull one\n")
+
+    for flag in QUANTIZE:
+
+        def quantize(folder: Path, flag: str = flag) -> list[str]:
+            here(folder)
+            data, out = folder / "lines.txt", folder / "out"
+            words = [f"--model={given.teacher}", f"--data={data}", f"--output={out}", "--group-size=-1"]
+            return [*words, flag.replace("TEACHER", str(given.teacher))]
+
+        yield Attempt(f"quantize {flag}", quantize, "lightning-distill quantize", "out/config.json")
+    for flag in CACHE:
+
+        def cache(folder: Path, flag: str = flag) -> list[str]:
+            here(folder)
+            words = [f"--teacher={given.teacher}", "--data=TextClassificationData", f"--cache.path={folder / 'out'}"]
+            words += [f"--data.{name}_file={path}" for name, path in given.files.items()]
+            return [*words, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", flag]
+
+        yield Attempt(f"cache {flag}", cache, "lightning-distill cache", "out")
+    for name, words in {"no flag": [], "--help x": ["--nonsense"], "a word": ["x"]}.items():
+        for command in ("quantize", "cache"):
+            yield Attempt(f"{command}, {name}", lambda folder, w=words: w, f"lightning-distill {command}")
+
+
+KINDS: dict[str, Callable[[Given], Iterator[Attempt]]] = {"flags": flags, "data": data, "commands": commands}
