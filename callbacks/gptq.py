@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -19,8 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_distill.arguments import between, finite, one_of, typed
-from lightning_distill.pretrained import export
+from lightning_distill.folders import check_folder, writing
+from lightning_distill.pretrained import export, source_of
 from lightning_distill.quantization.checkpoint import save
+from lightning_distill.quantization.finished import remove_layers
 from lightning_distill.quantization.linear import QuantLinear
 from lightning_distill.quantization.mixed import most_sensitive, sensitivity
 from lightning_distill.quantization.model import EXCLUDE, LayerReport, check_options, quantize
@@ -78,7 +79,8 @@ class GPTQ(L.Callback):
         folder: Where to write; default ``default_root_dir``.
 
     Raises:
-        ValueError: If an option is outside its set, ``monitor`` was not logged, or the strategy shards the model.
+        ValueError: If an option is outside its set, ``monitor`` was not logged, the strategy shards the model, or a
+            folder to write holds what was not written here.
         TypeError: If the module has no such submodule.
 
     Example:
@@ -171,6 +173,9 @@ class GPTQ(L.Callback):
                 f"Expected the whole model on each rank, but {type(trainer.strategy).__name__} shards it; export the "
                 "student and call `lightning_distill.quantization.quantize(model, dataloader)` on it."
             )
+        if trainer.is_global_zero:
+            for written in self._folders(trainer):
+                check_folder(written, sources=source_of(getattr(pl_module, self.attribute)))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a fit that never measures ``monitor``."""
@@ -198,11 +203,10 @@ class GPTQ(L.Callback):
         student: nn.Module = getattr(pl_module, self.attribute)
         if any(isinstance(module, QuantLinear) for module in student.modules()):
             return
-        parent = Path(self.folder or trainer.default_root_dir)
-        folder = parent / f"{self.attribute}-gptq"
+        floats, folder = self._folders(trainer)
         tokenizer = getattr(pl_module, "tokenizer", None)
         if trainer.is_global_zero:
-            export(student, parent / self.attribute, tokenizer)
+            export(student, floats, tokenizer)
         if trainer.progress_bar_callback is not None:
             # A live display draws from a thread of its own, and would draw over the bar of the layers.
             trainer.progress_bar_callback.teardown(trainer, pl_module, "fit")
@@ -236,6 +240,11 @@ class GPTQ(L.Callback):
         if trainer.is_global_zero:
             self._write(trainer, folder, before, after)
         trainer.strategy.barrier("gptq")
+
+    def _folders(self, trainer: L.Trainer) -> tuple[Path, Path]:
+        """Where the float and the quantised student go."""
+        parent = Path(self.folder or trainer.default_root_dir)
+        return parent / self.attribute, parent / f"{self.attribute}-gptq"
 
     def _attempt(
         self,
@@ -349,9 +358,10 @@ class GPTQ(L.Callback):
 
     def _write(self, trainer: L.Trainer, folder: Path, before: float | None, after: float | None) -> None:
         described = {**self.summary, "layers": [asdict(layer) for layer in self.report]}
-        (folder / "gptq.json").write_text(json.dumps(described, indent=2) + "\n")
-        _plot(self.report, folder / "gptq.png")
-        shutil.rmtree(_layers(folder))
+        with writing(folder, keep=True) as draft:
+            (draft / "gptq.json").write_text(json.dumps(described, indent=2) + "\n")
+            _plot(self.report, draft / "gptq.png")
+        remove_layers(_layers(folder))
         drop = _drop(before, after, self.mode)
         if after is not None and drop is not None:
             for logger in trainer.loggers:

@@ -11,6 +11,7 @@ import safetensors.torch
 import transformers
 from torch import nn
 
+from lightning_distill.folders import writing
 from lightning_distill.wrapped import compiled_in_place
 
 
@@ -100,14 +101,35 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
 
     Args:
         model: The model.
-        folder: Where to write; made if it does not exist.
+        folder: Where to write: a new folder, or one that was written here; see
+            :func:`lightning_distill.folders.writing`.
         tokenizer: A transformers tokenizer to save beside the model.
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: If the folder holds anything else, or is the one that the model was loaded from.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder, sources=source_of(model)) as draft:
+        write_model(model, draft, tokenizer)
+    return Path(folder)
+
+
+def source_of(model: nn.Module) -> list[str]:
+    """The folder that a model was loaded from, in a list; an empty one where it was made, or is of the hub."""
+    path = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    return [path] if Path(path).is_dir() else []
+
+
+def write_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Write what :func:`export` writes into a folder that is there.
+
+    Args:
+        model: The model.
+        folder: The folder.
+        tokenizer: A transformers tokenizer to save beside the model.
+    """
     with without_ramps(model, folder):
         if isinstance(model, transformers.PreTrainedModel):
             model.save_pretrained(folder)
@@ -118,7 +140,6 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
             (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    return folder
 
 
 @contextmanager

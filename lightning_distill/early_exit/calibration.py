@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from lightning_distill.early_exit.guarantee import harm_p_value, rows_needed
 from lightning_distill.early_exit.model import EarlyExitModel
 from lightning_distill.early_exit.plots import plot_calibration
 from lightning_distill.early_exit.search import exits_of, fit_temperature, threshold_path
+from lightning_distill.folders import check_folder, writing
 
 
 @dataclass
@@ -124,12 +124,14 @@ class Calibration:
 
         Args:
             model: The calibrated model.
-            folder: Where to write; made if it does not exist.
+            folder: Where to write: a new folder, or one that was written here, whose other files stay.
+
+        Raises:
+            ValueError: If the folder holds anything else.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        model.ramps.save(folder, **model.settings(), calibration=json.loads(json.dumps(self.as_dict())))
-        plot_calibration(self, folder / "early_exit.png")
+        with writing(folder, keep=True) as draft:
+            model.ramps.save(draft, **model.settings(), calibration=json.loads(json.dumps(self.as_dict())))
+            plot_calibration(self, draft / "early_exit.png")
 
 
 @typed
@@ -166,7 +168,8 @@ def calibrate(
         temperature_scaling: Whether to divide each ramp's logits by a temperature of its own.
         search_share: Share of the rows that temperatures and path are found on.
         seed: Decides which.
-        folder: Where to write ``early_exit.json`` (for ``from_pretrained``, with this report) and ``early_exit.png``.
+        folder: Where to write ``early_exit.json`` (for ``from_pretrained``, with this report) and ``early_exit.png``:
+            a new folder, or one that :meth:`EarlyExitModel.save_pretrained` or an export wrote, whose files stay.
 
     Returns:
         The report.
@@ -197,6 +200,8 @@ def calibrate(
     between("search_share", search_share, 0.05, 0.9)
     criterion, ramps, depth = model.criterion, list(model.ramps.exits), model.depth
     exits = ramps if exits is None else sorted(set(exits))
+    if folder is not None:
+        check_folder(folder)
     if not exits or not set(exits) <= set(ramps):
         raise ValueError(f"Expected argument `exits` to name exits of {ramps}, but got {exits}.")
     if isinstance(criterion, AnyOf) or model.ramps.task == "regression":

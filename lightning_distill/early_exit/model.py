@@ -27,7 +27,8 @@ from lightning_distill.early_exit.walk import (
     first_tensor,
     fresh,
 )
-from lightning_distill.pretrained import export, load_pretrained
+from lightning_distill.folders import writing
+from lightning_distill.pretrained import load_pretrained, source_of, write_model
 from lightning_distill.quantization.checkpoint import load as load_quantized
 
 Thresholds = float | Mapping[int, float]
@@ -257,15 +258,19 @@ class EarlyExitModel(L.LightningModule):
         """Write the student (which others load as ever), ``ramps.safetensors`` and ``early_exit.json``.
 
         Args:
-            folder: Where to write.
+            folder: Where to write; see :func:`lightning_distill.folders.writing`.
             tokenizer: Saved beside them.
 
         Returns:
             The folder.
+
+        Raises:
+            ValueError: If the folder holds anything else, or is the one that the student was loaded from.
         """
-        path = export(self.student, folder, tokenizer)
-        self.ramps.save(path, **self.settings())
-        return path
+        with writing(folder, sources=source_of(self.student)) as draft:
+            write_model(self.student, draft, tokenizer)
+            self.ramps.save(draft, **self.settings())
+        return Path(folder)
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], student: nn.Module | None = None) -> "EarlyExitModel":

@@ -13,6 +13,9 @@ from torch import Tensor, nn
 
 from lightning_distill import tasks
 from lightning_distill.early_exit.walk import caught_layers, first_tensor
+from lightning_distill.folders import check_folder, writing
+from lightning_distill.pretrained import source_of
+from lightning_distill.teacher import evaluating
 
 if TYPE_CHECKING:
     from lightning_distill.early_exit.model import EarlyExitModel
@@ -71,7 +74,7 @@ def export_onnx(
 
     Args:
         model: A transformers model that classifies sequences, by a criterion that remembers nothing.
-        folder: Where to write.
+        folder: Where to write; see :func:`lightning_distill.folders.writing`.
         batch: An example of the inputs, of at least two rows, some of them padded; None for ``input_ids`` and
             ``attention_mask``.
 
@@ -79,7 +82,7 @@ def export_onnx(
         The folder.
 
     Raises:
-        ValueError: If the model or its criterion cannot be exported.
+        ValueError: If the model or its criterion cannot be exported, or the folder holds anything else.
         ModuleNotFoundError: If the extra ``onnx`` is not installed.
     """
     if model.criterion.remembers or model.ramps.task != "classification" or not hasattr(model.student, "config"):
@@ -93,19 +96,22 @@ def export_onnx(
         raise ModuleNotFoundError(
             "export_onnx needs onnx and onnxscript: pip install 'lightning-distill[onnx]'"
         ) from error
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_folder(folder, sources=source_of(model.student))
     if batch is None:
         mask = torch.ones(2, 8, dtype=torch.long, device=next(model.parameters()).device)
         mask[0, 6:] = 0
         batch = {"input_ids": mask.clone(), "attention_mask": mask}
     batch = {name: value for name, value in batch.items() if name != "labels"}
+    with writing(folder, sources=source_of(model.student)) as draft, evaluating(model.student):
+        _write(model, draft, batch)
+    return Path(folder)
+
+
+def _write(model: "EarlyExitModel", folder: Path, batch: dict[str, Tensor]) -> None:
     names = list(batch)
     rows, length = torch.export.Dim("rows", min=1), torch.export.Dim("length", min=2)
     stops = [*(layer + 1 for layer in sorted(model.thresholds)), model.depth]
     stages: list[dict[str, Any]] = []
-    training = model.student.training
-    model.student.eval()
     start = 0
     tensors: tuple[Tensor, ...] = tuple(batch.values())
     hidden: Tensor | None = None
@@ -133,8 +139,6 @@ def export_onnx(
         layer = stop - 1
         stages.append({"file": file, "layer": layer, "threshold": model.thresholds.get(layer)})
         start = stop
-    model.student.train(training)
     config = {"inputs": names, "depth": model.depth, "rising": model.criterion.rising, "stages": stages}
     (folder / "onnx.json").write_text(json.dumps(config, indent=2) + "\n")
     shutil.copy(Path(__file__).with_name("onnx_driver.py"), folder / "early_exit_onnx.py")
-    return folder

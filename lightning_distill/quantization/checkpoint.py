@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.pretrained import export, without_ramps
+from lightning_distill.folders import check_folder, writing
+from lightning_distill.pretrained import source_of, without_ramps, write_model
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
 from lightning_distill.quantization.packing import pack, unpack_zeros
@@ -74,14 +74,15 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None
 
     Args:
         model: A model from ``quantize``.
-        folder: Where to write; must not exist or be replaced by this call.
+        folder: Where to write; see :func:`lightning_distill.folders.writing`.
         tokenizer: A transformers tokenizer to save beside it.
 
     Returns:
         The folder.
 
     Raises:
-        ValueError: If the model has no quantised layer.
+        ValueError: If the model has no quantised layer, or the folder holds what was not written here, or the float
+            model.
         OSError: If the disk has no room for it.
     """
     folder = Path(folder)
@@ -96,34 +97,26 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None
             continue  # tied
         seen.add(key)
         state[name] = tensor.detach().cpu().contiguous()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    parent = next(parent for parent in check_folder(folder, sources=source_of(model)).parents if parent.exists())
     needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values()) + 2**20
-    free = shutil.disk_usage(folder.parent).free
+    free = shutil.disk_usage(parent).free
     if free < needed:
-        raise OSError(f"Expected room for {needed:,} bytes at {folder.parent}, but {free:,} are free; free some.")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        with without_ramps(model, temporary):
+        raise OSError(f"Expected room for {needed:,} bytes at {parent}, but {free:,} are free; free some.")
+    with writing(folder, sources=source_of(model)) as draft:
+        with without_ramps(model, draft):
             pass
         if hasattr(model, "save_pretrained"):
             model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
-            model.config.save_pretrained(temporary)  # type: ignore[union-attr, operator]
+            model.config.save_pretrained(draft)  # type: ignore[union-attr, operator]
         else:
-            export(model, temporary)
-        safetensors.torch.save_file(state, temporary / "model.safetensors", {"format": "pt"})
-        described = json.loads((temporary / "config.json").read_text())
+            write_model(model, draft)
+        safetensors.torch.save_file(state, draft / "model.safetensors", {"format": "pt"})
+        described = json.loads((draft / "config.json").read_text())
         described["quantization_config"] = config
-        (temporary / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        (temporary / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (draft / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+        (draft / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        temporary.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.replace(folder)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
+            tokenizer.save_pretrained(draft)
     return folder
 
 

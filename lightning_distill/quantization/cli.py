@@ -6,6 +6,7 @@ from pathlib import Path
 
 import transformers
 
+from lightning_distill.folders import check_folder
 from lightning_distill.pretrained import load_pretrained
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.model import LayerReport, quantize
@@ -18,7 +19,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         argv: Arguments; None for those of the shell.
 
     Raises:
-        ValueError: If the model or the data cannot be read, or an option is outside its set.
+        ValueError: If the model or the data cannot be read, an option is outside its set, or ``--output`` holds what
+            was not written here.
     """
     parser = argparse.ArgumentParser("lightning-distill quantize", description="Quantise a folder by GPTQ.")
     parser.add_argument("--model", required=True, help="folder of a transformers model with its tokenizer")
@@ -31,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
     arguments = parser.parse_args(argv)
+    output = arguments.output or Path(f"{arguments.model.rstrip('/')}-gptq")
+    check_folder(output, "--output", sources=[arguments.model])
     if not arguments.data.is_file():
         raise ValueError(f"Expected argument `--data` to be a text file, but got {arguments.data}.")
     lines = [line.split("\t")[0].strip() for line in arguments.data.read_text().splitlines()]
@@ -63,7 +67,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         num_samples=arguments.num_samples,
         on_layer=_say,
     )
-    output = arguments.output or Path(f"{arguments.model.rstrip('/')}-gptq")
     save(quantized, output, tokenizer)
     print(f"{sum(layer.bits > 0 for layer in report)} layers quantised, written to {output}")
 

@@ -38,16 +38,28 @@ class FinishedLayers:
         """Keep a layer and its report; the file appears whole or not at all."""
         if self.folder is None:
             return
+        self._is_mine(name)
         made = {"bits": layer.bits, "group_size": layer.group_size}
         metadata = {"signature": self.signature, "report": json.dumps(report), "made": json.dumps(made)}
         temporary = self.folder / f".{name}.partial"
         safetensors.torch.save_file(layer.state_dict(), temporary, metadata)
         temporary.replace(self.folder / f"{name}.safetensors")
 
+    def _is_mine(self, name: str) -> bool:
+        """Whether there is such a layer; another file of its name is not written over."""
+        assert self.folder is not None
+        path = self.folder / f"{name}.safetensors"
+        if path.exists() and not _is_layer(path):
+            raise ValueError(
+                f"Expected argument `resume` to be a folder of layers that are quantised, but got {self.folder}, where "
+                f"{path.name} is something else. Name another folder."
+            )
+        return path.exists()
+
     def load(self, name: str) -> tuple[QuantLinear, dict[str, Any]] | None:
         """A layer that is done, on the CPU, and its report; None if it is not, or was made from something else."""
         path = None if self.folder is None else self.folder / f"{name}.safetensors"
-        if path is None or not path.exists():
+        if path is None or not self._is_mine(name):
             return None
         with safe_open(path, "pt") as file:
             metadata = file.metadata()
@@ -59,3 +71,20 @@ class FinishedLayers:
         layer.load_state_dict(state)
         report = json.loads(metadata["report"])
         return layer, {**report, "shape": tuple(report["shape"])}
+
+
+def remove_layers(folder: Path) -> None:
+    """Remove the files that :class:`FinishedLayers` wrote, and the folder if nothing else is in it."""
+    for path in folder.glob("*.safetensors"):
+        if _is_layer(path):
+            path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def _is_layer(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            return {"signature", "report", "made"} <= set(file.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return False

@@ -216,7 +216,6 @@ def test_report_and_picture_are_written_and_load(tmp_path: Path) -> None:
     assert written["calibration"]["frontier"][0][0] == 4.0
     assert {int(layer): value for layer, value in written["thresholds"].items()} == report.thresholds
     assert (tmp_path / "early_exit.png").read_bytes()[:4] == b"\x89PNG"
-    model.student.save_pretrained(tmp_path / "elsewhere")
     model.save_pretrained(tmp_path)
     loaded = EarlyExitModel.from_pretrained(tmp_path)
     assert loaded.thresholds == model.thresholds
