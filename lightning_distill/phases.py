@@ -30,6 +30,7 @@ from lightning_distill.cli import (
 )
 from lightning_distill.dry_run import check_flags, check_trainer, dry_run
 from lightning_distill.evidence import CONFIDENCE, ItemCount, OneAnswer, Outcome, remarks
+from lightning_distill.folders import check_folder
 from lightning_distill.measure import count_bytes, count_parameters
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
@@ -141,6 +142,7 @@ class Run:
         quiet()
         with one_line_errors(parser.prog):
             check_flags(config)
+            cls.check_folders(config)
             L.seed_everything(config.seed, workers=True, verbose=False)
             data, teacher, defaults = cls.read(config)
             data.setup()
@@ -150,6 +152,27 @@ class Run:
             build_callbacks(config, "student")
             check_trainer(make_trainer(parser, config, "student", logger=False))
         return run
+
+    @classmethod
+    def folders(cls, config: Namespace) -> list[str]:
+        """Names of the folders in ``--output_dir`` that models will be written to."""
+        model = config.model
+        taught = ["teacher"] if model.finetune_teacher or not model.teacher else []
+        return [*taught, "student", *([BASELINE] if model.baseline else [])]
+
+    @classmethod
+    def check_folders(cls, config: Namespace) -> None:
+        """Refuse folders that hold what was not written here, or a model that the flags name.
+
+        Args:
+            config: The parsed flags.
+
+        Raises:
+            ValueError: If one does.
+        """
+        sources = [path for path in (config.model.teacher, config.model.student) if path is not None]
+        for name in cls.folders(config):
+            check_folder(config.output_dir / name, "--output_dir", sources=sources)
 
     @classmethod
     def read(cls, config: Namespace) -> tuple[Any, transformers.PreTrainedModel, dict[str, Any]]:

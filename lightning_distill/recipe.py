@@ -57,6 +57,11 @@ class TextRun(Run):
     quantized: nn.Module | None = None
 
     @classmethod
+    def folders(cls, config: Namespace) -> list[str]:
+        """Those of every recipe, and that of the quantised student."""
+        return [*super().folders(config), *(["student-gptq"] if config.gptq.bits is not None else [])]
+
+    @classmethod
     def read(cls, config: Namespace) -> tuple[TextClassificationData, transformers.PreTrainedModel, dict[str, Any]]:
         """The embedded text where the flags name neither teacher nor data, else what they name."""
         if config.model.teacher or config.data.train_file or config.data.hub_dataset:

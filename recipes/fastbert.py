@@ -34,6 +34,7 @@ from lightning_distill.callbacks import EarlyExit
 from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors, resume_from, say
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
+from lightning_distill.folders import check_folder
 from lightning_distill.measure import throughput
 from lightning_distill.objectives import SoftTarget
 from lightning_distill.recipe import TextRun, text_parser
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(
                 "--data.val_file: thresholds are chosen on validation rows of at least two classes, and these have one"
             )
+        for name in ("teacher", "student"):
+            check_folder(run.config.output_dir / f"early_exit_{name}", "--output_dir")
         for model in (run.teacher, run.new_student()):
             resolve_exits(run.config.model.exits, model.config.num_hidden_layers)
     run.prepare()

@@ -54,6 +54,33 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert not (folder / "model-gptq").exists()
 
 
+@pytest.mark.parametrize("output", ["home", "model", ".", "..", "data.tsv", "home/thesis.txt/model"])
+def test_what_others_wrote_is_not_replaced(
+    folder: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (folder / "home").mkdir()
+    (folder / "home" / "thesis.txt").write_text("years of work")
+    monkeypatch.chdir(folder / "home" if output == ".." else folder)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    given = ["--model", str(folder / "model"), "--data", str(folder / "data.tsv"), "--output", output]
+    with pytest.raises(SystemExit, match="2"):
+        main(["quantize", *given, "--group-size", "32"])
+    assert (
+        f"`--output` to be a new folder, or one with nothing but what lightning-distill wrote there, but got {output}"
+        in (error := capsys.readouterr().err)
+    )
+    assert error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_an_earlier_call_wrote_is_replaced(folder: Path) -> None:
+    given = ["--model", str(folder / "model"), "--data", str(folder / "data.tsv"), "--group-size", "32"]
+    for bits in ("4", "8"):
+        main(["quantize", *given, "--bits", bits])
+    assert json.loads((folder / "model-gptq" / "quantize_config.json").read_text())["bits"] == 8
+    assert sorted(path.name for path in folder.iterdir()) == ["data.tsv", "model", "model-gptq"]
+
+
 def test_the_command_is_there(capsys: pytest.CaptureFixture) -> None:
     assert 'lightning-distill = "lightning_distill.__main__:main"' in PYPROJECT.read_text()
     with pytest.raises(SystemExit, match="0"):

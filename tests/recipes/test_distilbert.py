@@ -266,3 +266,15 @@ def test_weights_from_the_teacher_by_flag(main: Any, files: list[str], tmp_path:
     main([*files, "--model.init=random", "--init_policy=from_teacher", "--init_policy.layers=last"])
     audit = json.loads((tmp_path / "out" / "logs" / "student" / "init_policy.json").read_text())
     assert {line["rule"] for line in audit["weights"]} == {"from_teacher"}
+
+
+def test_folders_of_others_in_the_output_folder_stay(main: Any, files: list[str], tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "out" / "student").mkdir(parents=True)
+    (tmp_path / "out" / "student" / "grades.csv").write_text("mine")
+    assert "`--output_dir`" in (said := refusal(main, files, capsys))
+    assert "out/student, which holds grades.csv" in said
+    (tmp_path / "out" / "student").rename(tmp_path / "out" / "teacher")
+    here = [flag.replace(f"={tmp_path / 'out'}", f"={tmp_path}") for flag in files]
+    assert "the model that is read" in refusal(main, [*here, "--model.finetune_teacher=true"], capsys)
+    assert (tmp_path / "out" / "teacher" / "grades.csv").read_text() == "mine"
+    assert not (tmp_path / "out" / "unfinished.yaml").exists()
