@@ -100,6 +100,8 @@ def attach(layer: nn.Module, sink: Callable[[Attention], None]) -> None:
         ValueError: If the layer has no attention that goes through transformers' attention interface, or the model's
             attention implementation is neither ``"sdpa"`` nor ``"eager"``.
     """
+    if (reason := why_unrecorded(layer)) is not None:
+        raise ValueError(f"Expected a layer whose attention can be recorded, but {reason}. Use hidden states.")
     configs = _configs(layer)
     for config in configs:
         implementation = str(config._attn_implementation).removesuffix(_SUFFIX)
@@ -115,6 +117,26 @@ def attach(layer: nn.Module, sink: Callable[[Attention], None]) -> None:
         raise ValueError(
             f"Expected a layer with attention, but got a `{type(layer).__name__}` that has none. Use another signal."
         )
+
+
+def why_unrecorded(layer: nn.Module) -> str | None:
+    """Why the attention of a layer cannot be recorded, as the end of a sentence; None where it can.
+
+    Transformers' attention interface is used by the code of most models, and left out where attention is more than a
+    softmax of queries and keys (DeBERTa, XLNet, Longformer) or there is none (Mamba, FNet).
+
+    Example:
+        >>> from transformers import DebertaV2Config, DebertaV2Model
+        >>> from lightning_distill.attention import why_unrecorded
+        >>> config = DebertaV2Config(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+        >>> why_unrecorded(DebertaV2Model(config).encoder.layer[0])
+        "`DebertaV2Layer` computes its attention in a way of its own, not by transformers' attention interface"
+    """
+    if any(hasattr(sys.modules[type(module).__module__], "ALL_ATTENTION_FUNCTIONS") for module in layer.modules()):
+        return None
+    return (
+        f"`{type(layer).__name__}` computes its attention in a way of its own, not by transformers' attention interface"
+    )
 
 
 def detach(layer: nn.Module) -> None:

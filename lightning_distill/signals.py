@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_distill.attention import Attention, attach, detach
+from lightning_distill.attention import Attention, attach, detach, why_unrecorded
 
 if TYPE_CHECKING:
     # They are made of functions whose package imports this file.
@@ -108,6 +108,8 @@ class ModelInfo:
         head_width: Width of one attention head.
         modules: Width of every submodule's output by its path; None where its class does not tell.
         decoder: Path of the decoder of an encoder-decoder.
+        no_layers: Why a transformers model has no depth; None where it has one, and for any other module.
+        no_attention: Why the attention of its layers cannot be recorded; None where it can.
     """
 
     depth: int | None = None
@@ -117,6 +119,8 @@ class ModelInfo:
     head_width: int | None = None
     modules: dict[str, int | None] = field(default_factory=dict)
     decoder: str | None = None
+    no_layers: str | None = None
+    no_attention: str | None = None
 
 
 def describe(model: nn.Module) -> ModelInfo:
@@ -138,10 +142,12 @@ def describe(model: nn.Module) -> ModelInfo:
     config = _text_config(model)
     if config is None:
         return ModelInfo(modules=modules)
+    depth = no_layers = no_attention = None
     try:
-        depth = len(find_layers(model))
-    except ValueError:
-        depth = None
+        layers = find_layers(model)
+        depth, no_attention = len(layers), why_unrecorded(layers[-1])
+    except ValueError as error:
+        no_layers = str(error)
     width, num_heads = (getattr(config, name, None) for name in ("hidden_size", "num_attention_heads"))
     head_width = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     if head_width is None and width and num_heads:
@@ -154,6 +160,8 @@ def describe(model: nn.Module) -> ModelInfo:
         head_width=head_width,
         modules=modules,
         decoder=find_decoder(model),
+        no_layers=no_layers,
+        no_attention=no_attention,
     )
 
 
@@ -206,13 +214,20 @@ def find_layers(model: nn.Module) -> nn.ModuleList:
 
 def _find_stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
     """The module that owns the stack of layers, and the stack."""
-    depth = getattr(_text_config(model), "num_hidden_layers", None)
+    config = _text_config(model)
+    depth = getattr(config, "num_hidden_layers", None)
+    kind = getattr(config, "model_type", None)
+    if kind == "xlnet":
+        raise ValueError(
+            "Expected layers that give `[B, T, D]`, but those of XLNet give `[T, B, D]`. Use an objective on logits."
+        )
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return model.get_submodule(path.rpartition(".")[0]), module
     raise ValueError(
         f"Expected a transformers model with a stack of `config.num_hidden_layers` layers, but got a "
-        f"`{type(model).__name__}` with {depth} configured layers and no such stack. Name modules by path instead."
+        f"`{type(model).__name__}` with {depth} configured layers and no such stack"
+        f"{', because its layers share their weights' if kind == 'albert' else ''}. Name modules by path instead."
     )
 
 

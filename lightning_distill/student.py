@@ -17,6 +17,7 @@ from lightning_distill.initialization import fill_
 from lightning_distill.layer_map import Layers, layer_map
 from lightning_distill.pretrained import load_pretrained
 from lightning_distill.signals import find_layers
+from lightning_distill.smaller_config import by_hand
 from lightning_distill.wrapped import inside
 
 # Axes of a weight that grow with the width, by the end of its name within a layer: h is the residual stream, q the
@@ -202,9 +203,9 @@ def _check_known(teacher: Any) -> None:
     if kind not in _AXES:
         raise ValueError(
             f"Expected argument `teacher` to be one of {list(_AXES)}, but got a `{type(teacher).__name__}`"
-            f"{'' if kind is None else f' ({kind})'}. Make the student by hand, for example `config = "
-            "copy.deepcopy(teacher.config); config.num_hidden_layers = 3; student = type(teacher)(config)`, and pass "
-            "it: `DistillationModule(teacher, student)`."
+            f"{'' if kind is None else f' ({kind})'}. Make the student by hand"
+            + (", smaller," if kind is None else f", for example `{by_hand(teacher)}`,")
+            + " and pass it: `DistillationModule(teacher, student)`."
         )
 
 

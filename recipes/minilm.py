@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     model = run.config.model
     last, depth = run.new_student().config.num_hidden_layers - 1, run.teacher.config.num_hidden_layers
     layer = depth - 1 if model.relation_layer is None else model.relation_layer
-    relations = AttentionRelation(("qq", "kk", "vv"), [(last, layer)], relation_heads=model.relation_heads)
+    relations = AttentionRelation([(last, layer)], ("qq", "kk", "vv"), relation_heads=model.relation_heads)
     run.prepare([relations])
     student = run.new_student()
     run.fit("stage_1", student, [relations], epochs=model.stage_1_epochs, monitor="val_loss", report=False)

@@ -1,5 +1,6 @@
 """What a student learns: thin classes over :mod:`lightning_distill.functional`."""
 
+from lightning_distill.objectives.activations import AttentionTransfer, NeuronSelectivity
 from lightning_distill.objectives.attention import AttentionMap, AttentionRelation
 from lightning_distill.objectives.balance import GradientNormBalance, UncertaintyBalance
 from lightning_distill.objectives.batch_relations import (
@@ -9,12 +10,10 @@ from lightning_distill.objectives.batch_relations import (
     SimilarityPreserving,
 )
 from lightning_distill.objectives.features import (
-    AttentionTransfer,
     FeatureObjective,
     Flow,
     HiddenState,
     HiddenStateCosine,
-    NeuronSelectivity,
     PatientHiddenState,
 )
 from lightning_distill.objectives.logits import Decoupled, HardLabel, LogitsMSE, SoftTarget, TopKSoftTarget

@@ -35,10 +35,16 @@ class _AttentionObjective(Objective):
     def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Pair the layers."""
         for role, info in (("student", student), ("teacher", teacher)):
+            if info.no_attention is not None:
+                raise ValueError(
+                    f"Expected objective `{self.name}` to find attention in both models, but the {role}'s "
+                    f"{info.no_attention}. Use an objective on hidden states, or on logits."
+                )
             if info.depth is None or info.num_heads is None:
                 raise ValueError(
                     f"Expected objective `{self.name}` to find attention in both models, but got a {role} that is no "
-                    "transformers model with attention. Use an objective on module paths, or on logits."
+                    "transformers model with a stack of layers with attention. "
+                    f"{info.no_layers or 'Use an objective on module paths, or on logits.'}"
                 )
         assert student.depth is not None
         assert teacher.depth is not None
@@ -124,11 +130,11 @@ class AttentionRelation(_AttentionObjective):
 
     Student and teacher may differ in heads and width. The values of the kinds are summed, as in the papers; those of
     several pairs of layers are averaged. MiniLM is ``AttentionMap([(last, last)], "kl")`` with
-    ``AttentionRelation(("vv",))``; MiniLMv2 is the default here, for large teachers with an upper middle layer.
+    ``AttentionRelation(kinds=("vv",))``; MiniLMv2 is the default here, for large teachers with an upper middle layer.
 
     Args:
-        kinds: Of ``"qq"``, ``"kk"``, ``"vv"`` and ``"qk"``.
         layers: As in :class:`AttentionMap`; None: the last layer of each.
+        kinds: Of ``"qq"``, ``"kk"``, ``"vv"`` and ``"qk"``; None: the first three. The kinds may also stand first.
         relation_heads: Number of relation heads, which divides the joined width of the heads of both models; None: the
             greatest common divisor of their numbers of heads.
         weight: Factor of the loss in the total; a number or a schedule.
@@ -156,15 +162,18 @@ class AttentionRelation(_AttentionObjective):
 
     def __init__(
         self,
-        kinds: tuple[RelationKind, ...] = ("qq", "kk", "vv"),
-        layers: AttentionLayers | None = None,
+        layers: AttentionLayers | tuple[RelationKind, ...] | None = None,
+        kinds: tuple[RelationKind, ...] | AttentionLayers | None = None,
         *,
         relation_heads: int | None = None,
         weight: Scheduled = 1.0,
         name: str | None = None,
     ) -> None:
-        super().__init__(layers, weight, name)
-        self.kinds = tuple(kinds)
+        # Kinds stood first once; no layers are a list of strings.
+        if isinstance(layers, list | tuple) and all(isinstance(item, str) for item in layers):
+            layers, kinds = kinds, layers
+        super().__init__(layers, weight, name)  # type: ignore[arg-type]
+        self.kinds: Any = ("qq", "kk", "vv") if kinds is None else tuple(kinds)
         if not self.kinds or len(set(self.kinds)) < len(self.kinds) or set(self.kinds) - set(get_args(RelationKind)):
             raise self._error("kinds", f"some of {get_args(RelationKind)}, each once", kinds)
         self.relation_heads = relation_heads

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_distill import functional
 from lightning_distill.arguments import typed
-from lightning_distill.objectives.features import FeatureLayers, FeatureObjective, pool
+from lightning_distill.objectives.features import FeatureLayers, FeatureObjective, Widths, pool
 from lightning_distill.objectives.schedule import Scheduled
 
 Pooling = Literal["mean", "first", "flatten"]
@@ -160,7 +160,8 @@ class Contrastive(_Rows):
         temperature: Divides the cosines, finite and above 0.
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether student features go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models.
+        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
+            pair of layers.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
@@ -185,7 +186,7 @@ class Contrastive(_Rows):
         temperature: float = 0.1,
         embedding: bool = False,
         projection: bool | None = None,
-        widths: tuple[int, int] | None = None,
+        widths: Widths = None,
         weight: Scheduled = 1.0,
         name: str | None = None,
     ) -> None:

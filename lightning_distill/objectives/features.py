@@ -17,6 +17,8 @@ from lightning_distill.signals import ModelInfo, Request, Signals
 
 #: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of module paths; None: none.
 FeatureLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]] | None
+#: Widths (student, teacher) of all pairs of layers, or of each of them; None: read off the models.
+Widths = tuple[int, int] | list[tuple[int, int]] | None
 
 
 @typed
@@ -32,7 +34,10 @@ class FeatureObjective(Objective):
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether each student feature is mapped to the teacher's width by a learned linear layer; None:
             where the widths differ.
-        widths: Widths ``(student, teacher)`` of the features, where they cannot be read off the models.
+        widths: Widths ``(student, teacher)`` of the features, where they cannot be read off the models; a list of such
+            pairs, one for each pair of layers (that of the embedding first), where they differ.
+        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller (adaptive
+            average pooling); otherwise maps of other sizes are refused.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
     """
@@ -48,7 +53,8 @@ class FeatureObjective(Objective):
         *,
         embedding: bool = False,
         projection: bool | None = None,
-        widths: tuple[int, int] | None = None,
+        widths: Widths = None,
+        pool_maps: bool = False,
         weight: Scheduled = 1.0,
         name: str | None = None,
     ) -> None:
@@ -56,6 +62,7 @@ class FeatureObjective(Objective):
         if layers is None and not embedding:
             raise self._error("layers", "given where `embedding` is False", None)
         self.layers, self.embedding, self.projection, self.widths = layers, embedding, projection, widths
+        self.pool_maps = pool_maps
         #: Layers or module paths, ``(student, teacher)``; set by :meth:`bind`.
         self.pairs: list[tuple[Any, Any]] = []
         self.projections = nn.ModuleList()
@@ -75,7 +82,8 @@ class FeatureObjective(Objective):
                         "layers",
                         "pairs of module paths",
                         self.layers,
-                        f"The {role} has no stack of equal layers; its modules are {list(info.modules)[:8]}...",
+                        f"The {role} has no stack of equal layers; its modules are {list(info.modules)[:8]}..."
+                        f"{'' if info.no_layers is None else f' {info.no_layers}'}",
                     )
             assert student.depth is not None
             assert teacher.depth is not None
@@ -88,7 +96,18 @@ class FeatureObjective(Objective):
         widths = [(student.width, teacher.width)] * self.embedding + widths
         self.student_request, self.teacher_request = self._request(0), self._request(1)
         if self.shared_dims is None:
-            self.projections = nn.ModuleList(self._projection(*(self.widths or pair)) for pair in widths)
+            self.projections = nn.ModuleList(self._projection(*pair) for pair in self._given_widths(widths))
+
+    def _given_widths(self, known: list[tuple[int | None, int | None]]) -> list[Any]:
+        given: Any = self.widths
+        if given is None:
+            return known
+        if isinstance(given[0], int):
+            return [given] * len(known)
+        if len(given) != len(known):
+            pairs = [("embedding", "embedding")] * self.embedding + self.pairs
+            raise self._error("widths", f"a pair for each of the {len(known)} pairs {pairs}", given)
+        return list(given)
 
     def _request(self, side: int) -> Request:
         ends = [pair[side] for pair in self.pairs]
@@ -120,7 +139,9 @@ class FeatureObjective(Objective):
         """For each pair: the student's feature, projected; the teacher's; the mask of the tokens or rows that count."""
         keys = [(None, None)] * self.embedding + self.pairs
         for index, (student_key, teacher_key) in enumerate(keys):
-            s, t = _feature(student, student_key), _feature(teacher, teacher_key)
+            s, t = self._tokens(
+                _feature(student, student_key), _feature(teacher, teacher_key), (student_key, teacher_key)
+            )
             if self.projections:
                 s = self.projections[index](s)
             mask = student.real_tokens(student_key)
@@ -140,6 +161,23 @@ class FeatureObjective(Objective):
                 )
             yield s, t, mask
 
+    def _tokens(self, student: Tensor, teacher: Tensor, pair: tuple[Any, Any]) -> tuple[Tensor, Tensor]:
+        """Feature maps ``[B, C, H, W]`` of one size, as tokens ``[B, H * W, C]``; other features as they are."""
+        if student.ndim == 4 and teacher.ndim == 4 and student.shape[2:] != teacher.shape[2:]:
+            sizes = [tuple(feature.shape[2:]) for feature in (student, teacher)]
+            if self.pool_maps:
+                size = tuple(map(min, *sizes))
+                student, teacher = (nn.functional.adaptive_avg_pool2d(feature, size) for feature in (student, teacher))
+            elif self.shared_dims != 1:
+                raise self._error(
+                    "layers",
+                    "pairs of feature maps of one height and width",
+                    [pair],
+                    f"They are {sizes[0]} of the student and {sizes[1]} of the teacher. Pass `pool_maps=True` to pool "
+                    "the larger, or name layers of one resolution.",
+                )
+        return _as_tokens(student), _as_tokens(teacher)
+
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         """Values ``[B, T]`` or ``[B]`` of one pair of features."""
         raise NotImplementedError
@@ -157,7 +195,9 @@ class HiddenState(FeatureObjective):
             embedding alone.
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether student states go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models.
+        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
+            pair of layers.
+        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
@@ -190,7 +230,9 @@ class HiddenStateCosine(FeatureObjective):
         layers: As in :class:`HiddenState`; DistilBERT compares the last layers only.
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether student states go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models.
+        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
+            pair of layers.
+        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
@@ -220,7 +262,9 @@ class PatientHiddenState(FeatureObjective):
         layers: As in :class:`HiddenState`.
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether student states go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models.
+        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
+            pair of layers.
+        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
@@ -242,75 +286,6 @@ class PatientHiddenState(FeatureObjective):
         return functional.normalized_mse(s, t, mask=_row_mask(mask), reduction="none")
 
 
-@typed
-class NeuronSelectivity(FeatureObjective):
-    """Where each neuron is active (NST), see :func:`lightning_distill.functional.neuron_selectivity`.
-
-    Widths may differ; there is no projection.
-
-    Args:
-        layers: As in :class:`HiddenState`.
-        embedding: Whether the input of the first layers is a pair too.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
-
-    Example:
-        >>> import torch
-        >>> from lightning_distill.objectives import NeuronSelectivity
-        >>> from lightning_distill.signals import ModelInfo, Signals
-        >>> objective = NeuronSelectivity([("conv", "conv")])
-        >>> objective.bind(ModelInfo(modules={"conv": 4}), ModelInfo(modules={"conv": 8}))
-        >>> student = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 4, 5, 5)})
-        >>> teacher = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 8, 5, 5)})
-        >>> round(objective(student, teacher).mean().item(), 4)
-        0.0
-    """
-
-    shared_dims = 2
-
-    def __init__(
-        self,
-        layers: FeatureLayers = "uniform",
-        *,
-        embedding: bool = False,
-        weight: Scheduled = 1.0,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(layers, embedding=embedding, weight=weight, name=name)
-
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        """Squared discrepancy per row."""
-        return functional.neuron_selectivity(student, teacher, mask=mask, reduction="none")
-
-
-class AttentionTransfer(NeuronSelectivity):
-    """Where activations are large (AT), see :func:`lightning_distill.functional.attention_transfer`.
-
-    Widths may differ; there is no projection.
-
-    Args:
-        layers: As in :class:`HiddenState`.
-        embedding: Whether the input of the first layers is a pair too.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
-
-    Example:
-        >>> import torch
-        >>> from lightning_distill.objectives import AttentionTransfer
-        >>> from lightning_distill.signals import ModelInfo, Signals
-        >>> objective = AttentionTransfer([("conv", "conv")])
-        >>> objective.bind(ModelInfo(modules={"conv": 4}), ModelInfo(modules={"conv": 8}))
-        >>> student = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 4, 5, 5)})
-        >>> teacher = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 8, 5, 5)})
-        >>> round(objective(student, teacher).mean().item(), 4)
-        0.0
-    """
-
-    def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
-        """Mean squared difference per row."""
-        return functional.attention_transfer(student, teacher, mask=mask, reduction="none")
-
-
 class Flow(FeatureObjective):
     """How features change from one mapped layer to the next (FSP), see :func:`lightning_distill.functional.flow`.
 
@@ -318,7 +293,9 @@ class Flow(FeatureObjective):
         layers: As in :class:`HiddenState`, of at least two pairs; in a CNN, layers of one resolution.
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether student states go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models.
+        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
+            pair of layers.
+        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
@@ -376,12 +353,14 @@ def pool(feature: Tensor, mask: Tensor | None, pooling: str) -> Tensor:
 
 
 def _feature(signals: Signals, key: int | str | None) -> Tensor:
-    """Output of a layer or a module, or the embedding; a map ``[B, C, H, W]`` as tokens ``[B, H * W, C]``."""
+    """Output of a layer or a module, or the embedding."""
     if key is None:
         assert signals.embedding is not None
-        feature = signals.embedding
-    else:
-        feature = signals.modules[key] if isinstance(key, str) else signals.hidden_states[key]
+        return signals.embedding
+    return signals.modules[key] if isinstance(key, str) else signals.hidden_states[key]
+
+
+def _as_tokens(feature: Tensor) -> Tensor:
     return feature.flatten(2).transpose(1, 2) if feature.ndim == 4 else feature
 
 
