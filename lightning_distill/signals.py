@@ -63,7 +63,8 @@ class Signals:
 
     Args:
         logits: Shape ``[B, C]`` or ``[B, T, C]``.
-        labels: Shape of the logits without their last dimension, or None.
+        labels: Shape of the logits without their last dimension; where they are probabilities of classes, or of several
+            values in regression, that of the logits. None where there are none.
         mask: Bool, where the logits count; shape of the labels, or None where all count.
         token_mask: Bool ``[B, T]``, the real tokens of the input, or None where all are.
         hidden_states: Output ``[B, T, D]`` of a layer, by layer (from 0). The last layer's is the output of the whole
@@ -76,6 +77,7 @@ class Signals:
         top_k: The k best classes of a teacher whose logits were not kept, by temperature; those above then have
             width 0.
         deferred: Logits over a large vocabulary that were not computed; those above then have width 0.
+        regression: Whether the logits are real values, each with a label of its own, and no classes.
     """
 
     logits: Tensor
@@ -90,6 +92,7 @@ class Signals:
     decoder_token_mask: Tensor | None = None
     top_k: dict[float, "TopK"] = field(default_factory=dict)
     deferred: "Deferred | None" = None
+    regression: bool = False
 
     def real_tokens(self, key: int | str | None) -> Tensor | None:
         """Bool mask of the tokens that a layer, or the module at a path, reads; None where all are real."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.regression import PearsonCorrCoef
 from torchmetrics.text import Perplexity
 
+from lightning_distill.functional.binary import two_logits
+from lightning_distill.metrics import Pearson
 from lightning_distill.wrapped import inside
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
 #: Token tasks whose classes are the words of a vocabulary.
 LANGUAGE_MODELS = ("masked_lm", "causal_lm")
 IGNORE_INDEX = -100
+#: Keys of a mapping under which labels are looked for, the first that is there.
+LABEL_KEYS = ("labels", "label", "label_ids")
 
 _SUFFIXES: tuple[tuple[str, Task], ...] = (
     ("ForSequenceClassification", "classification"),
@@ -66,8 +69,10 @@ def infer_task(model: nn.Module) -> Task:
             f"Expected argument `student` to have a head for one of {list(get_args(Task))}, but got {what}. Load the "
             "model with such a head, or pass `task=...` and override `student_step` and `teacher_step`."
         )
-    if task == "classification" and (problem == "regression" or getattr(config, "num_labels", 2) == 1):
-        return "regression"
+    if task == "classification":
+        # As in transformers: one logit is a value, unless the config says that it classifies.
+        one = getattr(config, "num_labels", 2) == 1 and problem is None
+        return "regression" if one or problem == "regression" else task
     return task
 
 
@@ -83,26 +88,55 @@ def is_language_model(model: nn.Module) -> bool:
 
 
 def labels_of(batch: Any) -> Tensor | None:
-    """The labels of a batch: key ``labels`` of a mapping, or the second item of a pair; None where there are none."""
+    """The labels of a batch: of a mapping under ``labels``, ``label`` or ``label_ids``, of a pair the second item.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        The labels as a tensor; None where there are none.
+
+    Raises:
+        TypeError: If they are no numbers.
+    """
     if isinstance(batch, Mapping):
-        return batch.get("labels")
-    return batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+        found = next((batch[key] for key in LABEL_KEYS if batch.get(key) is not None), None)
+    else:
+        found = batch[1] if isinstance(batch, (tuple, list)) and len(batch) > 1 else None
+    if found is None or isinstance(found, Tensor):
+        return found
+    try:
+        if isinstance(found, (str, bytes)):
+            raise TypeError(found)
+        return torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError) as error:
+        shown = repr(found) if len(repr(found)) < 80 else f"{repr(found)[:80]}..."
+        raise TypeError(
+            f"Expected the labels of a batch to be numbers, but got a {type(found).__name__}: {shown}. Number the classes "
+            "from 0 and give a tensor."
+        ) from error
 
 
 def align(task: Task, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Put logits beside the labels they answer.
 
     A causal model's logits at position t answer the token at t + 1, so logits lose their last position and labels
-    their first. Without labels, a causal model answers its own input and every other token task counts its real tokens.
+    their first. Without labels, a causal model answers its own input and every other token task counts its real tokens;
+    so does a sentence none of whose tokens has a label, in token classification.
 
     Args:
         task: The name of the task.
-        logits: Shape ``[B, C]`` or, in token tasks, ``[B, T, C]``.
+        logits: Shape ``[B, C]``, in token tasks ``[B, T, C]``: classes come last. In classification and token
+            classification, one logit stands for two classes; in regression C is the number of values, and may be left
+            out where it is 1.
         batch: The batch: a mapping with ``input_ids``, ``attention_mask`` and ``labels``, or a pair.
 
     Returns:
-        The logits, the labels (or None) and a bool mask of the positions that count (or None where all do); labels and
-        mask have the shape of the logits without the last dimension.
+        The logits (always with their last dimension, and of two classes where there was one logit), the labels (or
+        None, see :func:`targets`) and a bool mask ``[B]`` or ``[B, T]`` of the items that count (or None where all do).
+
+    Raises:
+        ValueError: If logits or labels have another shape, or the labels are none of the task.
 
     Example:
         >>> import torch
@@ -111,18 +145,135 @@ def align(task: Task, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor | None
         >>> logits, labels, mask = align("causal_lm", torch.zeros(1, 3, 8), batch)
         >>> logits.shape, labels.tolist(), mask.tolist()
         (torch.Size([1, 2, 8]), [[6, -100]], [[True, False]])
+        >>> align("classification", torch.tensor([[2.0]]), (None, torch.tensor([1.0])))
+        (tensor([[0., 2.]]), tensor([1]), None)
     """
-    labels = labels_of(batch)
+    logits, labels = answers(task, logits), labels_of(batch)
+    if task == "causal_lm" and labels is None:
+        labels = batch["input_ids"]
+    if labels is not None:
+        labels = targets(task, logits, labels)
     if task not in TOKEN_TASKS:
         return logits, labels, None
     real = token_mask(batch)
     if task == "causal_lm":
-        if labels is None:
-            labels = batch["input_ids"]
+        assert labels is not None
         if real is not None:
             labels = labels.masked_fill(~real, IGNORE_INDEX)
         logits, labels = logits[:, :-1], labels[:, 1:]
-    return logits, labels, real if labels is None else labels != IGNORE_INDEX
+    if labels is None or labels.is_floating_point():
+        return logits, labels, real
+    mask = labels != IGNORE_INDEX
+    if task == "token_classification":
+        # Row by row, so that a mean does not change with how rows are put into batches.
+        unlabelled = ~mask.flatten(1).any(1).view(-1, *[1] * (mask.ndim - 1))
+        mask = mask | (unlabelled if real is None else unlabelled & real)
+    return logits, labels, mask
+
+
+def answers(task: Task, logits: Tensor) -> Tensor:
+    """What a model answers in the one form that all else reads, see :func:`align`."""
+    if task in LANGUAGE_MODELS:
+        return logits
+    if task == "token_classification":
+        return two_logits(logits)
+    if logits.ndim == 1:
+        logits = logits.unsqueeze(-1)
+    if logits.ndim != 2:
+        form = "rows, values" if task == "regression" else "rows, classes"
+        raise ValueError(
+            f"Expected the logits of {task} to have the shape [{form}], but got {list(logits.shape)}. For an answer per "
+            "token, step or pixel, move the classes to the last dimension in the model's forward and pass "
+            "`task='token_classification'`."
+        )
+    return logits if task == "regression" else two_logits(logits)
+
+
+def targets(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """Labels in the one form that all else reads.
+
+    Values are looked at where they lie on the CPU, where looking is free; elsewhere a fraction or NaN as a class becomes
+    -1, which no loss takes.
+
+    Args:
+        task: The name of the task.
+        logits: What :func:`answers` gives, shape ``[B, C]`` or ``[B, T, C]``.
+        labels: Classes ``[B]``, ``[B, 1]`` or ``[B, T]``: integers of any width, bool, or whole floats; probabilities of
+            the classes, of the shape of the logits; in regression numbers, one per logit.
+
+    Returns:
+        Classes as int64 ``[B]`` or ``[B, T]``, with -100 where there is no label; probabilities as float32, of the shape
+        of the logits; in regression float32 ``[B]`` or, of several values, ``[B, C]``.
+
+    Raises:
+        ValueError: If they fit neither the logits nor the task.
+    """
+    items, labels = logits.shape[:-1], labels.to(logits.device)
+    look = labels.device.type == "cpu"
+    if look and labels.is_floating_point() and not bool(labels.isfinite().all()):
+        place = int((~labels.isfinite()).flatten().nonzero()[0])
+        raise ValueError(
+            f"Expected the labels of a batch to be finite, but got {labels.flatten()[place].item()} as label {place}. "
+            f"Leave the row out, or give it the class {IGNORE_INDEX}, which counts nothing."
+        )
+    if task == "regression":
+        if labels.dtype == torch.bool or labels.numel() != logits.numel() or labels.shape[:1] != logits.shape[:1]:
+            raise ValueError(
+                f"Expected the labels of regression to be {list(logits.shape)} numbers, but got {labels.dtype} of shape "
+                f"{list(labels.shape)}. For two classes with one logit, pass `task='classification'`."
+            )
+        shape = items if logits.shape[-1] == 1 else logits.shape
+        return (labels if labels.dtype == torch.float64 else labels.float()).reshape(shape)
+    if labels.ndim == logits.ndim and labels.shape[-1] == 1:
+        labels = labels.squeeze(-1)
+    if labels.shape == logits.shape and task not in LANGUAGE_MODELS:
+        labels = labels.float()
+        if look and not bool(((labels >= 0).all() & ((labels.sum(-1) - 1).abs() < 0.02).all())):
+            wrong = ((labels < 0).any(-1) | ((labels.sum(-1) - 1).abs() >= 0.02)).flatten().nonzero()[0]
+            row = labels.flatten(0, -2)[int(wrong)].tolist()
+            raise ValueError(
+                "Expected labels of the shape of the logits to be probabilities that sum to 1 in each row, but got "
+                f"{row[:8]} in row {int(wrong)}. Several classes at once (multi-label) are not learned here; divide counts "
+                "by their sum; for real values pass `task='regression'`."
+            )
+        return labels
+    if labels.shape != items or labels.is_complex():
+        raise ValueError(
+            f"Expected the labels of {task} to have the shape {list(items)}, one class for each row of logits "
+            f"{list(logits.shape)}, but got {labels.dtype} of shape {list(labels.shape)}. Classes are the last dimension "
+            "of the logits."
+        )
+    if labels.is_floating_point():
+        whole = labels == labels.round()
+        if look and not bool(whole.all()):
+            raise ValueError(
+                f"Expected the labels of {task} to be classes, but got {labels[~whole][0].item():.4g}. For real values "
+                f"pass `task='regression'`; for soft labels give a probability per class, {[*items, 'classes']}."
+            )
+        labels = labels.where(whole, -1)
+    labels = labels.long()
+    if look and task not in LANGUAGE_MODELS and logits.shape[-1]:
+        check_range(labels, logits.shape[-1], "a batch")
+    return labels
+
+
+def check_range(labels: Tensor, num_classes: int, where: str) -> None:
+    """Refuse labels that name no class.
+
+    Args:
+        labels: Integers of any shape.
+        num_classes: Number of classes.
+        where: Words that name the batch in the error.
+
+    Raises:
+        ValueError: If a label is below 0 and not -100, or too large.
+    """
+    wrong = labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= num_classes)]
+    if wrong.numel():
+        raise ValueError(
+            f"Expected the labels of {where} to be in [0, {num_classes - 1}], but got {wrong[0].item()}. Give the "
+            "models as many classes as the data have, or correct the labels."
+        )
 
 
 def token_mask(batch: Any) -> Tensor | None:
@@ -135,7 +286,7 @@ def decoder_token_mask(batch: Any) -> Tensor | None:
     """Bool mask ``[B, T]`` of the real tokens that the decoder of an encoder-decoder reads; None where nothing says."""
     if not isinstance(batch, Mapping):
         return None
-    mask, labels = batch.get("decoder_attention_mask"), batch.get("labels")
+    mask, labels = batch.get("decoder_attention_mask"), labels_of(batch)
     if mask is not None:
         return mask.bool()
     # The decoder reads the labels, moved by one token, so it reads as many real ones as there are labels.
@@ -145,7 +296,7 @@ def decoder_token_mask(batch: Any) -> Tensor | None:
 def default_metric(task: Task) -> tuple[str, Metric]:
     """Name and torchmetrics metric that a task is scored by when the user names none."""
     if task == "regression":
-        return "pearson", PearsonCorrCoef()
+        return "pearson", Pearson()
     if task in LANGUAGE_MODELS:
         return "perplexity", Perplexity(ignore_index=IGNORE_INDEX)
     return "accuracy", MulticlassAccuracy(average="micro", ignore_index=IGNORE_INDEX)
@@ -154,39 +305,44 @@ def default_metric(task: Task) -> tuple[str, Metric]:
 def agreement(task: Task, student: "Signals", teacher: "Signals") -> tuple[Tensor, ...]:
     """What the agreement is computed of: whether each item that counts has the teacher's class; in regression both."""
     if task == "regression":
-        return student.logits.squeeze(-1).float(), teacher.logits.squeeze(-1).float()
+        return values(student.logits), values(teacher.logits)
     best = next(iter(teacher.top_k.values()), None)
     answers = teacher.logits.argmax(-1) if best is None else best.classes[..., 0]
     same = (student.logits.argmax(-1) == answers).float()
     return (same if student.mask is None else same[student.mask],)
 
 
-def flatten(task: Task, logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Logits and labels as torchmetrics wants them: one row per item that counts.
+def values(logits: Tensor) -> Tensor:
+    """The real values ``[B]`` that logits ``[B, 1]`` are in regression; of several ``[B, C]``."""
+    return logits.squeeze(-1).float()
 
-    Perplexity keeps its ``[B, T, C]`` form, because it masks by itself.
+
+def flatten(task: Task, logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Logits and labels as torchmetrics wants them: one row per item that has a label.
+
+    Perplexity keeps its ``[B, T, C]`` form, because it masks by itself. Of soft labels the most probable class counts.
     """
     if task == "regression":
-        return logits.squeeze(-1).float(), labels.float().view(logits.squeeze(-1).shape)
+        return values(logits), labels.float()
     if task in LANGUAGE_MODELS:
         return logits.float(), labels
-    if mask is not None:
-        return logits[mask], labels[mask]
-    return logits, labels
+    if labels.is_floating_point():
+        labels = labels.argmax(-1)
+    labelled = labels != IGNORE_INDEX
+    labelled = labelled if mask is None else labelled & mask
+    return logits[labelled], labels[labelled]
 
 
-def out_of_range(labels: Tensor, num_classes: int) -> Tensor:
-    """The labels that name no class and are not ``IGNORE_INDEX``, as a flat tensor."""
-    return labels[((labels < 0) & (labels != IGNORE_INDEX)) | (labels >= num_classes)]
-
-
-def has_real_item(task: Task, batch: Any) -> bool:
-    """Whether anything in the batch counts: a row, a real token, a label that is not ignored."""
-    real = token_mask(batch)
-    if real is not None and not bool(real.any()):
-        return False
+def has_label(task: Task, batch: Any) -> bool:
+    """Whether anything in the batch has a label; a causal model's own input is one."""
     labels = labels_of(batch)
-    return labels is None or task not in TOKEN_TASKS or bool(torch.any(labels != IGNORE_INDEX))
+    return task == "causal_lm" if labels is None else bool(torch.any(labels != IGNORE_INDEX))
+
+
+def has_real_item(batch: Any) -> bool:
+    """Whether anything in the batch is no padding."""
+    real = token_mask(batch)
+    return real is None or bool(real.any())
 
 
 def batch_of(role: str, batch: Any) -> Any:

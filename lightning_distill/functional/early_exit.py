@@ -1,10 +1,14 @@
-r"""How sure an early exit is of its answer: one number per row (or per token), from its logits."""
+r"""How sure an early exit is of its answer: one number per row (or per token), from its logits.
+
+A single logit is that of the second of two classes.
+"""
 
 import math
 
 import torch
 from torch import Tensor
 
+from lightning_distill.functional.binary import two_logits
 from lightning_distill.functional.reduction import full_precision
 
 
@@ -23,14 +27,14 @@ def confidence(logits: Tensor) -> Tensor:
         >>> confidence(torch.tensor([[0.0, 0.0], [100.0, -100.0]]))
         tensor([0.5000, 1.0000])
     """
-    return full_precision(logits).softmax(-1).amax(-1)
+    return full_precision(two_logits(logits)).softmax(-1).amax(-1)
 
 
 def normalized_entropy(logits: Tensor) -> Tensor:
     r"""Entropy as a share of the largest there can be, :math:`-\sum_c p_c \log p_c / \log C`.
 
     Args:
-        logits: Shape ``[..., C]`` with at least two classes.
+        logits: Shape ``[..., C]``.
 
     Returns:
         Shape ``[...]``, between 0 (sure) and 1; NaN where a logit is not finite.
@@ -43,16 +47,16 @@ def normalized_entropy(logits: Tensor) -> Tensor:
 
     Source: Xin et al., "DeeBERT", 2020.
     """
-    probabilities = full_precision(logits).softmax(-1)
+    probabilities = full_precision(two_logits(logits)).softmax(-1)
     # entr(0) is 0, where -p log p written out is NaN.
-    return torch.special.entr(probabilities).sum(-1) / math.log(logits.shape[-1])
+    return torch.special.entr(probabilities).sum(-1) / math.log(probabilities.shape[-1])
 
 
 def margin(logits: Tensor) -> Tensor:
     r"""Distance of the two largest probabilities.
 
     Args:
-        logits: Shape ``[..., C]`` with at least two classes.
+        logits: Shape ``[..., C]``.
 
     Returns:
         Shape ``[...]``, between 0 and 1 (sure); NaN where a logit is not finite.
@@ -63,7 +67,7 @@ def margin(logits: Tensor) -> Tensor:
         >>> margin(torch.tensor([0.25, 0.75, 0.0]).log())
         tensor(0.5000)
     """
-    first, second = full_precision(logits).softmax(-1).topk(2, dim=-1).values.unbind(-1)
+    first, second = full_precision(two_logits(logits)).softmax(-1).topk(2, dim=-1).values.unbind(-1)
     return first - second
 
 
@@ -91,7 +95,7 @@ def agreement_run(
 
     Source: Zhou et al., "BERT Loses Patience", 2020.
     """
-    answer = full_precision(logits.squeeze(-1) if tolerance is not None else logits.argmax(-1).to(run.dtype))
+    answer = full_precision(logits.squeeze(-1) if tolerance is not None else two_logits(logits).argmax(-1).to(run.dtype))
     answer = answer.masked_fill(~logits.isfinite().all(-1), math.nan)
     same = answer == previous if tolerance is None else (answer - previous).abs() < tolerance
     return answer, torch.where(same, run + 1, torch.zeros_like(run))

@@ -16,11 +16,12 @@ def hard_label(
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
 ) -> Tensor:
-    """Cross entropy with integer labels; squared error with labels that are floating point or logits of width 1.
+    """Cross entropy with labels that are classes or probabilities; squared error with logits of width 1.
 
     Args:
         student_logits: Shape ``[..., C]``.
-        labels: Shape ``[...]``, a class or -100 for an item that does not count; in regression also ``[..., C]``.
+        labels: Shape ``[...]``, a class (integers of any width, or bool), or -100 for an item that does not count; or
+            ``[..., C]``, floating point, the probability of each class. Beside a single logit, any numbers.
         label_smoothing: Share of the label that is spread evenly over the classes, in [0, 1).
         mask: Bool ``[...]``, the items that count; None where all do that have a label.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
@@ -37,13 +38,15 @@ def hard_label(
         >>> logits = torch.tensor([[0.0, 0.0], [9.0, 0.0]])
         >>> round(functional.hard_label(logits, torch.tensor([1, -100])).item(), 4)
         0.6931
+        >>> round(functional.hard_label(logits, torch.tensor([[0.5, 0.5], [1.0, 0.0]])).item(), 4)
+        0.3466
         >>> functional.hard_label(torch.tensor([[1.0], [4.0]]), torch.tensor([3.0, 4.0])).item()
         2.0
     """
     shape = student_logits.shape[:-1]
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
-    if labels.is_floating_point() or student_logits.shape[-1] == 1:
+    if student_logits.shape[-1] == 1:
         if labels.numel() != student_logits.numel():
             raise ValueError(
                 f"Expected argument `labels` to have a value per logit, but got shape {list(labels.shape)} for logits "
@@ -51,12 +54,23 @@ def hard_label(
             )
         student, target = select(mask, student_logits, labels.reshape(student_logits.shape))
         return reduce((student - target).square().mean(-1), shape, mask, reduction)
+    if labels.is_floating_point() and labels.shape == student_logits.shape:
+        student, target = select(mask, student_logits, labels)
+        values = F.cross_entropy(student, target.to(student.dtype), reduction="none", label_smoothing=label_smoothing)
+        return reduce(values, shape, mask, reduction)
+    if labels.is_floating_point():
+        raise ValueError(
+            f"Expected argument `labels` to hold classes, or a probability per class, but got {labels.dtype} of shape "
+            f"{list(labels.shape)} for logits of shape {list(student_logits.shape)}. Use `functional.logits_mse` for "
+            "real values."
+        )
 
     if labels.shape != shape:
         raise ValueError(
             f"Expected argument `labels` to have shape {list(shape)}, but got {list(labels.shape)}: one label per row "
             "of logits."
         )
+    labels = labels.long()
     labelled = labels != IGNORE_INDEX
     mask = labelled if mask is None else mask & labelled
     values = F.cross_entropy(

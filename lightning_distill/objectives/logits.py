@@ -35,8 +35,8 @@ class _Softened(Objective):
 class SoftTarget(_Softened):
     """The teacher's softened prediction, see :func:`lightning_distill.functional.soft_target`.
 
-    The loss is scaled by the squared temperature. Where there is a single logit (regression), in which a softmax would
-    be a silent zero, it is the squared difference of the logits instead; temperature and divergence then mean nothing.
+    The loss is scaled by the squared temperature. In regression it is the squared difference of the logits instead;
+    temperature and divergence then mean nothing.
 
     Args:
         temperature: Divides the logits, finite and above 0; a number or a schedule.
@@ -95,7 +95,7 @@ class SoftTarget(_Softened):
                 mask=student.mask,
                 reduction="none",
             )
-        elif student.logits.shape[-1] == 1:
+        elif _are_values(student):
             values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
         else:
             values = functional.soft_target(
@@ -134,6 +134,8 @@ class TopKSoftTarget(_Softened):
         >>> round(TopKSoftTarget(2, temperature=1.0)(student, teacher).mean().item(), 4)
         0.3376
     """
+
+    needs_classes = True
 
     def __init__(
         self, k: int = 16, temperature: Scheduled = 1.0, *, weight: Scheduled = 1.0, name: str | None = None
@@ -180,6 +182,8 @@ class Decoupled(_Softened):
         1.1166
     """
 
+    needs_labels, needs_classes = True, True
+
     def __init__(
         self,
         temperature: Scheduled = 4.0,
@@ -198,6 +202,11 @@ class Decoupled(_Softened):
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
         labels, mask = _labelled(self, student)
+        if labels.is_floating_point():
+            raise ValueError(
+                f"Expected objective `{self.name}` to be given one class per item as its label, but got {labels.dtype} "
+                f"of shape {list(labels.shape)}. Learn from probabilities by `HardLabel`."
+            )
         values = functional.decoupled(
             student.logits,
             teacher.logits,
@@ -238,7 +247,7 @@ class LogitsMSE(Objective):
 
 @typed
 class HardLabel(Objective):
-    """The labels of the data: cross entropy, or squared error where labels are floating point or there is one logit.
+    """The labels of the data: cross entropy with classes or their probabilities; in regression the squared error.
 
     Args:
         label_smoothing: Share of the label that is spread evenly over the classes, in [0, 1).
@@ -258,7 +267,7 @@ class HardLabel(Objective):
         (2, 0.6931)
     """
 
-    needs_teacher = False
+    needs_teacher, needs_labels = False, True
 
     def __init__(self, label_smoothing: float = 0.0, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__(weight, name)
@@ -269,16 +278,23 @@ class HardLabel(Objective):
     def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
         """Loss per row, or per token."""
         labels, mask = _labelled(self, student)
+        if _are_values(student):
+            return Loss(functional.logits_mse(student.logits, labels.view_as(student.logits), reduction="none"), mask)
         values = functional.hard_label(
             student.logits, labels, label_smoothing=self.label_smoothing, mask=mask, reduction="none"
         )
         return Loss(values, mask)
 
 
+def _are_values(student: Signals) -> bool:
+    """Whether the logits are real values, as in regression, and no classes."""
+    return student.regression or student.logits.shape[-1] == 1
+
+
 def _labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | None]:
     """The labels, and the mask of the items that count and have one."""
     labels, mask = require_labels(objective, student), student.mask
-    if not labels.is_floating_point() and student.logits.shape[-1] > 1:
+    if not labels.is_floating_point() and not _are_values(student):
         labelled = labels != functional.IGNORE_INDEX
         mask = labelled if mask is None else mask & labelled
     return labels, mask

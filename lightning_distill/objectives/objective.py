@@ -75,6 +75,10 @@ class Objective(nn.Module):
     needs_teacher = True
     #: Whether :meth:`forward` reads logits; an objective that does not is no obstacle to not computing them.
     reads_logits = True
+    #: Whether :meth:`forward` reads labels; a batch that has none counts nothing for it.
+    needs_labels = False
+    #: Whether logits are classes to it, so that it means nothing in regression.
+    needs_classes = False
     #: Whether it compares predictions over different vocabularies.
     any_vocabulary = False
 

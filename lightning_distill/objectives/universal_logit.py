@@ -33,7 +33,7 @@ class UniversalLogit(Objective):
         (2, 1.0)
     """
 
-    any_vocabulary = True
+    any_vocabulary, needs_classes = True, True
 
     def __init__(self, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__(weight, name)
