@@ -116,6 +116,7 @@ class EarlyExit(L.Callback):
         self.init, self.seed, self.student, self.layers, self.task = init, seed, student, layers, task
         self.widths, self.num_outputs = widths, num_outputs
         self._handles: list[RemovableHandle] = []
+        self._has_label = False  # whether any batch had one
         self._frozen: list[str] = []  # by name: sharding replaces parameters
         self._batch: Any = None  # the batch under way, which the ramps read their mask from
         self._answers: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -258,9 +259,10 @@ class EarlyExit(L.Callback):
             if output is None:
                 return None
             loss = self._loss(student, depth, batch)
+            rows = len(next(iter(self._answers.values()))[0])
         finally:
             self._end()
-        pl_module.log("train_ramps_loss", loss.detach(), batch_size=len(tasks.labels_of(batch)))  # type: ignore[arg-type]
+        pl_module.log("train_ramps_loss", loss.detach(), batch_size=rows)
         own = output["loss"] if isinstance(output, dict) else output
         if self.training == "alternate" and pl_module.global_step % 2 == 0:
             loss = 0.0 * loss  # not left out: under DDP every parameter takes part in every step
@@ -289,22 +291,21 @@ class EarlyExit(L.Callback):
         for layer, (logits, gate) in self._answers.items():
             logits, labels, mask = tasks.align(task, logits, batch)
             if self.training == "self_distill":
-                target = self._logits["student"]
+                target = tasks.answers(task, self._logits["student"])
                 loss, right = _towards(task, logits, target, self.temperature, mask), target.argmax(-1)
             else:
-                if labels is None:
-                    raise ValueError(
-                        f"Expected a batch with `labels` for training={self.training!r}, but got none; 'self_distill' "
-                        "needs no labels."
-                    )
-                loss, right = hard_label(logits, labels, mask=mask), labels
+                loss, right = _of_labels(task, logits, labels, mask), labels
+                # Looked for until one is found: looking makes a device wait.
+                self._has_label = self._has_label or tasks.has_label(task, batch)
                 if self.teacher_weight:
-                    soft, share = self._logits["teacher"], self.teacher_weight
+                    soft, share = tasks.answers(task, self._logits["teacher"]), self.teacher_weight
                     loss = (1 - share) * loss + share * _towards(task, logits, soft, self.temperature, mask)
-            if gate is not None:
-                correct = (logits.argmax(-1) == right).to(gate.dtype)
-                counts = torch.ones_like(correct, dtype=torch.bool) if mask is None else mask
-                loss = loss + F.binary_cross_entropy_with_logits(gate[counts].float(), correct[counts].float())
+            if gate is not None and right is not None:
+                right = right.argmax(-1) if right.is_floating_point() else right
+                correct = (logits.argmax(-1) == right).float()
+                counts = right != tasks.IGNORE_INDEX if mask is None else mask & (right != tasks.IGNORE_INDEX)
+                wrong = F.binary_cross_entropy_with_logits(gate[counts].float(), correct[counts], reduction="sum")
+                loss = loss + wrong / counts.sum().clamp(min=1)
             losses.append(self._weight(layer, depth) * loss)
         return torch.stack(losses).sum()
 
@@ -312,6 +313,14 @@ class EarlyExit(L.Callback):
         if callable(self.loss_weights):
             return float(self.loss_weights(layer, depth))
         return (layer + 1) / depth if self.loss_weights == "depth" else 1.0
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Refuse data without a label where the ramps learn from labels."""
+        if self.training != "self_distill" and self.teacher_weight < 1 and not self._has_label:
+            raise ValueError(
+                f"Expected batches with `labels` for training={self.training!r}, but not one had a label; "
+                "'self_distill' needs none."
+            )
 
     def on_validation_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -335,12 +344,12 @@ class EarlyExit(L.Callback):
             logits, labels, mask = tasks.align(ramps.task, answer, batch)
             if labels is None:
                 break
-            count = len(logits) if mask is None else int(mask.sum())
+            logits, labels = tasks.flatten(ramps.task, logits, labels, mask)
+            count = len(labels)
             if ramps.task == "regression":
-                name, value = "mse", F.mse_loss(logits.flatten().float(), labels.flatten().float())
+                name, value = "mse", F.mse_loss(logits, labels)
             else:
-                right = logits.argmax(-1) == labels
-                name, value = "accuracy", (right if mask is None else right[mask]).float().mean()
+                name, value = "accuracy", (logits.argmax(-1) == labels).sum() / max(count, 1)
             pl_module.log(f"val_exit{layer}_{name}", value, batch_size=count, sync_dist=True)
         self._end()
 
@@ -356,6 +365,15 @@ class EarlyExit(L.Callback):
         for name in self._frozen:
             pl_module.get_parameter(name).requires_grad_(True)
         self._frozen = []
+
+
+def _of_labels(task: tasks.Task, logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+    """How far logits are from the labels, 0 where there are none."""
+    if labels is None:
+        return logits.flatten()[:0].float().sum()
+    if task == "regression":
+        return F.mse_loss(logits.float(), labels.view_as(logits).float())
+    return hard_label(logits, labels, mask=mask)
 
 
 def _towards(task: tasks.Task, logits: Tensor, target: Tensor, temperature: float, mask: Tensor | None) -> Tensor:

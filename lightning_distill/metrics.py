@@ -1,10 +1,7 @@
-"""Metrics of a run: their names in the log, and what each is given."""
-
-import re
+"""Metrics that torchmetrics does not have in this form."""
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.regression import PearsonCorrCoef
 
 

@@ -1,5 +1,6 @@
 """DistillationModule: a teacher and a student as one LightningModule."""
 
+import copy
 import dataclasses
 import os
 import warnings
@@ -13,22 +14,23 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.regression import PearsonCorrCoef
+from torchmetrics import Metric
 
 from lightning_distill import parallel, preflight, tasks
 from lightning_distill.accumulation import AccumulationWindow
 from lightning_distill.arguments import one_of
 from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
+from lightning_distill.counting import Counted
 from lightning_distill.forwards import Forwards
 from lightning_distill.functional.clipping import group_tensors, total_norm
 from lightning_distill.functional.projection import TopK
-from lightning_distill.objectives import HardLabel, Objective, SoftTarget
+from lightning_distill.objectives import HardLabel, Loss, Objective, SoftTarget
 from lightning_distill.objectives.objective import named
-from lightning_distill.objectives.vocabulary import deferred_losses, parts
+from lightning_distill.objectives.vocabulary import deferred_losses
 from lightning_distill.precision import TeacherPrecision, cast_floats, keeping_dtype, load_teacher, own_precision
 from lightning_distill.pretrained import export, load_pretrained
+from lightning_distill.scores import Metrics, Scores
 from lightning_distill.signals import Signals, describe
 from lightning_distill.teacher import freeze, keep_out_of_checkpoints, tensor_names
 
@@ -67,8 +69,10 @@ class DistillationModule(L.LightningModule):
             interval and monitor, or None for no schedule.
         lr_scheduler_interval: How often a scheduler moves: once an ``"epoch"`` or every optimizer ``"step"``.
         lr_scheduler_monitor: The logged metric that a plateau waits for.
-        metrics: torchmetrics called with logits and labels of the items that count. Default: accuracy, perplexity for
-            language models, Pearson correlation for regression.
+        metrics: torchmetrics called with logits and labels of the items that have one (``Binary...`` with the
+            probability of class 1): one, logged by its class in short (``val_f1`` of ``MulticlassF1Score``), or a
+            dictionary or collection, by the names in it. Default: accuracy, perplexity for language models, Pearson
+            correlation for regression.
         tokenizer: Saved beside the student by :meth:`export`.
         teacher_precision: What the teacher computes in, whatever the Trainer's ``precision`` is: ``"32"``, ``"bf16"``,
             ``"16"`` (a module is cast in place), or ``"int8"``, ``"nf4"``, ``"fp4"`` (transformers models, by
@@ -113,7 +117,7 @@ class DistillationModule(L.LightningModule):
         lr_scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau | dict] | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         lr_scheduler_monitor: str | None = None,
-        metrics: Metric | MetricCollection | None = None,
+        metrics: Metrics | None = None,
         tokenizer: Any = None,
         teacher_precision: TeacherPrecision | None = None,
         gradient_checkpointing: bool = False,
@@ -146,6 +150,7 @@ class DistillationModule(L.LightningModule):
         # Whether the classes of both mean the same, so that their predictions can be compared.
         self._same_answers = True
         self._checked: set[str] = set()
+        self._has_warned = False  # of a batch without labels
         self._window = AccumulationWindow()
         self._scale: float | None = None  # of the GradScaler, before the optimizer's step
 
@@ -164,10 +169,8 @@ class DistillationModule(L.LightningModule):
             self.task, self._each_objective(), shared_words, headless, own_teacher_inputs=self._own_teacher_inputs
         )
 
-        self._metrics = nn.ModuleDict()
-        for stage in _STAGES:
-            agreement = PearsonCorrCoef() if self.task == "regression" else MeanMetric()
-            self._metrics[stage] = nn.ModuleDict({"scores": self._scores(metrics, stage), "agreement": agreement})
+        self._counted = Counted(self._each_objective())
+        self._scores = nn.ModuleDict({stage: Scores(self.task, metrics) for stage in _STAGES})
 
     def _check_models(self) -> set[str]:
         """Refuse models that do not run or do not answer; returns the roles of those that give no logits."""
@@ -185,6 +188,7 @@ class DistillationModule(L.LightningModule):
     def _bind(self, headless: set[str]) -> int | None:
         """Tell the objectives the two models; returns the number of words that padded vocabularies share."""
         shared_words = None
+        preflight.check_objectives(self.task, self._each_objective())
         if self.teacher is None:
             needy = [name for name, objective in self._each_objective().items() if objective.needs_teacher]
             if needy:
@@ -212,13 +216,6 @@ class DistillationModule(L.LightningModule):
         for objective in self._each_objective().values():
             objective.bind(student_info, teacher_info)
         return shared_words
-
-    def _scores(self, metrics: Metric | MetricCollection | None, stage: str) -> MetricCollection:
-        if metrics is None:
-            name, metric = tasks.default_metric(self.task)
-            return MetricCollection({name: metric}, prefix=f"{stage}_")
-        collection = metrics if isinstance(metrics, MetricCollection) else MetricCollection(metrics)
-        return collection.clone(prefix=f"{stage}_")
 
     @property
     def _needs_teacher(self) -> bool:
@@ -329,43 +326,44 @@ class DistillationModule(L.LightningModule):
             return loss
         return self.total_loss(self._window.add(losses, counts, batch_idx % size, size))
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Losses, the student's metric and its agreement with the teacher."""
-        self._evaluate(batch, "val")
+        self._evaluate(batch, "val", dataloader_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As :meth:`validation_step`, logged as ``test_...``."""
-        self._evaluate(batch, "test")
+        self._evaluate(batch, "test", dataloader_idx)
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
         """Logits of the student."""
         return self(batch)
 
-    def _evaluate(self, batch: Any, stage: str) -> None:
+    def _evaluate(self, batch: Any, stage: str, dataloader_idx: int) -> None:
         self._check_batch(batch)
         student, teacher = self._signals(batch, self.teacher is not None)
-        losses, _ = self._reduce(student, teacher)
-        count = len(student.logits) if student.mask is None else int(student.mask.sum())
-        logged = {f"{stage}_{name}": value for name, value in losses.items()}
-        logged[f"{stage}_loss"] = self.total_loss(losses)
-        self.log_dict(logged, batch_size=count, sync_dist=True)
+        losses, counts = self._reduce(student, teacher)
+        sizes = [round(count) for count in counts.tolist()]
+        for (name, value), size in zip(losses.items(), sizes, strict=True):
+            self.log(f"{stage}_{name}", value, batch_size=size, sync_dist=True)
+        self.log(f"{stage}_loss", self.total_loss(losses), batch_size=max(sizes), sync_dist=True)
 
-        metrics = self._metrics[stage]
-        assert isinstance(metrics, nn.ModuleDict)
-        scores, agreement = metrics["scores"], metrics["agreement"]
-        assert isinstance(scores, MetricCollection)
-        assert isinstance(agreement, Metric)
+        key = f"{stage}_{dataloader_idx}" if dataloader_idx else stage
+        if key not in self._scores:
+            self._scores[key] = copy.deepcopy(self._scores[stage])
+            self._scores[key].reset()
+        scores = self._scores[key]
+        assert isinstance(scores, Scores)
         compares = teacher is not None and self._same_answers
         scored = student.labels is not None and "student" not in self.forwards.headless
-        for part, of_teacher in parts(student, teacher if compares else None):
-            if of_teacher is not None:
-                agreement.update(*tasks.agreement(self.task, part, of_teacher))
-            if scored:
-                scores.update(*tasks.flatten(self.task, part.logits, part.labels, part.mask))
+        scores.update(student, teacher if compares else None, scored)
         if compares:
-            self.log(f"{stage}_agreement", agreement, prog_bar=True)
-        if scored:
-            self.log_dict(scores, prog_bar=True)
+            self._log_metric(f"{stage}_agreement", scores.agreement, f"_scores.{key}.agreement")
+        if scores.has_scores:
+            for name, metric in scores.metrics.items():
+                self._log_metric(f"{stage}_{name}", metric, f"_scores.{key}.metrics.{name}")
+
+    def _log_metric(self, name: str, metric: Metric, attribute: str) -> None:
+        self.log(name, metric, prog_bar=True, metric_attribute=attribute)
 
     def _check_batch(self, batch: Any) -> None:
         """Refuse a batch without a real token or with an impossible label.
@@ -376,6 +374,8 @@ class DistillationModule(L.LightningModule):
         stage = self.trainer.state.stage
         where = stage.value if stage else ""
         labels = tasks.labels_of(batch)
+        if labels is None or labels.device.type == "cpu" or where not in self._checked:
+            self._warn_of_no_label(batch, where)
         if where in self._checked and not (labels is not None and labels.device.type == "cpu"):
             return
         field = "vocab_size" if self.task in tasks.LANGUAGE_MODELS else "num_labels"
@@ -386,6 +386,17 @@ class DistillationModule(L.LightningModule):
         if where not in self._checked:
             self.forwards.look_again()
         self._checked.add(where)
+
+    def _warn_of_no_label(self, batch: Any, where: str) -> None:
+        needy = [name for name, objective in self._each_objective().items() if objective.needs_labels]
+        if self.task in tasks.LANGUAGE_MODELS:
+            needy = list(self._each_objective())
+        if needy and not self._has_warned and not tasks.has_label(self.task, batch):
+            self._has_warned = True
+            warnings.warn(
+                f"A batch of the {where} data has no label, so it counts nothing for {needy}; neither will others.",
+                stacklevel=2,
+            )
 
     def _signals(self, batch: Any, with_teacher: bool) -> tuple[Signals, Signals | None]:
         """What both forwards left behind; without logits where the vocabulary is large and nothing needs them whole."""
@@ -400,6 +411,9 @@ class DistillationModule(L.LightningModule):
             student = self.student_step(batch)
         if self.forwards.was_wrong(student):
             return self._signals(batch, with_teacher)
+        for signals in (student, teacher):
+            if signals is not None:
+                tasks.settle(self.task, signals)
         return student, teacher
 
     def _reduce(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
@@ -407,13 +421,16 @@ class DistillationModule(L.LightningModule):
         found = {} if student.deferred is None else deferred_losses(self._each_objective(), student, teacher)
         for name, objective in self._each_objective().items():
             if name not in found:
-                loss = objective(student, teacher)
+                unlabelled = self._trainer is not None and student.labels is None and objective.needs_labels
+                loss = Loss(student.logits.flatten()[:0].float()) if unlabelled else objective(student, teacher)
                 found[name] = loss.sum(), loss.count()
         losses = {name: found[name] for name in self._each_objective()}
         counts = torch.stack([count for _, count in losses.values()]).float()
         if self._trainer is not None and self.trainer.world_size > 1 and self.trainer.training:
             # DDP averages gradients over ranks, so the mean over all items needs the mean count as its denominator.
             counts = self.trainer.strategy.reduce(counts, reduce_op="mean")
+        if self._trainer is not None and self.trainer.state.stage is not None:
+            self._counted.add(self.trainer.state.stage.value, counts)
         counts = counts.clamp(min=torch.finfo(counts.dtype).tiny)
         means = {name: total / count for (name, (total, _)), count in zip(losses.items(), counts, strict=True)}
         return means, counts
@@ -517,6 +534,21 @@ class DistillationModule(L.LightningModule):
         if follows and self._scale is not None and scaler.get_scale() < self._scale:
             return
         super().lr_scheduler_step(scheduler, metric)
+
+    def on_train_epoch_end(self) -> None:
+        """Refuse training data without a label; see :class:`lightning_distill.counting.Counted`."""
+        self._counted.check("train", lambda counts: counts)
+
+    def on_validation_epoch_end(self) -> None:
+        """Refuse validation data without a label."""
+        self._check_counted("validate")
+
+    def on_test_epoch_end(self) -> None:
+        """Refuse test data without a label."""
+        self._check_counted("test")
+
+    def _check_counted(self, stage: str) -> None:
+        self._counted.check(stage, lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum"))
 
     def on_fit_end(self) -> None:
         """Refuse a fit in which there was nothing to learn from."""

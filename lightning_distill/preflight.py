@@ -263,8 +263,26 @@ def _check_equal(field: str, student_config: Any, teacher_config: Any, advice: s
         )
 
 
+def check_objectives(task: tasks.Task, objectives: Mapping[str, Any]) -> None:
+    """Refuse objectives on classes where a task has none.
+
+    Args:
+        task: The name of the task.
+        objectives: By name.
+
+    Raises:
+        ValueError: If so.
+    """
+    wrong = [name for name, objective in objectives.items() if objective.needs_classes]
+    if task == "regression" and wrong:
+        raise ValueError(
+            f"Expected objectives on real values in regression, but got {wrong}, which compare classes. Use "
+            "`SoftTarget` or `LogitsMSE`."
+        )
+
+
 def check_batch(task: tasks.Task, batch: Any, num_classes: int | None, where: str) -> None:
-    """Refuse a batch with nothing to learn from or with a label that names no class.
+    """Refuse a batch of padding alone, or with a label that names no class.
 
     Args:
         task: The name of the task.
@@ -273,31 +291,18 @@ def check_batch(task: tasks.Task, batch: Any, num_classes: int | None, where: st
         where: Words that name the batch in the error.
 
     Raises:
-        ValueError: If no row, token or label counts, or a label is below 0 (and not -100) or too large.
+        ValueError: If no token is real, or a label is below 0 (and not -100) or too large.
     """
+    if not tasks.has_real_item(batch):
+        raise ValueError(
+            f"Expected {where} to have a real token, but got one in which everything is padding. Remove empty rows "
+            "from the data."
+        )
     labels = tasks.labels_of(batch)
-    if not tasks.has_real_item(task, batch):
-        raise ValueError(
-            f"Expected {where} to have a real token, but got one in which everything is padding or has label "
-            f"{tasks.IGNORE_INDEX}. Remove empty rows from the data."
-        )
-    if labels is None or task == "regression" or num_classes is None:
+    if labels is None or task == "regression" or num_classes is None or labels.is_floating_point():
         return
-    if labels.is_floating_point():
-        raise ValueError(
-            f"Expected the labels of {where} to be integers, but got {labels.dtype}. Use `task='regression'` (and one "
-            "logit) for real-valued labels."
-        )
-    _check_range(labels, num_classes, where)
-
-
-def _check_range(labels: Tensor, num_classes: int, where: str) -> None:
-    wrong = tasks.out_of_range(labels, num_classes)
-    if wrong.numel():
-        raise ValueError(
-            f"Expected the labels of {where} to be in [0, {num_classes - 1}], but got {wrong[0].item()}. Give the "
-            "models as many classes as the data have, or correct the labels."
-        )
+    # One logit is that of two classes.
+    tasks.check_range(labels, max(num_classes, 2), where)
 
 
 def check_signals(student: "Signals", teacher: "Signals | None", *, any_vocabulary: bool = False) -> None:
@@ -328,8 +333,13 @@ def check_signals(student: "Signals", teacher: "Signals | None", *, any_vocabula
             "Expected argument `teacher` to give finite logits, but got NaN or infinity on the first batch. Check that "
             "its weights were loaded, and run it in float32 or bfloat16 rather than float16."
         )
-    if labels is not None and not labels.is_floating_point() and student.logits.shape[-1] > 1:
-        _check_range(labels, student.logits.shape[-1], "the first batch")
+    if (
+        labels is not None
+        and not labels.is_floating_point()
+        and not student.regression
+        and student.logits.shape[-1] > 1
+    ):
+        tasks.check_range(labels, student.logits.shape[-1], "the first batch")
 
 
 def check_eps(optimizer: Optimizer) -> None:

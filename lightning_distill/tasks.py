@@ -112,8 +112,8 @@ def labels_of(batch: Any) -> Tensor | None:
     except (TypeError, ValueError, RuntimeError) as error:
         shown = repr(found) if len(repr(found)) < 80 else f"{repr(found)[:80]}..."
         raise TypeError(
-            f"Expected the labels of a batch to be numbers, but got a {type(found).__name__}: {shown}. Number the classes "
-            "from 0 and give a tensor."
+            f"Expected the labels of a batch to be numbers, but got a {type(found).__name__}: {shown}. Number the "
+            "classes from 0 and give a tensor."
         ) from error
 
 
@@ -182,28 +182,35 @@ def answers(task: Task, logits: Tensor) -> Tensor:
     if logits.ndim != 2:
         form = "rows, values" if task == "regression" else "rows, classes"
         raise ValueError(
-            f"Expected the logits of {task} to have the shape [{form}], but got {list(logits.shape)}. For an answer per "
-            "token, step or pixel, move the classes to the last dimension in the model's forward and pass "
+            f"Expected the logits of {task} to have the shape [{form}], but got {list(logits.shape)}. For an answer "
+            "per token, step or pixel, move the classes to the last dimension in the model's forward and pass "
             "`task='token_classification'`."
         )
     return logits if task == "regression" else two_logits(logits)
 
 
+def settle(task: Task, signals: "Signals") -> None:
+    """Give signals that a step of the user's own made the form that :func:`align` gives, and say what logits mean."""
+    signals.regression = task == "regression"
+    if task in ("classification", "token_classification"):
+        signals.logits = two_logits(signals.logits)
+
+
 def targets(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     """Labels in the one form that all else reads.
 
-    Values are looked at where they lie on the CPU, where looking is free; elsewhere a fraction or NaN as a class becomes
-    -1, which no loss takes.
+    Values are looked at where they lie on the CPU, where looking is free; elsewhere a fraction or NaN as a class
+    becomes -1, which no loss takes.
 
     Args:
         task: The name of the task.
         logits: What :func:`answers` gives, shape ``[B, C]`` or ``[B, T, C]``.
-        labels: Classes ``[B]``, ``[B, 1]`` or ``[B, T]``: integers of any width, bool, or whole floats; probabilities of
-            the classes, of the shape of the logits; in regression numbers, one per logit.
+        labels: Classes ``[B]``, ``[B, 1]`` or ``[B, T]``: integers of any width, bool, or whole floats; probabilities
+            of the classes, of the shape of the logits; in regression numbers, one per logit.
 
     Returns:
-        Classes as int64 ``[B]`` or ``[B, T]``, with -100 where there is no label; probabilities as float32, of the shape
-        of the logits; in regression float32 ``[B]`` or, of several values, ``[B, C]``.
+        Classes as int64 ``[B]`` or ``[B, T]``, with -100 where there is no label; probabilities as float32, of the
+        shape of the logits; in regression float32 ``[B]`` or, of several values, ``[B, C]``.
 
     Raises:
         ValueError: If they fit neither the logits nor the task.
@@ -219,8 +226,8 @@ def targets(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     if task == "regression":
         if labels.dtype == torch.bool or labels.numel() != logits.numel() or labels.shape[:1] != logits.shape[:1]:
             raise ValueError(
-                f"Expected the labels of regression to be {list(logits.shape)} numbers, but got {labels.dtype} of shape "
-                f"{list(labels.shape)}. For two classes with one logit, pass `task='classification'`."
+                f"Expected the labels of regression to be {list(logits.shape)} numbers, but got {labels.dtype} of "
+                f"shape {list(labels.shape)}. For two classes with one logit, pass `task='classification'`."
             )
         shape = items if logits.shape[-1] == 1 else logits.shape
         return (labels if labels.dtype == torch.float64 else labels.float()).reshape(shape)
@@ -228,20 +235,20 @@ def targets(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
         labels = labels.squeeze(-1)
     if labels.shape == logits.shape and task not in LANGUAGE_MODELS:
         labels = labels.float()
-        if look and not bool(((labels >= 0).all() & ((labels.sum(-1) - 1).abs() < 0.02).all())):
+        if look and not bool((labels >= 0).all() & ((labels.sum(-1) - 1).abs() < 0.02).all()):
             wrong = ((labels < 0).any(-1) | ((labels.sum(-1) - 1).abs() >= 0.02)).flatten().nonzero()[0]
             row = labels.flatten(0, -2)[int(wrong)].tolist()
             raise ValueError(
                 "Expected labels of the shape of the logits to be probabilities that sum to 1 in each row, but got "
-                f"{row[:8]} in row {int(wrong)}. Several classes at once (multi-label) are not learned here; divide counts "
-                "by their sum; for real values pass `task='regression'`."
+                f"{row[:8]} in row {int(wrong)}. Several classes at once (multi-label) are not learned here; divide "
+                "counts by their sum; for real values pass `task='regression'`."
             )
         return labels
     if labels.shape != items or labels.is_complex():
         raise ValueError(
             f"Expected the labels of {task} to have the shape {list(items)}, one class for each row of logits "
-            f"{list(logits.shape)}, but got {labels.dtype} of shape {list(labels.shape)}. Classes are the last dimension "
-            "of the logits."
+            f"{list(logits.shape)}, but got {labels.dtype} of shape {list(labels.shape)}. Classes are the last "
+            "dimension of the logits."
         )
     if labels.is_floating_point():
         whole = labels == labels.round()
@@ -377,7 +384,21 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     # Teacher and student may differ in what they take: DistilBERT has no token_type_ids. A transformers forward also
     # has **kwargs, but what it does not name it hands to the attention function.
     named_only = hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in names.values())
-    inputs = {key: value for key, value in batch.items() if key != "labels" and (key in names or not named_only)}
+    given = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+    inputs = {key: value for key, value in given.items() if key in names or not named_only}
+    missing = [
+        name
+        for name, parameter in names.items()
+        if name not in (*inputs, "self") and parameter.kind not in _VARIABLE and parameter.default is parameter.empty
+    ]
+    if missing:
+        if not inputs and len(missing) == len(given) == 1:
+            # What they are called need not be what a plain module calls its one input.
+            return model(*given.values())
+        raise ValueError(
+            f"Expected a batch with the inputs {missing} of `{type(model).__name__}.forward`, but got the keys "
+            f"{list(batch)}. Give the batch these keys, or a pair (inputs, labels)."
+        )
     if "use_cache" in names:
         inputs["use_cache"] = False
     return model(**inputs)

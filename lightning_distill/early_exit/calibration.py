@@ -30,7 +30,7 @@ class Answers:
     Args:
         logits: Shape ``[E + 1, M, C]``, the full model's last.
         gates: Shape ``[E, M]``, or None.
-        labels: Shape ``[M]``; the full model's own answers where the data have none.
+        labels: Shape ``[M]``; the full model's own answers where no row of the data has one.
         sequence: The sequence of each item, int64 ``[M]``, from 0 to N - 1.
     """
 
@@ -42,11 +42,11 @@ class Answers:
     def __len__(self) -> int:
         return int(self.sequence[-1]) + 1
 
-    def take(self, sequences: Tensor) -> "Answers":
-        """The items of some sequences, which are numbered anew in their old order."""
+    def take(self, sequences: Tensor, among: Tensor | None = None) -> "Answers":
+        """The items of some sequences, which are numbered anew in their old order; of bool ``[M]``, those among."""
         kept = torch.zeros(len(self), dtype=torch.bool)
         kept[sequences] = True
-        items = kept[self.sequence]
+        items = kept[self.sequence] if among is None else kept[self.sequence] & among
         gates = None if self.gates is None else self.gates[:, items]
         renumbered = (kept.cumsum(0) - 1)[self.sequence[items]]
         return Answers(self.logits[:, items], gates, self.labels[items], renumbered)
@@ -160,7 +160,8 @@ def calibrate(
 
     Args:
         model: The model; its thresholds and temperatures are set.
-        dataloader: Batches as in training. Without labels the promise is about agreement with the full model.
+        dataloader: Batches as in training. Rows without a label (none, or -100) are left out; where no row has one, the
+            promise is about agreement with the full model.
         exits: The exits that may be used; None for all. A ramp costs every row that passes it, in small batches up to a
             tenth of a layer: two or three are often faster than all.
         max_drop: How much accuracy may be lost (per token, in token classification).
@@ -341,20 +342,21 @@ def collect(model: EarlyExitModel, dataloader: Iterable[Any]) -> Answers:
     """
     task, device = model.ramps.task, next(model.parameters()).device
     kept: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
-    start, labelled = 0, True
+    start = 0
     for batch in dataloader:
         batch = move_data_to_device(batch, device)
         asked, final = model.answers(batch)
         final, labels, mask = tasks.align(task, final, batch)
-        labelled &= labels is not None
-        answer = final.argmax(-1) if labels is None else labels
+        if labels is None:
+            labels = torch.full(final.shape[:-1], tasks.IGNORE_INDEX, device=device)
+        answer = labels.argmax(-1) if labels.is_floating_point() else labels
         items = torch.ones_like(answer, dtype=torch.bool) if mask is None else mask
         sequence = torch.arange(len(answer), device=device).view(-1, *[1] * (answer.ndim - 1)).expand(answer.shape)
         # A sequence without a real item would have no measure.
         there = items.flatten(1).any(1) if items.ndim > 1 else items
         renumbered = (there.cumsum(0) - 1 + start)[sequence]
         start += int(there.sum())
-        logits = torch.stack([*(logits for logits, _ in asked.values()), final])[:, items]
+        logits = torch.stack([*(tasks.answers(task, logits) for logits, _ in asked.values()), final])[:, items]
         all_gates = [gate for _, gate in asked.values() if gate is not None]
         gates = torch.stack(all_gates)[:, items].float().cpu() if all_gates else None
         kept.append((logits.float().cpu(), gates, answer[items].cpu(), renumbered[items].cpu()))
@@ -367,7 +369,19 @@ def collect(model: EarlyExitModel, dataloader: Iterable[Any]) -> Answers:
         torch.cat([part for _, _, part, _ in kept]),
         torch.cat([part for _, _, _, part in kept]),
     )
-    if labelled and len(answers.labels.unique()) < 2:
+    has_label = answers.labels != tasks.IGNORE_INDEX
+    if not has_label.any():
+        answers.labels = answers.logits[-1].argmax(-1)
+        return answers
+    if not has_label.all():
+        rows = answers.sequence[has_label].unique()
+        warnings.warn(
+            f"{len(answers) - len(rows)} of {len(answers)} calibration rows have no label and are left out: the "
+            "promise is about rows like those that have one.",
+            stacklevel=3,
+        )
+        answers = answers.take(rows, has_label)
+    if len(answers.labels.unique()) < 2:
         raise ValueError(
             f"Expected argument `dataloader` to give rows of at least two classes, but all {len(answers)} have the "
             f"label {int(answers.labels[0])}. Shuffle before taking a part of the data."

@@ -95,7 +95,9 @@ def agreement_run(
 
     Source: Zhou et al., "BERT Loses Patience", 2020.
     """
-    answer = full_precision(logits.squeeze(-1) if tolerance is not None else two_logits(logits).argmax(-1).to(run.dtype))
+    answer = full_precision(
+        logits.squeeze(-1) if tolerance is not None else two_logits(logits).argmax(-1).to(run.dtype)
+    )
     answer = answer.masked_fill(~logits.isfinite().all(-1), math.nan)
     same = answer == previous if tolerance is None else (answer - previous).abs() < tolerance
     return answer, torch.where(same, run + 1, torch.zeros_like(run))

@@ -46,7 +46,9 @@ def deferred_losses(
     """
     soft = next(((name, o) for name, o in objectives.items() if isinstance(o, SoftTarget)), None)
     hard = next(((name, o) for name, o in objectives.items() if isinstance(o, HardLabel)), None)
-    labels = None if hard is None else require_labels(hard[1], student)
+    labels = student.labels
+    if hard is not None and soft is None:
+        labels = require_labels(hard[1], student)
     assert student.deferred is not None
     target: Projection | TopK | Tensor | None = None
     if soft is not None:
@@ -59,7 +61,7 @@ def deferred_losses(
         return linear_losses(
             projection,
             target,
-            labels,
+            None if hard is None else labels,
             student.mask,
             **({} if soft is None else soft[1].options()),
             label_smoothing=0.0 if hard is None else hard[1].label_smoothing,
@@ -72,7 +74,8 @@ def deferred_losses(
     found = {}
     for index, one in enumerate((soft, hard)):
         if one is not None:
-            found[one[0]] = losses[index], count
+            # Without labels there is nothing for the hard label to count.
+            found[one[0]] = losses[index], count * (index == 0 or labels is not None)
     return found
 
 
