@@ -288,6 +288,7 @@ class EarlyExit(L.Callback):
             if needed and who not in self._logits:
                 raise RuntimeError(f"Expected `training_step` to call the {who} itself, for its logits; it did not.")
         losses = []
+        right: Tensor | None
         for layer, (logits, gate) in self._answers.items():
             logits, labels, mask = tasks.align(task, logits, batch)
             if self.training == "self_distill":

@@ -84,8 +84,8 @@ def names_of_config(config: Any, role: str = "model") -> list[str] | None:
         if are_placeholders(names) and sorted(numbered.values()) == list(range(len(names))):
             return in_order
         for name in names:
-            index = numbered.get(name)
-            if index is None or not 0 <= index < len(names) or names[index] != name:
+            number = numbered.get(name, -1)
+            if not 0 <= number < len(names) or names[number] != name:
                 raise _wrong(role, f"one number for {name!r}, but got id2label={by_id} and label2id={by_name}")
     return names
 

@@ -1,6 +1,5 @@
 """DistillationModule: a teacher and a student as one LightningModule."""
 
-import copy
 import dataclasses
 import os
 import warnings
@@ -14,7 +13,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torchmetrics import Metric
 
 from lightning_distill import parallel, preflight, tasks
 from lightning_distill.accumulation import AccumulationWindow
@@ -347,23 +345,30 @@ class DistillationModule(L.LightningModule):
             self.log(f"{stage}_{name}", value, batch_size=size, sync_dist=True)
         self.log(f"{stage}_loss", self.total_loss(losses), batch_size=max(sizes), sync_dist=True)
 
-        key = f"{stage}_{dataloader_idx}" if dataloader_idx else stage
-        if key not in self._scores:
-            self._scores[key] = copy.deepcopy(self._scores[stage])
-            self._scores[key].reset()
-        scores = self._scores[key]
-        assert isinstance(scores, Scores)
+        scores, path = self.scores(stage, dataloader_idx), f"_scores.{_key(stage, dataloader_idx)}"
         compares = teacher is not None and self._same_answers
         scored = student.labels is not None and "student" not in self.forwards.headless
         scores.update(student, teacher if compares else None, scored)
         if compares:
-            self._log_metric(f"{stage}_agreement", scores.agreement, f"_scores.{key}.agreement")
+            self.log(f"{stage}_agreement", scores.agreement, prog_bar=True, metric_attribute=f"{path}.agreement")
         if scores.has_scores:
             for name, metric in scores.metrics.items():
-                self._log_metric(f"{stage}_{name}", metric, f"_scores.{key}.metrics.{name}")
+                attribute = f"{path}.metrics.{name}"
+                self.log(f"{stage}_{name}", metric, prog_bar=True, metric_attribute=attribute)  # type: ignore[arg-type]
 
-    def _log_metric(self, name: str, metric: Metric, attribute: str) -> None:
-        self.log(name, metric, prog_bar=True, metric_attribute=attribute)
+    def scores(self, stage: str, dataloader_idx: int = 0) -> Scores:
+        """What the student is scored by on one dataloader.
+
+        Args:
+            stage: ``"val"`` or ``"test"``.
+            dataloader_idx: Which of several dataloaders.
+        """
+        key = _key(stage, dataloader_idx)
+        if key not in self._scores:
+            self._scores[key] = self.scores(stage).fresh()
+        scores = self._scores[key]
+        assert isinstance(scores, Scores)
+        return scores
 
     def _check_batch(self, batch: Any) -> None:
         """Refuse a batch without a real token or with an impossible label.
@@ -576,3 +581,7 @@ class DistillationModule(L.LightningModule):
                 "(`DistillationModule.load_from_checkpoint`) and export that."
             )
         return export(self.student, folder, self.tokenizer)
+
+
+def _key(stage: str, dataloader_idx: int) -> str:
+    return f"{stage}_{dataloader_idx}" if dataloader_idx else stage

@@ -4,14 +4,13 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
-from torchmetrics import MetricCollection
 
 from lightning_distill.callbacks import TeacherCache
 from lightning_distill.cli import (
@@ -396,11 +395,10 @@ class Run:
         }
 
     def _test(self, phase: str, module: DistillationModule) -> None:
-        counts = cast(nn.ModuleDict, module._metrics["test"])["scores"]
-        assert isinstance(counts, MetricCollection)
-        counts.add_metrics({"num_items": ItemCount()})
+        counts = module.scores("test").metrics
+        counts["num_items"] = ItemCount()
         if module.task not in LANGUAGE_MODELS:  # what is one answer to a text?
-            counts.add_metrics({"one_answer": OneAnswer()})
+            counts["one_answer"] = OneAnswer()
         # Without a logger: in forked processes a second CSVLogger of one folder would begin its file anew.
         self.trainer = make_trainer(self.parser, self.config, phase, logger=False)
         (scores,) = self.trainer.test(module, datamodule=self.data, verbose=False)

@@ -228,18 +228,18 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
             f"{path}: the teacher has no fine-tuned head; --model.finetune_teacher true fine-tunes it on the data first"
         )
     teacher = load_pretrained(path, "--model.teacher")
-    names, given = class_names(teacher, "--model.teacher") or [], arguments["label_names"]
-    if given is None and not are_placeholders(names):
-        arguments["label_names"] = names
+    own, given = class_names(teacher, "--model.teacher") or [], arguments["label_names"]
+    if given is None and not are_placeholders(own):
+        arguments["label_names"] = own
     # Other names may say what the data call the teacher's classes; the same in another order cannot.
-    same = given and sorted(map(str.casefold, given)) == sorted(map(str.casefold, names))
-    if same and class_order(names, given, "--model.teacher", "--data.label_names") is not None:
-        raise ValueError(f"--data.label_names has the classes {given}, and --model.teacher {names}, in this order")
+    same = given and sorted(map(str.casefold, given)) == sorted(map(str.casefold, own))
+    if same and class_order(own, given, "--model.teacher", "--data.label_names") is not None:
+        raise ValueError(f"--data.label_names has the classes {given}, and --model.teacher {own}, in this order")
     data = TextClassificationData(**arguments)
-    if given is None and are_placeholders(names) and data.label_names:
+    if given is None and are_placeholders(own) and data.label_names:
         if are_placeholders(data.label_names):
             # A class of the teacher may have no row.
-            data = TextClassificationData(**{**arguments, "label_names": [*names, *data.label_names[len(names) :]]})
+            data = TextClassificationData(**{**arguments, "label_names": [*own, *data.label_names[len(own) :]]})
         elif data.hub_dataset is None and not _are_numbers(data.label_names):
             raise ValueError(
                 f"the config of {path} does not name the teacher's classes, so the labels {data.label_names} of the "

@@ -1,5 +1,6 @@
 """What a student is scored by on one dataloader: its metrics, and its agreement with the teacher."""
 
+import copy
 import re
 from collections.abc import Mapping
 
@@ -77,15 +78,18 @@ class Scores(nn.Module):
                     assert isinstance(metric, Metric)
                     metric.update(_as_taken(metric, logits), labels)
 
-    def reset(self) -> None:
-        """Forget all batches."""
-        for metric in (*self.metrics.values(), self.agreement):
-            metric.reset()  # type: ignore[union-attr]
+    def fresh(self) -> "Scores":
+        """The same metrics for another dataloader, without what these have seen."""
+        copied = copy.deepcopy(self)
+        for metric in copied.modules():
+            if isinstance(metric, Metric):
+                metric.reset()
+        return copied
 
     @property
     def has_scores(self) -> bool:
         """Whether any label was there."""
-        return any(metric.update_called for metric in self.metrics.values())  # type: ignore[union-attr]
+        return any(isinstance(metric, Metric) and metric.update_called for metric in self.metrics.values())
 
 
 def _as_taken(metric: Metric, logits: Tensor) -> Tensor:

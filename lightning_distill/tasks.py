@@ -223,13 +223,19 @@ def targets(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
             f"Expected the labels of a batch to be finite, but got {labels.flatten()[place].item()} as label {place}. "
             f"Leave the row out, or give it the class {IGNORE_INDEX}, which counts nothing."
         )
+    if not logits.shape[-1] and labels.shape != items:
+        return labels.float()  # beside logits that were not computed there is nothing to compare
     if task == "regression":
-        if labels.dtype == torch.bool or labels.numel() != logits.numel() or labels.shape[:1] != logits.shape[:1]:
+        if (
+            labels.dtype == torch.bool
+            or labels.numel() != max(logits.numel(), items.numel())
+            or labels.shape[:1] != logits.shape[:1]
+        ):
             raise ValueError(
                 f"Expected the labels of regression to be {list(logits.shape)} numbers, but got {labels.dtype} of "
                 f"shape {list(labels.shape)}. For two classes with one logit, pass `task='classification'`."
             )
-        shape = items if logits.shape[-1] == 1 else logits.shape
+        shape = items if logits.shape[-1] <= 1 else logits.shape
         return (labels if labels.dtype == torch.float64 else labels.float()).reshape(shape)
     if labels.ndim == logits.ndim and labels.shape[-1] == 1:
         labels = labels.squeeze(-1)
