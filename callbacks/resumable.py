@@ -1,5 +1,6 @@
 """Resumable: a run that is cut anywhere goes on as if it had not been."""
 
+import logging
 import random
 import signal
 import threading
@@ -11,11 +12,13 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_distill.arguments import integer, typed
+from lightning_distill.stops import SIGNALS, Stopped, end_children, stopped_by
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # of rank_zero_info
 _METRICS = "last_metrics"  # key of the checkpoint
 
 
@@ -30,7 +33,8 @@ class Resumable(L.Callback):
       out, and a ``ReduceLROnPlateau`` gets its step of the epoch that was cut, where Lightning leaves that out.
     - SIGTERM lets the running step end, writes ``interrupted.ckpt`` beside the checkpoints and exits with code 143;
       Ctrl-C does the same with 130, and says how to go on. All processes stop after the same step. During a validation
-      both wait for its end and one more step; a second Ctrl-C stops at once, without saving.
+      both wait for its end and one more step; a second Ctrl-C stops at once, without saving, with 130 too. Where
+      processes were forked, the one that forked them tells them, waits, and ends with the same code.
 
     The order of the batches is the loader's part: give training a
     :class:`~lightning_distill.data.ResumableDataLoader`, or another one with ``state_dict`` and ``load_state_dict``.
@@ -114,6 +118,31 @@ class Resumable(L.Callback):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._seed(trainer, within_step=False)
 
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the signals to the program."""
+        self._leave_to_program(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the signals to the program, outside of a training."""
+        self._leave_to_program(trainer)
+
+    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the signals to the program."""
+        self._leave_to_program(trainer)
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave the signals to the program."""
+        self._leave_to_program(trainer)
+
+    def _leave_to_program(self, trainer: L.Trainer) -> None:
+        """Put the program's own handler of SIGTERM in the place of Lightning's, where it has one.
+
+        Lightning's makes a collective call in the handler, which waits for ever if another process is in another.
+        """
+        earlier = trainer._signal_connector._original_handlers.get(signal.SIGTERM)
+        if callable(earlier) and not self._handlers and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, earlier)
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give a resumed run its metrics, and take over the two signals."""
         # A schedule that asks the Trainer how long it is (``estimated_stepping_batches``) makes Lightning build the
@@ -130,7 +159,7 @@ class Resumable(L.Callback):
         # In the place of Lightning's own, which exits with 0 and answers a signal by a collective call inside of the
         # handler. Only the main thread may do this; elsewhere (a notebook's worker) signals stay as they were.
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+            self._handlers = {number: signal.signal(number, self._receive) for number in SIGNALS}
 
     # -- the end, where it is asked for ------------------------------------------------------------------------------
 
@@ -138,9 +167,9 @@ class Resumable(L.Callback):
         if number == signal.SIGINT:
             if self._received is not None:
                 self._release()
-                raise KeyboardInterrupt
+                raise Stopped(number)
             rank_zero_info("\nCtrl-C: saving at the end of this step; once more stops at once, without saving.")
-        self._received = signal.Signals(number)
+        self._received = self._received or signal.Signals(number)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -172,11 +201,21 @@ class Resumable(L.Callback):
         hint = self.resume_hint or f"trainer.fit(..., ckpt_path={str(path)!r})"
         what = "Ctrl-C" if number == signal.SIGINT else number.name
         rank_zero_info(f"\nStopped by {what} after step {trainer.global_step}, saved to {path}. Go on with: {hint}")
-        raise SystemExit(128 + number)
+        raise Stopped(number, said=_LOG.isEnabledFor(logging.INFO))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
+        """Give the signals back; where this process started others, end with them."""
         self._release()
+        launcher: Any = trainer.strategy.launcher
+        number = stopped_by(exception)
+        if number is None or not getattr(launcher, "procs", None):
+            return
+        launcher.kill(signal.SIGTERM)
+        if isinstance(launcher, _MultiProcessingLauncher):
+            end_children()
+            # In the place of Lightning's exit code 1 for Ctrl-C, and of a traceback of what a child ended with.
+            if not isinstance(exception, SystemExit):
+                raise Stopped(number) from None
 
     def _release(self) -> None:
         for number, handler in self._handlers.items():

@@ -8,6 +8,7 @@ import lightning as L
 from jsonargparse import ArgumentParser
 
 from lightning_distill.cache import bare
+from lightning_distill.callbacks.resumable import Resumable
 from lightning_distill.callbacks.teacher_cache import TeacherCache
 from lightning_distill.cli import quiet
 from lightning_distill.module import DistillationModule
@@ -71,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan.architectures = [type(teacher).__name__]
     module = DistillationModule(teacher, bare(plan), made.objectives)
     arguments = dict(made.trainer.as_dict()) | {"use_distributed_sampler": False}
+    asked = arguments["callbacks"] or []
+    # For its answer to signals, which does not make one process wait for another.
+    arguments["callbacks"] = [*(asked if isinstance(asked, list) else [asked]), Resumable()]
     trainer = L.Trainer(**arguments)
     # Validation, because Lightning takes the loaders of a prediction apart and makes them anew, in the order of rows.
     trainer.validate(_Fill(module, TeacherCache(**config.cache.as_dict()), made.data), verbose=False)

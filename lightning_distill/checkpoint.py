@@ -99,7 +99,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only is not False)
 
 
-def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
+def newest_checkpoint(folder: str | os.PathLike[str], *, ignoring: Path | None = None) -> Path | None:
     """The newest checkpoint of a folder that is whole; each newer one that is not is skipped with a warning.
 
     Every byte is compared with the checksums in the file. A checkpoint that holds more than tensors and primitives
@@ -107,6 +107,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
 
     Args:
         folder: Where a ModelCheckpoint writes. Files and sharded checkpoints (folders) that end in ``.ckpt`` count.
+        ignoring: One that is known not to be whole.
 
     Returns:
         The checkpoint, for ``trainer.fit(..., ckpt_path=...)``; None where there is none.
@@ -121,7 +122,7 @@ def newest_checkpoint(folder: str | os.PathLike[str]) -> Path | None:
         'one.ckpt'
     """
     found = sorted(Path(folder).glob("*.ckpt"), key=lambda path: (_key_file(path).stat().st_mtime_ns, path.name))
-    for path in reversed(found):
+    for path in reversed([path for path in found if path != ignoring]):
         try:
             read_checkpoint(path)
         except ValueError as error:

@@ -1,7 +1,6 @@
 """What every recipe's command line has in common: the flags, the trainer they describe, errors in one line."""
 
 import logging
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,6 @@ import transformers
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
@@ -27,13 +25,28 @@ from lightning_distill.callbacks import (
     ScheduleFree,
     TeacherCache,
 )
-from lightning_distill.checkpoint import AtomicCheckpointIO, newest_checkpoint, read_checkpoint
+from lightning_distill.checkpoint import AtomicCheckpointIO
 from lightning_distill.data import TextClassificationData
 from lightning_distill.optim import LRRange, build_lr_scheduler, build_optimizer
 from lightning_distill.parsing import SWITCHES, FlagParser
 from lightning_distill.report import CurvesLogger
+from lightning_distill.run_folder import begin_run, end_run, resume_from, run_command, say
 
-say = rank_zero_only(print)
+__all__ = [
+    "begin_run",
+    "best_checkpoint",
+    "build_callbacks",
+    "end_run",
+    "make_trainer",
+    "one_line_errors",
+    "optimizer_from_flags",
+    "quiet",
+    "recipe_parser",
+    "resume_from",
+    "run_command",
+    "say",
+    "schedule_from_flags",
+]
 
 # One entry a message: what libraries say to everybody and a recipe has already decided; the last one transformers'
 # assisted generation says of its own call.
@@ -102,7 +115,6 @@ def recipe_parser(
     return parser
 
 
-_UNFINISHED = "unfinished.yaml"
 _SCHEDULE_FREE = "schedule_free_adamw"
 
 
@@ -252,60 +264,6 @@ def best_checkpoint(config: Namespace, phase: str, monitor: str) -> ModelCheckpo
         save_last=True,
         enable_version_counter=False,
     )
-
-
-@rank_zero_only
-def begin_run(parser: ArgumentParser, config: Namespace) -> None:
-    """Note the flags for as long as the run lasts; without ``--resume``, put away what another run has left.
-
-    Args:
-        parser: The parser that made ``config``.
-        config: The parsed flags.
-
-    Raises:
-        ValueError: If ``--resume`` comes with other flags than the run that was cut.
-    """
-    folder, unfinished = config.output_dir, config.output_dir / _UNFINISHED
-    noted = config.clone()
-    noted.resume = False
-    flags = parser.dump(noted)
-    if config.resume and unfinished.exists() and unfinished.read_text() != flags:
-        changed = set(flags.splitlines()) ^ set(unfinished.read_text().splitlines())
-        raise ValueError(
-            f"--resume goes on with the flags of the run that was cut, and these are others: "
-            f"{', '.join(sorted({line.split(':')[0].strip() for line in changed}))}. They are in {unfinished}; another "
-            "--output_dir begins another run"
-        )
-    checkpoints, earlier = folder / "checkpoints", folder / "checkpoints.earlier"
-    if config.resume:
-        if not checkpoints.exists():
-            say(f"Nothing to resume in {folder}: the run begins.")
-    elif checkpoints.exists():
-        shutil.rmtree(earlier, ignore_errors=True)
-        checkpoints.rename(earlier)
-        if unfinished.exists():
-            say(f"{folder} holds a run that was cut. Its checkpoints are now in {earlier}: this run begins anew.")
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished.write_text(flags)
-
-
-@rank_zero_only
-def end_run(config: Namespace) -> None:
-    """Note that nothing is left to resume."""
-    (config.output_dir / _UNFINISHED).unlink(missing_ok=True)
-
-
-def resume_from(config: Namespace, phase: str) -> Path | None:
-    """The newest good checkpoint of a phase, where ``--resume`` asks for it, and say which; None to begin the phase.
-
-    Args:
-        config: The parsed flags.
-        phase: Name of the phase.
-    """
-    newest = newest_checkpoint(config.output_dir / "checkpoints" / phase) if config.resume else None
-    if newest is not None:
-        say(f"Resuming {phase.replace('_', ' ')} from {newest}, step {read_checkpoint(newest).get('global_step')}")
-    return newest
 
 
 @contextmanager

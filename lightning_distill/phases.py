@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import lightning as L
-import torch
 import transformers
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_distill.callbacks import TeacherCache
 from lightning_distill.cli import (
-    begin_run,
     best_checkpoint,
     build_callbacks,
-    end_run,
     make_trainer,
     one_line_errors,
     optimizer_from_flags,
@@ -47,6 +45,7 @@ from lightning_distill.report import (
     versions,
     write_summary,
 )
+from lightning_distill.run_folder import begin_run, best_weights, check_run, content_digest, end_run
 from lightning_distill.student import student_from_teacher
 from lightning_distill.tasks import LANGUAGE_MODELS
 
@@ -140,6 +139,7 @@ class Run:
         started = time.perf_counter()
         quiet()
         with one_line_errors(parser.prog):
+            check_run(parser, config)
             check_flags(config)
             cls.check_folders(config)
             L.seed_everything(config.seed, workers=True, verbose=False)
@@ -220,7 +220,7 @@ class Run:
                         callback.attach(module)
                         callback.detach()
             self._dry_run()
-            begin_run(self.parser, self.config)
+            begin_run(self.parser, self.config, self._contents())
         if self._trains_teacher:
             epochs = self.teacher_epochs
             say(f"\nTraining the teacher first, for {epochs} epochs: {_describe(self.teacher)}")
@@ -243,6 +243,17 @@ class Run:
         dry_run(self.parser, self.config, student, self.data, self.epochs)
         if self._trains_teacher:
             dry_run(self.parser, self.config, teacher, self.data, self.teacher_epochs)
+
+    def _contents(self) -> dict[str, str]:
+        """Digests of what is read and is no file that a flag names: rows of the hub or of packages, a hub model."""
+        found = {}
+        if not (self.config.data.get("train_file") or self.config.data.get("text_files")):
+            rows = (tree_leaves(data[index]) for data in self.data._datasets.values() for index in range(len(data)))
+            found["the rows of the data"] = content_digest(
+                bytes(str(leaf.tolist()), "utf-8") for row in rows for leaf in row
+            )
+        commit = getattr(self.teacher.config, "_commit_hash", None)
+        return found | ({"--model.teacher": commit} if commit else {})
 
     def _imitate(self) -> None:
         """Make the teacher that students see: a copy, as students are made of the one that the report is about."""
@@ -366,8 +377,9 @@ class Run:
         module = self.module(teacher, student, objectives)
         # A finished phase resumes from its last step: there is nothing left to train, and its best epoch is taken.
         trainer.fit(module, datamodule=self.data, ckpt_path=resume_from(config, phase))
-        if checkpoint.best_model_path:
-            module.load_state_dict(torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"])
+        best = best_weights(config, phase, checkpoint.best_model_path)
+        if best is not None:
+            module.load_state_dict(best)
         self._test(phase, module)
         if trainer.is_global_zero:
             module.export(config.output_dir / phase)

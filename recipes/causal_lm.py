@@ -16,9 +16,11 @@ python recipes/causal_lm.py --generation.on_policy 0.5
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 """
 
+from lightning_distill.cli import run_command
 from lightning_distill.language_recipe import LanguageRun, language_parser
 
 
+@run_command()
 def main(argv: list[str] | None = None) -> None:
     run = LanguageRun.start(language_parser(__doc__, output_dir="runs/causal_lm"), argv)
     run.prepare()

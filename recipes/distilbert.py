@@ -19,9 +19,11 @@ After a crash, a kill or Ctrl-C: the same command with --resume. See docs/reliab
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 """
 
+from lightning_distill.cli import run_command
 from lightning_distill.recipe import TextRun, text_parser
 
 
+@run_command()
 def main(argv: list[str] | None = None) -> None:
     run = TextRun.start(text_parser(__doc__, output_dir="runs/distilbert"), argv)
     run.prepare()

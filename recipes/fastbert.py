@@ -31,7 +31,7 @@ import transformers
 
 from lightning_distill.arguments import between
 from lightning_distill.callbacks import EarlyExit
-from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors, resume_from, say
+from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors, resume_from, run_command, say
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
 from lightning_distill.folders import check_folder
@@ -43,6 +43,7 @@ LR = 1e-3  # of the ramps, which are small and new
 TEMPERATURE = 2.0
 
 
+@run_command()
 def main(argv: list[str] | None = None) -> None:
     parser = text_parser(__doc__, output_dir="runs/fastbert")
     parser.add_argument("--model.exits", type=str, default="all", help="layers with a ramp: all or every_<n>")

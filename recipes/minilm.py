@@ -18,10 +18,12 @@ Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png
 Source: Wang et al., "MiniLM", 2020, and "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021.
 """
 
+from lightning_distill.cli import run_command
 from lightning_distill.objectives import AttentionRelation
 from lightning_distill.recipe import TextRun, text_parser
 
 
+@run_command()
 def main(argv: list[str] | None = None) -> None:
     parser = text_parser(__doc__, output_dir="runs/minilm")
     parser.add_argument("--model.stage_1_epochs", type=int | None, help="epochs of stage 1 (default: those of stage 2)")

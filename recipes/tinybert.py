@@ -18,10 +18,12 @@ Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png
 Source: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", 2020.
 """
 
+from lightning_distill.cli import run_command
 from lightning_distill.objectives import AttentionMap, HiddenState, SoftTarget
 from lightning_distill.recipe import TextRun, text_parser
 
 
+@run_command()
 def main(argv: list[str] | None = None) -> None:
     parser = text_parser(__doc__, output_dir="runs/tinybert")
     parser.add_argument("--model.stage_1_epochs", type=int | None, help="epochs of stage 1 (default: those of stage 2)")
