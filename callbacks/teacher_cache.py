@@ -1,5 +1,6 @@
 """TeacherCache: the teacher answers once for each row, and its disk after that."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from lightning_distill import tasks
 from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.cache import (
+    DamagedRows,
     SignalStore,
     cached_teacher,
     check_description,
@@ -22,10 +24,13 @@ from lightning_distill.cache import (
     stored_fields,
     tokenizer_fingerprint,
 )
+from lightning_distill.cache_description import shortly
 from lightning_distill.class_names import class_names
 from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import SoftTarget
+from lightning_distill.row_keys import count_rows, first_tensor
 from lightning_distill.signals import Signals
+from lightning_distill.wrapped import inside
 
 Kept = Literal["logits", "hidden_states"]
 DType = Literal["float16", "float32"]
@@ -204,8 +209,8 @@ class TeacherCache(L.Callback):
 
     @torch.no_grad()
     def _step(self, batch: Any) -> Signals:
-        frame = _frame(self._module.task, batch)
-        keys = row_keys(batch, frame.mask)
+        frame = self._frame(batch)
+        keys = self._keys(batch, frame)
         if self._store is None and (fields := stored_fields(self.path)) is not None:
             self._store = self._open(fields)
         missing = self._missing(keys)
@@ -213,20 +218,48 @@ class TeacherCache(L.Callback):
             # Another process may have written them since.
             self._store.refresh()
             missing = self._missing(keys)
+        found = None
+        if not missing:
+            try:
+                found = self._read(keys, frame)
+            except DamagedRows:
+                missing = self._missing(keys)
         self.hits += len(keys) - len(missing)
         self.misses += len(missing)
         if self._module.training:
             self._read_in_epoch += len(keys) - len(missing)
             self._asked_in_epoch += len(missing)
-        if missing and self._weightless:
+        if found is not None:
+            return found
+        if self._weightless:
             raise ValueError(
                 f"Expected the cache at {self.path} to hold every row, but {len(missing)} of a batch of {len(keys)} "
-                "are not in it. Fill it with the same data, tokenizer, maximal length and seed, or load the teacher."
+                "are not in it, or damaged. Fill it with the same data, tokenizer, maximal length and seed, or load "
+                "the teacher."
             )
-        if missing:
-            self._fill(batch, keys)
-        assert self._store is not None
-        return self._read(self._store, keys, frame)
+        self._fill(batch, keys, frame)
+        return self._read(keys, frame)
+
+    def _frame(self, batch: Any) -> Signals:
+        """Signals of a batch without anything of a model: its labels, its masks and the shape of its logits."""
+        batch, task = tasks.batch_of("teacher", batch), self._module.task
+        shape: tuple[int, ...] = (count_rows(batch),)
+        if task in tasks.TOKEN_TASKS:
+            labels = tasks.labels_of(batch)
+            of_tokens = labels if labels is not None and labels.ndim > 1 else first_tensor(batch)
+            assert of_tokens is not None
+            shape = tuple(of_tokens.shape[:2])
+        logits, labels, mask = tasks.align(task, torch.empty(*shape, 0, device=self._module.device), batch)
+        return Signals(logits, labels, mask, tasks.token_mask(batch))
+
+    def _keys(self, batch: Any, frame: Signals) -> list[bytes]:
+        batch, teacher = tasks.batch_of("teacher", batch), inside(self._module.teacher)
+        if isinstance(batch, Mapping) and self._place == "teacher_signals":
+            # What it does not take cannot change its answer; a plain module may call its one input otherwise. One that
+            # takes no mask reads the padding too.
+            kept = {*(tasks.taken_names(teacher, batch) or batch), *tasks.LABEL_KEYS}
+            batch = {name: value for name, value in batch.items() if name in kept}
+        return row_keys(batch, frame.mask, getattr(getattr(teacher, "config", None), "pad_token_id", None))
 
     @property
     def _weightless(self) -> bool:
@@ -235,9 +268,16 @@ class TeacherCache(L.Callback):
     def _missing(self, keys: list[bytes]) -> list[int]:
         return [row for row, key in enumerate(keys) if self._store is None or key not in self._store]
 
-    def _fill(self, batch: Any, keys: list[bytes]) -> None:
+    def _fill(self, batch: Any, keys: list[bytes], frame: Signals) -> None:
         assert self._ask is not None
         answer = self._ask(batch)
+        given = answer.logits if answer.deferred is None else answer.deferred.hidden
+        if given.shape[:-1] != frame.logits.shape[:-1]:
+            raise ValueError(
+                "Expected the teacher beside `TeacherCache` to give logits of shape "
+                f"{[*frame.logits.shape[:-1], 'classes']} for a batch, but got {list(given.shape)}. Each row, or "
+                "token, needs one answer; leave the cache out of other tasks."
+            )
         if self._store is None:
             self._store = self._open(self._fields(answer))
         for row in self._missing(keys):
@@ -253,8 +293,9 @@ class TeacherCache(L.Callback):
         """Type and shape of what is kept of an item."""
         classes = _logits_of_row(answer, 0, self._module.forwards.shared_words).shape[-1]
         fields: dict[str, tuple[str, tuple[int, ...]]] = {"logits": (self.dtype, (classes,))}
-        if not self._whole:
-            kept = min(self.top_k or classes, classes)
+        # The best of all, if there are not more, are all.
+        if not self._whole and self.top_k is not None and self.top_k < classes:
+            kept = self.top_k
             fields = {"log_probs": (self.dtype, (len(self._temperatures), kept)), "classes": ("int32", (kept,))}
         for layer in self._layers:
             fields[f"hidden_{layer}"] = (self.dtype, (answer.hidden_states[layer].shape[-1],))
@@ -269,11 +310,13 @@ class TeacherCache(L.Callback):
             "dtype": self.dtype,
             "temperatures": [] if self._whole else list(self._temperatures),
             "layers": list(self._layers),
+            "words": module.forwards.shared_words,
             "classes": class_names(module.student, "student") if self._place == "teacher_step" else "the teacher's",
         }
 
     def _open(self, fields: dict[str, tuple[str, tuple[int, ...]]]) -> SignalStore:
         module = self._module
+        self._check_fields(fields)
         description = self._settings(module) | {
             "teacher": model_fingerprint(module.teacher),
             "fields": {name: [kind, list(shape)] for name, (kind, shape) in fields.items()},
@@ -282,14 +325,43 @@ class TeacherCache(L.Callback):
         save_teacher(module.teacher, store.folder)
         return store
 
+    def _check_fields(self, fields: dict[str, tuple[str, tuple[int, ...]]]) -> None:
+        """Refuse a cache that says it keeps what no cache of these settings does."""
+        shapes = {name: shape for name, (_, shape) in fields.items()}
+        best = "log_probs" in fields and not self._whole
+        expected = {"log_probs": self.dtype, "classes": "int32"} if best else {"logits": self.dtype}
+        expected |= {f"hidden_{layer}": self.dtype for layer in self._layers}
+        fits = {name: kind for name, (kind, _) in fields.items()} == expected
+        if fits and best:
+            fits = shapes["log_probs"] == (len(self._temperatures), self.top_k) and shapes["classes"] == (self.top_k,)
+        elif fits:
+            fits = len(shapes["logits"]) == 1 and self._classes in (None, *shapes["logits"])
+        if not fits or not all(len(shapes[f"hidden_{layer}"]) == 1 for layer in self._layers):
+            raise ValueError(
+                f"Expected argument `path` to be a cache with the fields {sorted(expected)} of these objectives and "
+                f"models, but got {shortly(fields, 300)}: {self.path}. Delete the folder and fill it again."
+            )
+
+    @property
+    def _classes(self) -> int | None:
+        """Number of classes, where the student's config says it; a vocabulary may be padded."""
+        config = getattr(self._module.student, "config", None)
+        if self._module.task in tasks.LANGUAGE_MODELS or not tasks.gives_logits(self._module.teacher):
+            return None
+        known = getattr(config, "num_labels", None)
+        # One logit of a classifier is kept as two, see `tasks.align`.
+        return 2 if known == 1 and self._module.task != "regression" else known
+
     def _arrays(self, answer: Signals, row: int) -> dict[str, "np.ndarray[Any, Any]"]:
         """What is kept of a row, of its items that count."""
         logits = _logits_of_row(answer, row, self._module.forwards.shared_words)
         largest = torch.finfo(getattr(torch, self.dtype)).max
-        if self._whole:
+        assert self._store is not None
+        if "logits" in self._store.fields:
             found = {"logits": logits.clamp(-largest, largest)}
         else:
-            classes = logits.topk(min(self.top_k or 1, logits.shape[-1]), -1).indices
+            assert self.top_k is not None
+            classes = logits.topk(self.top_k, -1).indices
             softened = [(logits / t).log_softmax(-1).gather(-1, classes) for t in self._temperatures]
             found = {"log_probs": torch.stack(softened, 1).clamp(min=-largest), "classes": classes}
         for layer in self._layers:
@@ -297,19 +369,33 @@ class TeacherCache(L.Callback):
             found[f"hidden_{layer}"] = states if answer.token_mask is None else states[answer.token_mask[row]]
         return {name: (x.float() if x.is_floating_point() else x).cpu().numpy() for name, x in found.items()}
 
-    def _read(self, store: SignalStore, keys: list[bytes], frame: Signals) -> Signals:
-        arrays = {name: value.to(frame.logits.device) for name, value in store.read(keys).items()}
-        shape = frame.logits.shape[:-1]
-        if self._whole:
-            frame.logits = _spread(arrays["logits"].float(), frame.mask, shape)
+    def _read(self, keys: list[bytes], frame: Signals) -> Signals:
+        store = self._store
+        assert store is not None
+        of_answers = [1] * len(keys) if frame.mask is None else frame.mask.sum(1).tolist()
+        counts = dict.fromkeys(("logits", "log_probs", "classes"), of_answers)
+        if frame.token_mask is not None:
+            counts |= {f"hidden_{layer}": frame.token_mask.sum(1).tolist() for layer in self._layers}
+        device, shape = frame.logits.device, frame.logits.shape[:-1]
+        arrays = {name: value.to(device) for name, value in store.read(keys, counts).items()}
+        found = dataclasses.replace(frame)
+        if "logits" in arrays:
+            found.logits = _spread(arrays["logits"].float(), frame.mask, shape)
         else:
             log_probs = _spread(arrays["log_probs"].float(), frame.mask, shape)
+            most = self._classes or getattr(getattr(self._module.student, "config", None), "vocab_size", None) or 2**31
+            if arrays["classes"].numel() and not 0 <= arrays["classes"].min() <= arrays["classes"].max() < most:
+                raise ValueError(
+                    f"Expected the cache at {self.path} to hold classes from 0 to {most - 1}, but got others. Delete "
+                    "the folder and fill it again."
+                )
             classes = _spread(arrays["classes"].long(), frame.mask, shape)
-            frame.top_k = {t: TopK(log_probs[..., i, :], classes) for i, t in enumerate(self._temperatures)}
-        for layer in self._layers:
-            states = arrays[f"hidden_{layer}"].float()
-            frame.hidden_states[layer] = _spread(states, frame.token_mask, torch.Size([len(keys), -1]))
-        return frame
+            found.top_k = {t: TopK(log_probs[..., i, :], classes) for i, t in enumerate(self._temperatures)}
+        hidden_shape = torch.Size([len(keys), -1])
+        found.hidden_states = {
+            layer: _spread(arrays[f"hidden_{layer}"].float(), frame.token_mask, hidden_shape) for layer in self._layers
+        }
+        return found
 
     # -- before the first step ---------------------------------------------------------------------------------------
 
@@ -347,19 +433,6 @@ class TeacherCache(L.Callback):
                 )
             temperatures.append(objective.temperature)
         self._temperatures = tuple(sorted(set(temperatures))) or (1.0,)
-
-
-def _frame(task: tasks.Task, batch: Any) -> Signals:
-    """Signals of a batch without anything of a model: its labels, its masks and the shape of its logits."""
-    batch = tasks.batch_of("teacher", batch)
-    if isinstance(batch, Mapping):
-        first = next(value for key, value in batch.items() if key != "labels" and isinstance(value, Tensor))
-        first = batch.get("input_ids", first)
-    else:
-        first = batch[0] if isinstance(batch, (tuple, list)) else batch
-    shape = first.shape[:2] if task in tasks.TOKEN_TASKS else first.shape[:1]
-    logits, labels, mask = tasks.align(task, torch.empty(*shape, 0, device=first.device), batch)
-    return Signals(logits, labels, mask, tasks.token_mask(batch))
 
 
 def _logits_of_row(answer: Signals, row: int, words: int | None) -> Tensor:

@@ -2,38 +2,76 @@
 
 import hashlib
 import json
+import logging
 import os
+import secrets
 import shutil
-from collections.abc import Iterable, Mapping
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_distill import tasks
+from lightning_distill.cache_description import FILE, FORMAT, check_description, is_file, stored_fields, write_whole
+from lightning_distill.cached_teacher import bare, cached_teacher, save_teacher
+from lightning_distill.fingerprints import model_fingerprint, tokenizer_fingerprint
+from lightning_distill.row_keys import SIZE, row_keys
 
-_META = "cache.json"
-_KEY = 16
+__all__ = [
+    "DamagedRows",
+    "SignalStore",
+    "bare",
+    "cached_teacher",
+    "check_description",
+    "model_fingerprint",
+    "row_keys",
+    "save_teacher",
+    "stored_fields",
+    "tokenizer_fingerprint",
+]
+
+_log = logging.getLogger(__name__)
+
+_MAGIC = b"signals2"
+_ENTRIES_AT_A_TIME = 4096
+
+
+class DamagedRows(ValueError):
+    """Rows whose bytes are not those that were written; the store has forgotten them."""
+
+
+class _Copy(NamedTuple):
+    """Where a row is: its shard, the first of its bytes, the number of items of each field; and its checksum."""
+
+    shard: str
+    start: int
+    counts: tuple[int, ...]
+    checksum: int
 
 
 class SignalStore:
-    """Arrays by row, appended once and read through memory maps; each process writes files of its own.
+    """Arrays by row, in shards that have one writer each: nothing is locked, and nothing is written twice.
 
-    A row is known by a hash of its content (see :func:`row_keys`), never by where or when it came. What is in the index
-    is whole: its arrays were written before it, and an array without an index entry, which a killed process leaves, is
-    written over by the next one.
+    A row is known by a hash of its content (see :func:`row_keys`), never by where or when it came. Each process that
+    writes makes a shard of its own: ``<shard>.rows``, and ``<shard>.index``, whose entries are added after the rows
+    they point to. So any number of runs and processes write at once, on any file system, and read what the others have
+    written so far; two that ask for one row at the same time both keep it. What a killed process left unfinished has no
+    index entry. Entries and rows have checksums, which are verified whenever they are read, and a shard says in its
+    first bytes which description it belongs to.
 
     Args:
         folder: Where; made where it is not.
         description: What the signals are and whose: JSON. It must be that of the store that is there.
         fields: Type and shape of one item of each array, by name.
-        rank: Number of the process.
+        rank: Number of the process, seen in the names of its files.
 
     Raises:
-        ValueError: If the folder holds another store; the message names what differs.
+        ValueError: If the folder holds another store, and the message names what differs; or other files.
 
     Example:
         >>> import tempfile, numpy as np
@@ -53,70 +91,71 @@ class SignalStore:
         rank: int = 0,
     ) -> None:
         self.folder, self.rank, self.fields = Path(folder), rank, dict(fields)
+        told = json.dumps([FORMAT, description, {name: list(field) for name, field in fields.items()}], sort_keys=True)
+        self._header = _MAGIC + hashlib.blake2b(told.encode(), digest_size=16).digest()
+        self._entry = struct.Struct(f"<{SIZE}sq{len(self.fields)}qII")
+        self._item_bytes = [np.dtype(kind).itemsize * int(np.prod(shape)) for kind, shape in self.fields.values()]
         self._describe(description)
-        # Of each row: its shard, and for each field the first item and the number of items.
-        self._rows: dict[bytes, tuple[int, list[tuple[int, int]]]] = {}
-        self._known: dict[int, int] = {}
-        self._maps: dict[tuple[int, str], np.memmap[Any, Any]] = {}
-        self._files: list[BinaryIO] = []
-        self._ends: list[int] = []
+        self._copies: dict[bytes, list[_Copy]] = {}
+        self._seen: dict[str, int] = {}  # of each shard: the number of entries that need not be read again
+        self._strange: set[str] = set()
+        self._writer: _Writer | None = None
         self.refresh()
 
-    def _begin(self) -> None:
-        """Open this process's files at the end of what is whole in them."""
-        mine = [places for shard, places in self._rows.values() if shard == self.rank]
-        self._ends = [max((sum(places[i]) for places in mine), default=0) for i in range(len(self.fields))]
-        sizes = [end * self._item_bytes(name) for name, end in zip(self.fields, self._ends, strict=True)]
-        sizes.append(self._known.get(self.rank, 0) * self._width)
-        for name, size in zip((*self.fields, "index"), sizes, strict=True):
-            self._files.append(self._path(self.rank, name).open("ab"))
-            self._files[-1].truncate(size)
-
-    @property
-    def _width(self) -> int:
-        return _KEY + 16 * len(self.fields)
-
     def _describe(self, description: dict[str, Any]) -> None:
-        path = self.folder / _META
-        if path.exists():
-            check_description(self.folder, description)
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        written = path.with_name(f"{_META}.{self.rank}")
-        written.write_text(json.dumps(description, indent=1))
-        written.replace(path)
+        check_description(self.folder, description)
+        if not (self.folder / FILE).exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / FILE, json.dumps({"format": FORMAT} | description, indent=1))
 
-    def _path(self, shard: int, name: str) -> Path:
+    def _path(self, shard: str, name: str) -> Path:
         return self.folder / f"{shard}.{name}"
-
-    def _item_bytes(self, name: str) -> int:
-        kind, shape = self.fields[name]
-        return int(np.dtype(kind).itemsize * np.prod(shape, dtype=np.int64))
 
     def refresh(self) -> None:
         """Learn of the rows that all processes have written so far."""
-        for path in self.folder.glob("*.index"):
-            shard = int(path.stem)
-            known, content = self._known.get(shard, 0), path.read_bytes()
-            for start in range(known * self._width, len(content) - self._width + 1, self._width):
-                entry = content[start : start + self._width]
-                numbers = np.frombuffer(entry[_KEY:], np.int64).reshape(-1, 2).tolist()
-                places = [(first, count) for first, count in numbers]
-                # What a broken disk or a copy on the way has not got to the end of is not there.
-                if not all(self._holds(shard, n, sum(place)) for n, place in zip(self.fields, places, strict=True)):
-                    break
-                self._rows.setdefault(entry[:_KEY], (shard, places))
-                self._known[shard] = start // self._width + 1
+        for path in sorted(self.folder.glob("*.index")):
+            shard = path.name.removesuffix(".index")
+            if shard not in self._strange and is_file(path) and is_file(self._path(shard, "rows")):
+                with path.open("rb") as file:
+                    self._read_index(shard, file)
 
-    def _holds(self, shard: int, name: str, items: int) -> bool:
-        path = self._path(shard, name)
-        return path.exists() and path.stat().st_size >= items * self._item_bytes(name)
+    def _read_index(self, shard: str, file: BinaryIO) -> None:
+        if shard not in self._seen:
+            header = file.read(len(self._header))
+            if len(header) < len(self._header):
+                return  # it is being made
+            if header != self._header:
+                self._strange.add(shard)
+                _log.warning("Teacher cache at %s: %s is of another cache and is not read.", self.folder, file.name)
+                return
+            self._seen[shard] = 0
+        size, width = self._path(shard, "rows").stat().st_size, self._entry.size
+        while True:
+            seen = at = self._seen[shard]
+            file.seek(len(self._header) + at * width)
+            content = file.read(_ENTRIES_AT_A_TIME * width)
+            for start in range(0, len(content) - width + 1, width):
+                at += 1
+                entry = content[start : start + width]
+                key, first, *counts, checksum, of_entry = self._entry.unpack(entry)
+                # What a broken disk or a copy on the way has not got to the end of is not there.
+                if zlib.crc32(entry[:-4]) != of_entry or first < 0 or min(counts, default=0) < 0:
+                    continue
+                copy = _Copy(shard, first, tuple(counts), checksum)
+                if first + self._length(copy) <= size:
+                    self._copies.setdefault(key, []).append(copy)
+                    self._seen[shard] = at
+            if self._seen[shard] == seen:
+                return
+
+    def _length(self, copy: _Copy) -> int:
+        return sum(count * size for count, size in zip(copy.counts, self._item_bytes, strict=True))
 
     def __contains__(self, key: bytes) -> bool:
-        return key in self._rows
+        return key in self._copies
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._copies)
 
     def write(self, key: bytes, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
         """Append a row.
@@ -124,50 +163,84 @@ class SignalStore:
         Args:
             key: Of 16 bytes.
             arrays: Shape ``[items, ...]`` for each field.
+
+        Raises:
+            OSError: If the disk is full, or broken; the error names the file.
         """
-        if key in self._rows:
+        if key in self._copies:
             return
-        if not self._files:
-            self._begin()
-        places = []
-        for i, (name, (kind, shape)) in enumerate(self.fields.items()):
-            array = np.ascontiguousarray(arrays[name], dtype=kind)
-            assert array.shape[1:] == tuple(shape)
-            self._files[i].write(array.tobytes())
-            self._files[i].flush()
-            places.append((self._ends[i], len(array)))
-            self._ends[i] += len(array)
-        self._files[-1].write(key + np.array(places, np.int64).tobytes())
-        self._files[-1].flush()
-        self._rows[key] = self.rank, places
-        self._known[self.rank] = self._known.get(self.rank, 0) + 1
+        # A process that was forked writes to files of its own too.
+        if self._writer is None or self._writer.process != os.getpid():
+            self._writer = _Writer(self.folder, f"{self.rank}-{secrets.token_hex(8)}", self._header)
+            self._seen[self._writer.shard] = 0
+        made = [np.ascontiguousarray(arrays[name], dtype=kind) for name, (kind, _) in self.fields.items()]
+        assert all(
+            array.shape[1:] == tuple(shape) for array, (_, shape) in zip(made, self.fields.values(), strict=True)
+        )
+        row, counts = b"".join(array.tobytes() for array in made), tuple(len(array) for array in made)
+        copy = _Copy(self._writer.shard, self._writer.end, counts, zlib.crc32(row))
+        entry = self._entry.pack(key, copy.start, *counts, copy.checksum, 0)[:-4]
+        try:
+            self._writer.append(row, entry + struct.pack("<I", zlib.crc32(entry)))
+        except OSError:
+            self._writer = None  # where it ends is not known any more
+            raise
+        self._copies[key] = [copy]
+        self._seen[copy.shard] += 1
 
-    def read(self, keys: Iterable[bytes]) -> dict[str, Tensor]:
-        """The items of some rows, one row after the other, by field."""
-        rows = [self._rows[key] for key in keys]
-        found = {}
-        for i, name in enumerate(self.fields):
-            parts = []
-            for shard, places in rows:
-                first, count = places[i]
-                parts.append(self._map(shard, name, first + count)[first : first + count])
-            found[name] = torch.from_numpy(np.concatenate(parts))
-        return found
+    def read(self, keys: Sequence[bytes], counts: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
+        """The items of some rows, one row after the other, by field.
 
-    def _map(self, shard: int, name: str, items: int) -> "np.ndarray[Any, Any]":
-        kind, shape = self.fields[name]
-        if items == 0:
-            return np.empty((0, *shape), kind)
-        if (shard, name) not in self._maps or len(self._maps[shard, name]) < items:
-            path = self._path(shard, name)
-            length = path.stat().st_size // self._item_bytes(name)
-            self._maps[shard, name] = np.memmap(path, kind, "r", shape=(length, *shape))
-        return self._maps[shard, name]
+        Args:
+            keys: Of the rows.
+            counts: How many items of a field each row must have, by name, as far as that is known.
+
+        Raises:
+            DamagedRows: If bytes are not those that were written. The store does not hold the row then.
+        """
+        parts: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in self.fields}
+        damaged = 0
+        # Read and not mapped: a mapped file that somebody cuts off ends the process.
+        with ExitStack() as opened:
+            files: dict[str, Any] = {}
+            for row, key in enumerate(keys):
+                wanted = tuple(counts[name][row] if counts and name in counts else None for name in self.fields)
+                copies = self._copies.get(key, [])
+                while copies:
+                    shard = copies[0].shard
+                    if shard not in files:
+                        files[shard] = opened.enter_context(self._path(shard, "rows").open("rb", buffering=0))
+                    if (found := self._bytes(files[shard], copies[0], wanted)) is not None:
+                        break
+                    _log.warning("Teacher cache at %s: a row of %s.rows is damaged.", self.folder, shard)
+                    copies.pop(0)
+                if not copies:
+                    self._copies.pop(key, None)
+                    damaged += 1
+                    continue
+                left = memoryview(found)
+                for name, count, size in zip(self.fields, copies[0].counts, self._item_bytes, strict=True):
+                    kind, shape = self.fields[name]
+                    parts[name].append(np.frombuffer(left[: count * size], kind).reshape(count, *shape))
+                    left = left[count * size :]
+        if damaged:
+            raise DamagedRows(
+                f"Expected the rows of the cache at {self.folder} to be as they were written, but got {damaged} with "
+                "another checksum. Ask the teacher again, or fill another folder; the disk may be broken."
+            )
+        return {name: torch.from_numpy(np.concatenate(arrays)) for name, arrays in parts.items()}
+
+    def _bytes(self, file: Any, copy: _Copy, wanted: tuple[int | None, ...]) -> bytes | None:
+        """A row as it was written; None if it is not."""
+        if any(count not in (None, own) for count, own in zip(wanted, copy.counts, strict=True)):
+            return None
+        file.seek(copy.start)
+        found: bytes = file.read(self._length(copy))
+        return found if len(found) == self._length(copy) and zlib.crc32(found) == copy.checksum else None
 
     def bytes_of(self, keys: Iterable[bytes]) -> int:
         """Bytes on disk of some rows."""
-        places = [self._rows[key][1] for key in keys]
-        return sum(self._item_bytes(name) * sum(place[i][1] for place in places) for i, name in enumerate(self.fields))
+        return sum(self._length(self._copies[key][0]) for key in keys)
 
     def check_room(self, needed: int) -> None:
         """Refuse to begin what the disk has no room for.
@@ -187,155 +260,35 @@ class SignalStore:
             )
 
     def close(self) -> None:
-        """Close the files."""
-        for file in self._files:
-            file.close()
-        self._files.clear()
-        self._maps.clear()
+        """Close the files that were written."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
 
 
-def row_keys(batch: Any, mask: Tensor | None) -> list[bytes]:
-    """A hash of each row's content: of its inputs as far as they are real, and of which of its items count.
+class _Writer:
+    """The two files of a shard, which this process alone writes."""
 
-    Padding is left out, so a row has the same key in every batch.
+    def __init__(self, folder: Path, shard: str, header: bytes) -> None:
+        self.shard, self.process, self.end = shard, os.getpid(), 0
+        self._rows = (folder / f"{shard}.rows").open("xb", buffering=0)
+        self._index = (folder / f"{shard}.index").open("xb", buffering=0)
+        self._write(self._index, header)
 
-    Args:
-        batch: A mapping with tensors, or a pair ``(inputs, labels)``.
-        mask: Bool ``[B, T]``, the items that count, or None.
+    def append(self, row: bytes, entry: bytes) -> None:
+        self._write(self._rows, row)
+        self.end += len(row)
+        self._write(self._index, entry)
 
-    Returns:
-        One key of 16 bytes a row.
+    @staticmethod
+    def _write(file: Any, content: bytes) -> None:
+        left = memoryview(content)
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, file.name) from error
 
-    Example:
-        >>> import torch
-        >>> from lightning_distill.cache import row_keys
-        >>> short = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2)}
-        >>> padded = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
-        >>> row_keys(short, None) == row_keys(padded, None)
-        True
-    """
-    batch = tasks.batch_of("teacher", batch)
-    inputs = (
-        {key: value for key, value in batch.items() if key not in ("labels", "attention_mask")}
-        if isinstance(batch, Mapping)
-        else {"": batch[0] if isinstance(batch, (tuple, list)) else batch}
-    )
-    arrays = {name: _array(value) for name, value in sorted(inputs.items()) if isinstance(value, Tensor)}
-    real, counts = (None if x is None else x.cpu().numpy() for x in (tasks.token_mask(batch), mask))
-    keys = []
-    for row in range(len(next(iter(arrays.values())))):
-        digest = hashlib.blake2b(digest_size=_KEY)
-        for name, array in arrays.items():
-            of_row = array[row]
-            if real is not None and of_row.shape[:1] == real[row].shape:
-                of_row = of_row[real[row]]
-            digest.update(f"{name}:{of_row.dtype}:{of_row.shape}".encode() + np.ascontiguousarray(of_row).tobytes())
-        if counts is not None:
-            digest.update(np.flatnonzero(counts[row]).tobytes())
-        keys.append(digest.digest())
-    return keys
-
-
-def _array(value: Tensor) -> "np.ndarray[Any, Any]":
-    value = value.detach().cpu()
-    return (value.float() if value.dtype == torch.bfloat16 else value).numpy()
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """A hash of a model's class and of every weight's name, type, shape and content."""
-    if (of_cache := getattr(model, "cached_fingerprint", None)) is not None:
-        return str(of_cache)
-    digest = hashlib.blake2b(type(model).__name__.encode(), digest_size=_KEY)
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            array = value.detach().cpu().contiguous()
-            digest.update(f"{name}:{array.dtype}:{list(array.shape)}".encode())
-            digest.update(array.flatten().view(torch.uint8).numpy().data if array.numel() else b"")
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """A hash of a tokenizer's words; None without one."""
-    if tokenizer is None:
-        return None
-    words = json.dumps(sorted(tokenizer.get_vocab().items()))
-    return hashlib.blake2b(words.encode(), digest_size=_KEY).hexdigest()
-
-
-def stored_fields(folder: str | os.PathLike[str]) -> dict[str, tuple[str, tuple[int, ...]]] | None:
-    """The fields of a store that is there; None where there is none."""
-    if not (Path(folder) / _META).exists():
-        return None
-    fields = json.loads((Path(folder) / _META).read_text())["fields"]
-    return {name: (kind, tuple(shape)) for name, (kind, shape) in fields.items()}
-
-
-def check_description(folder: str | os.PathLike[str], description: dict[str, Any]) -> None:
-    """Refuse a store that is there if it is of another teacher, tokenizer or other settings.
-
-    Args:
-        folder: Of the store; one that is not there yet is not refused.
-        description: All that the store is to be, or what is known of it so far.
-
-    Raises:
-        ValueError: If it is another's; the message names what differs.
-    """
-    path = Path(folder) / _META
-    if not path.exists():
-        return
-    there, wanted = json.loads(path.read_text()), json.loads(json.dumps(description))
-    differ = sorted(key for key in wanted if there.get(key) != wanted[key])
-    if differ:
-        told = "; ".join(f"`{key}` is {there.get(key)!r} and not {wanted[key]!r}" for key in differ)
-        raise ValueError(
-            f"Expected argument `path` to be a cache of this teacher, tokenizer and settings, but got one in which "
-            f"{told}: {folder}. Fill it for the same objectives and settings, give another path, or delete the folder."
-        )
-
-
-def save_teacher(teacher: nn.Module, folder: Path) -> None:
-    """Write a transformers teacher's config beside its signals, for :func:`cached_teacher`."""
-    config: Any = getattr(teacher, "config", None)
-    if isinstance(config, transformers.PretrainedConfig) and not (folder / "config.json").exists():
-        written = config.to_dict() | {"architectures": [type(teacher).__name__.removeprefix("FSDP")]}
-        (folder / "config.json").write_text(json.dumps(written, indent=1, default=str))
-
-
-def cached_teacher(folder: str | os.PathLike[str]) -> nn.Module:
-    """A teacher without weights, in whose place a finished cache answers.
-
-    Args:
-        folder: Of the cache.
-
-    Returns:
-        The teacher's class with its config and no parameters.
-
-    Raises:
-        ValueError: If there is no cache, or its teacher was no transformers model.
-    """
-    folder = Path(folder)
-    if not (folder / _META).exists() or not (folder / "config.json").exists():
-        raise ValueError(
-            f"Expected argument `path` to be the cache of a transformers teacher, but got {folder}. Fill one first: "
-            "`lightning-distill cache`."
-        )
-    teacher = bare(transformers.AutoConfig.from_pretrained(folder))
-    teacher.cached_fingerprint = json.loads((folder / _META).read_text())["teacher"]
-    return teacher
-
-
-def bare(config: Any) -> nn.Module:
-    """The transformers model that a config describes, without a parameter or a buffer: nothing to move, send or train.
-
-    Args:
-        config: With the name of the class in ``architectures``.
-
-    Returns:
-        A model that knows its layers and cannot run.
-    """
-    with torch.device("meta"):
-        model: nn.Module = getattr(transformers, config.architectures[0])(config)
-    for module in model.modules():
-        module._parameters = dict.fromkeys(module._parameters)
-        module._buffers = dict.fromkeys(module._buffers)
-    return model
+    def close(self) -> None:
+        self._rows.close()
+        self._index.close()

@@ -387,11 +387,8 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if not isinstance(batch, Mapping):
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     names = accepted(model)
-    # Teacher and student may differ in what they take: DistilBERT has no token_type_ids. A transformers forward also
-    # has **kwargs, but what it does not name it hands to the attention function.
-    named_only = hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in names.values())
     given = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
-    inputs = {key: value for key, value in given.items() if key in names or not named_only}
+    inputs = {key: given[key] for key in taken_names(model, given)}
     missing = [
         name
         for name, parameter in names.items()
@@ -408,6 +405,15 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if "use_cache" in names:
         inputs["use_cache"] = False
     return model(**inputs)
+
+
+def taken_names(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:
+    """The names of the inputs that a model takes."""
+    names = accepted(model)
+    # Teacher and student may differ in what they take: DistilBERT has no token_type_ids. A transformers forward also
+    # has **kwargs, but what it does not name it hands to the attention function.
+    named_only = hasattr(model, "config") or not any(p.kind is p.VAR_KEYWORD for p in names.values())
+    return [key for key in inputs if key in names or not named_only]
 
 
 def accepted(model: nn.Module) -> Mapping[str, inspect.Parameter]:
