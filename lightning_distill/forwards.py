@@ -5,7 +5,9 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from lightning_distill import tasks
 from lightning_distill.inputs import InputCheck
@@ -82,6 +84,26 @@ class Forwards:
         if (decoder := find_decoder(model)) is not None:
             signals.decoder, signals.decoder_token_mask = decoder, tasks.decoder_token_mask(batch)
         return signals
+
+    def before(self, role: str, batch: Any) -> Signals:
+        """What a batch says before a model runs on it: labels and masks, with logits of two classes that say nothing.
+
+        Args:
+            role: ``"student"`` or ``"teacher"``.
+            batch: The batch.
+
+        Returns:
+            Signals for :meth:`~lightning_distill.objectives.Objective.count`.
+        """
+        batch = tasks.batch_of(role, batch)
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        dims = 2 if self.task in tasks.TOKEN_TASKS else 1
+        first = next(x for x in (tasks.labels_of(batch), ids, *tree_leaves(batch)) if isinstance(x, Tensor))
+        logits, labels, mask = tasks.align(self.task, torch.empty(*first.shape[:dims], 2, device=first.device), batch)
+        real = tasks.token_mask(batch)
+        if real is None and ids is not None:
+            real = torch.ones_like(ids, dtype=torch.bool)
+        return Signals(logits, labels, mask, real)
 
     @contextmanager
     def deferring(self, models: Mapping[str, nn.Module]) -> Iterator[None]:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill import parallel, preflight, tasks
-from lightning_distill.accumulation import AccumulationWindow
+from lightning_distill.accumulation import AccumulatingModule
 from lightning_distill.arguments import one_of
 from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
@@ -30,20 +30,21 @@ from lightning_distill.precision import TeacherPrecision, cast_floats, keeping_d
 from lightning_distill.pretrained import export, load_pretrained
 from lightning_distill.scores import Metrics, Scores
 from lightning_distill.signals import Signals, describe
-from lightning_distill.teacher import freeze, keep_out_of_checkpoints, tensor_names
+from lightning_distill.teacher import evaluating, freeze, keep_out_of_checkpoints, tensor_names
 
 _STAGES = ("val", "test")
 
 
-class DistillationModule(L.LightningModule):
+class DistillationModule(AccumulatingModule):
     r"""Trains a student to imitate a frozen teacher.
 
     One step: the teacher's forward under ``no_grad``, the student's forward, each objective on what the two forwards
     left behind, the weighted sum :math:`\sum_i w_i L_i`. Each :math:`L_i` is a mean over the items that count (rows,
     or real tokens), over all ranks and over the batches that ``accumulate_grad_batches`` puts into one step: the
-    gradient does not depend on how a batch is split. (In accumulation that is exact for objectives that count the same
-    items, as all on logits do; beside them, one on hidden states, which counts tokens, has a weight that varies a
-    little with the mixture of long and short batches.)
+    gradient does not depend on how a batch is split. (The batches of a step are fetched and moved to the device
+    together. What a subclass adds to the loss is averaged over them, or weighed by :meth:`mean_over_step`. For an
+    objective of one's own without :meth:`~lightning_distill.objectives.Objective.count`, one on module paths, and for
+    overridden steps, both models run once more, without gradient, to find out what counts.)
 
     Logged: ``train_loss``, ``train_<objective>``, ``grad_norm`` (before clipping), and for validation and test
     ``<stage>_loss``, ``<stage>_<objective>``, ``<stage>_<metric>`` (the student's) and ``<stage>_agreement``: the share
@@ -149,7 +150,6 @@ class DistillationModule(L.LightningModule):
         self._same_answers = True
         self._checked: set[str] = set()
         self._has_warned = False  # of a batch without labels
-        self._window = AccumulationWindow()
         self._scale: float | None = None  # of the GradScaler, before the optimizer's step
 
         if objectives is None:
@@ -314,15 +314,25 @@ class DistillationModule(L.LightningModule):
         student, teacher = self._signals(batch, self._needs_teacher)
         if first:
             preflight.check_signals(student, teacher, any_vocabulary=not self._same_answers)
-        losses, counts = self._reduce(student, teacher)
-        loss = self.total_loss(losses)
+        losses, _ = self._reduce(student, teacher)
         size = len(student.logits)
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
         self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=size)
-        size = self.trainer.accumulate_grad_batches
-        if size == 1:
-            return loss
-        return self.total_loss(self._window.add(losses, counts, batch_idx % size, size))
+        if (shares := self._shares_of_step("objectives", self._counts)) is not None:
+            losses = {name: loss * share for (name, loss), share in zip(losses.items(), shares, strict=True)}
+        loss = self.total_loss(losses)
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
+        return loss
+
+    def _counts(self, batch: Any) -> Tensor:
+        """How much of a batch counts for each objective, shape ``[objectives]``."""
+        objectives = self._each_objective().values()
+        if not self._has_own_steps and all(objective.counts_ahead for objective in objectives):
+            student, teacher = (self.forwards.before(role, batch) for role in ("student", "teacher"))
+            counts = [objective.count(student, teacher) for objective in objectives]
+            if not any(count is None for count in counts):
+                return torch.stack(counts)  # type: ignore[arg-type]
+        with evaluating(self.student), torch.no_grad():
+            return self._reduce(*self._signals(batch, self._needs_teacher))[1]
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Losses, the student's metric and its agreement with the teacher."""
@@ -403,11 +413,15 @@ class DistillationModule(L.LightningModule):
                 stacklevel=2,
             )
 
+    @property
+    def _has_own_steps(self) -> bool:
+        own = type(self).student_step, type(self).teacher_step
+        return own != (DistillationModule.student_step, DistillationModule.teacher_step)
+
     def _signals(self, batch: Any, with_teacher: bool) -> tuple[Signals, Signals | None]:
         """What both forwards left behind; without logits where the vocabulary is large and nothing needs them whole."""
-        own = type(self).student_step, type(self).teacher_step
         models: dict[str, Any] = {}
-        if own == (DistillationModule.student_step, DistillationModule.teacher_step):
+        if not self._has_own_steps:
             models = {"student": self.student} | ({"teacher": self.teacher} if with_teacher else {})
             # Before the teacher runs, so that what the student cannot read is said first.
             self.forwards.look("student", self.student, tasks.batch_of("student", batch))
@@ -431,9 +445,7 @@ class DistillationModule(L.LightningModule):
                 found[name] = loss.sum(), loss.count()
         losses = {name: found[name] for name in self._each_objective()}
         counts = torch.stack([count for _, count in losses.values()]).float()
-        if self._trainer is not None and self.trainer.world_size > 1 and self.trainer.training:
-            # DDP averages gradients over ranks, so the mean over all items needs the mean count as its denominator.
-            counts = self.trainer.strategy.reduce(counts, reduce_op="mean")
+        counts = self._mean_over_ranks(counts)
         if self._trainer is not None and self.trainer.state.stage is not None:
             self._counted.add(self.trainer.state.stage.value, counts)
         counts = counts.clamp(min=torch.finfo(counts.dtype).tiny)
@@ -510,13 +522,6 @@ class DistillationModule(L.LightningModule):
         for objective in self._each_objective().values():
             objective.set_progress(min(1.0, self.global_step / steps) if steps else 0.0)
 
-    def on_before_backward(self, loss: Tensor) -> None:
-        """Shrink the gradient of earlier batches of an accumulation window to the share they have of it now."""
-        weights = [objective.weight for objective in self._each_objective().values()]
-        # The optimizers' parameters: before a backward, FSDP2 may show whole ones in their place, without gradients.
-        groups = [group for optimizer in self.trainer.optimizers for group in optimizer.param_groups]
-        self._window.shrink_earlier([parameter for group in groups for parameter in group["params"]], weights)
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
@@ -562,6 +567,7 @@ class DistillationModule(L.LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Take every hook off the two models."""
+        super().teardown(stage)
         self.release_hooks()
 
     def release_hooks(self) -> None:

@@ -33,6 +33,7 @@ class NeuronSelectivity(FeatureObjective):
         0.0
     """
 
+    per_row = True
     shared_dims = 2
 
     def __init__(

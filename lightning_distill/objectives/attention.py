@@ -4,6 +4,7 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from lightning_distill import functional
 from lightning_distill.arguments import typed
@@ -60,6 +61,14 @@ class _AttentionObjective(Objective):
         self.student_request, self.teacher_request = (
             Request(attention=frozenset(pair[side] for pair in self.pairs)) for side in (0, 1)
         )
+
+    def count(self, student: Signals, teacher: Signals) -> Tensor | None:
+        """Real tokens; those at a path may be a decoder's, which have to be seen."""
+        if are_paths(self.layers):
+            return None
+        if student.token_mask is None:
+            return torch.tensor(len(student.logits), device=student.logits.device)
+        return student.token_mask.sum()
 
 
 @typed

@@ -21,6 +21,7 @@ class _Rows(FeatureObjective):
     """Compares one vector per row; widths may differ, and no projection is made."""
 
     shared_dims: ClassVar[int | None] = 1
+    per_row = True
 
     def __init__(
         self,

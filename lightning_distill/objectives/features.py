@@ -46,6 +46,8 @@ class FeatureObjective(Objective):
 
     #: How many leading dimensions of a student's and a teacher's feature must agree; None: all, the width too.
     shared_dims: ClassVar[int | None] = None
+    #: Whether :meth:`compare` gives a value per row where features have tokens.
+    per_row: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -178,6 +180,15 @@ class FeatureObjective(Objective):
                 )
         return _as_tokens(student), _as_tokens(teacher)
 
+    def count(self, student: Signals, teacher: Signals) -> Tensor | None:
+        """Real tokens, or rows that have one; what a module at a path puts out has to be seen."""
+        if are_paths(self.layers):
+            return None
+        mask = student.token_mask
+        if mask is None:
+            return torch.tensor(len(student.logits), device=student.logits.device)
+        return (mask.any(1) if self.per_row else mask).sum()
+
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         """Values ``[B, T]`` or ``[B]`` of one pair of features."""
         raise NotImplementedError
@@ -280,6 +291,8 @@ class PatientHiddenState(FeatureObjective):
         4.0
     """
 
+    per_row = True
+
     def compare(self, student: Tensor, teacher: Tensor, mask: Tensor | None) -> Tensor:
         """Squared distance per row."""
         s, t = (pool(x, mask, "first") for x in (student, teacher))
@@ -313,6 +326,8 @@ class Flow(FeatureObjective):
         >>> objective(student, teacher).mean().item()
         1.0
     """
+
+    per_row = True
 
     def bind(self, student: ModelInfo, teacher: ModelInfo) -> None:
         """Pair the layers, and make a projection per pair where it is needed."""

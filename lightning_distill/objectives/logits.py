@@ -199,6 +199,10 @@ class Decoupled(_Softened):
                 raise self._error(argument, "finite and at least 0", factor)
         self.alpha, self.beta = alpha, beta
 
+    def count(self, student: Signals, teacher: Signals) -> Tensor | None:
+        """Rows, or tokens, that have a label."""
+        return _count_labelled(self, student)
+
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
         labels, mask = _labelled(self, student)
@@ -275,6 +279,10 @@ class HardLabel(Objective):
             raise self._error("label_smoothing", "in [0, 1)", label_smoothing)
         self.label_smoothing = label_smoothing
 
+    def count(self, student: Signals, teacher: Signals) -> Tensor | None:
+        """Rows, or tokens, that have a label."""
+        return _count_labelled(self, student)
+
     def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
         """Loss per row, or per token."""
         labels, mask = _labelled(self, student)
@@ -298,6 +306,13 @@ def _labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | 
         labelled = labels != functional.IGNORE_INDEX
         mask = labelled if mask is None else mask & labelled
     return labels, mask
+
+
+def _count_labelled(objective: Objective, student: Signals) -> Tensor:
+    if student.labels is None:
+        return torch.tensor(0, device=student.logits.device)
+    mask = _labelled(objective, student)[1]
+    return torch.tensor(student.logits[..., 0].numel(), device=student.logits.device) if mask is None else mask.sum()
 
 
 def require_labels(objective: Objective, student: Signals) -> Tensor:

@@ -133,6 +133,30 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def count(self, student: Signals, teacher: Signals) -> Tensor | None:
+        """How many items of a batch :meth:`forward` will count, as far as its labels and masks tell.
+
+        What ``accumulate_grad_batches`` needs of batches that are still to come.
+
+        Args:
+            student: What the batch says before the student runs: logits of two classes that say nothing, and no layer.
+            teacher: Likewise of the teacher.
+
+        Returns:
+            A scalar; None where only :meth:`forward` can tell.
+        """
+        if not self.reads_logits:
+            return None
+        every = torch.tensor(student.logits[..., 0].numel(), device=student.logits.device)
+        return every if student.mask is None else student.mask.sum()
+
+    @property
+    def counts_ahead(self) -> bool:
+        """Whether :meth:`count` is known to agree with :meth:`forward`: a class of one's own says so by having both."""
+        what = {"forward", "compare", "compare_rows", "count"}
+        kind = next(kind for kind in type(self).__mro__ if what & vars(kind).keys())
+        return "count" in vars(kind) or kind.__module__.startswith("lightning_distill.")
+
     def extra_repr(self) -> str:
         """Weight and name, for ``print``."""
         return f"weight={self.weight}, name={self.name!r}"

@@ -38,6 +38,10 @@ class UniversalLogit(Objective):
     def __init__(self, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__(weight, name)
 
+    def count(self, student: Signals, teacher: Signals) -> Tensor:
+        """Rows, or tokens, that both have."""
+        return _paired(_mask(student), _mask(teacher))[0].sum()
+
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Distance per row, or per token."""
         mask, of_teacher = _paired(_mask(student), _mask(teacher))
