@@ -77,9 +77,10 @@ class AccumulatingModule(L.LightningModule):
             fetcher.__class__ = _LookAhead
             fetcher.window = window
             window.close()
-            window.batches = [self._move(one) for one in (batch, *fetcher.look_ahead(trainer))]
+            window.given = [self._move(one) for one in (batch, *fetcher.look_ahead(trainer))]
+            window.batches = list(window.given)
         window.is_moved = True
-        return window.batches[window.place]
+        return window.given[window.place]
 
     def _apply_batch_transfer_handler(
         self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
@@ -118,7 +119,8 @@ class _Window:
         self.close()
 
     def close(self) -> None:
-        self.batches: list[Any] = []  # on the device; empty where every batch is a step
+        self.given: list[Any] = []  # what the loop gives to the steps, on the device
+        self.batches: list[Any] = []  # what the steps train on, if that is not the same; none where each is a step
         self.place = 0  # of the batch under way
         self.is_moved = False  # whether the batch on its way to the step has been through the transfer hooks
         self.counts: dict[str, Tensor] = {}

@@ -13,6 +13,10 @@ from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import Objective
 
 
+class _Written(dict[str, Tensor]):
+    """A batch that the student wrote."""
+
+
 class OnPolicyDistillation(DistillationModule):
     r"""Trains a language model on its own text, as its teacher scores it, for a share of the batches (GKD).
 
@@ -116,15 +120,25 @@ class OnPolicyDistillation(DistillationModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The total loss of a batch, or of what the student writes to its prompts."""
-        where = f"{self.seed} {self.current_epoch} {batch_idx}"
-        self._written = random.Random(where).random() < self.on_policy
-        if self._written:
-            batch = self.write(batch, random.Random(f"{where} {self.global_rank}").getrandbits(32))
+        # All batches of a step are written before the first is trained on: a token weighs what the others leave it.
+        place, batches = self._window.place, self._window.batches or [batch]
+        for index, one in enumerate(batches):
+            where = f"{self.seed} {self.current_epoch} {batch_idx - place + index}"
+            if not isinstance(one, _Written) and random.Random(where).random() < self.on_policy:
+                seed = random.Random(f"{where} {self.global_rank}").getrandbits(32)
+                batches[index] = _Written(self.write(one, seed))
+        self._written = isinstance(batches[place], _Written)
         self.log("train_on_policy", float(self._written), batch_size=1)
         try:
-            return super().training_step(batch, batch_idx)
+            return super().training_step(batches[place], batch_idx)
         finally:
             self._written = False
+
+    def _counts(self, batch: Any) -> Tensor:
+        counts = super()._counts(batch)
+        if isinstance(batch, _Written):
+            counts = counts * counts.new_tensor([each.needs_teacher for each in self._each_objective().values()])
+        return counts
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum of the objectives' losses; on the student's own text, of those that read the teacher."""
