@@ -13,18 +13,23 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill import tasks
+from lightning_distill.accumulation import AccumulatingModule
 from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.early_exit.criteria import Criterion
 from lightning_distill.early_exit.ramps import Exits, RampKind, Ramps, find_stack, make_ramps
 from lightning_distill.early_exit.walk import first_tensor
+from lightning_distill.forwards import before
 from lightning_distill.functional import hard_label, soft_target
 from lightning_distill.initialization import Policy
 from lightning_distill.learning_rates import scale_peak_lrs
+from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.signals import get_submodule
 
 Training = Literal["joint", "two_stage", "alternate", "self_distill"]
 LossWeights = Literal["uniform", "depth"] | Callable[[int, int], float]
 
+#: What counts: items with a label, and all items.
+_HARD, _SOFT = HardLabel(), SoftTarget()
 #: What schedules keep one of for each parameter group.
 _PER_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
 
@@ -258,7 +263,7 @@ class EarlyExit(L.Callback):
             output = step()
             if output is None:
                 return None
-            loss = self._loss(student, depth, batch)
+            loss = self._loss(pl_module, student, depth, batch)
             rows = len(next(iter(self._answers.values()))[0])
         finally:
             self._end()
@@ -277,9 +282,17 @@ class EarlyExit(L.Callback):
     def _end(self) -> None:
         self._batch, self._answers, self._logits = None, {}, {}
 
-    def _loss(self, student: nn.Module, depth: int, batch: Any) -> Tensor:
+    def _loss(self, pl_module: L.LightningModule, student: nn.Module, depth: int, batch: Any) -> Tensor:
         ramps = student.ramps
         assert isinstance(ramps, Ramps)
+
+        def mean(value: Tensor, objective: Objective) -> Tensor:
+            # Over what the objective counts, in all batches of the step.
+            if not isinstance(pl_module, AccumulatingModule):
+                return value
+            name = f"ramps, by {objective.name}"
+            return pl_module.mean_over_step(name, value, batch, partial(_count, ramps.task, objective))
+
         if missing := sorted(set(ramps.exits) - self._answers.keys()):
             raise RuntimeError(f"Expected `training_step` to run the student's layers {missing}, but it did not.")
         task = ramps.task
@@ -293,20 +306,22 @@ class EarlyExit(L.Callback):
             logits, labels, mask = tasks.align(task, logits, batch)
             if self.training == "self_distill":
                 target = tasks.answers(task, self._logits["student"])
-                loss, right = _towards(task, logits, target, self.temperature, mask), target.argmax(-1)
+                loss = mean(_towards(task, logits, target, self.temperature, mask), _SOFT)
+                right, what = target.argmax(-1), _SOFT
             else:
-                loss, right = _of_labels(task, logits, labels, mask), labels
+                loss, right, what = mean(_of_labels(task, logits, labels, mask), _HARD), labels, _HARD
                 # Looked for until one is found: looking makes a device wait.
                 self._has_label = self._has_label or tasks.has_label(task, batch)
                 if self.teacher_weight:
                     soft, share = tasks.answers(task, self._logits["teacher"]), self.teacher_weight
-                    loss = (1 - share) * loss + share * _towards(task, logits, soft, self.temperature, mask)
+                    towards = mean(_towards(task, logits, soft, self.temperature, mask), _SOFT)
+                    loss = (1 - share) * loss + share * towards
             if gate is not None and right is not None:
                 right = right.argmax(-1) if right.is_floating_point() else right
                 correct = (logits.argmax(-1) == right).float()
                 counts = right != tasks.IGNORE_INDEX if mask is None else mask & (right != tasks.IGNORE_INDEX)
                 wrong = F.binary_cross_entropy_with_logits(gate[counts].float(), correct[counts], reduction="sum")
-                loss = loss + wrong / counts.sum().clamp(min=1)
+                loss = loss + mean(wrong / counts.sum().clamp(min=1), what)
             losses.append(self._weight(layer, depth) * loss)
         return torch.stack(losses).sum()
 
@@ -375,6 +390,13 @@ def _of_labels(task: tasks.Task, logits: Tensor, labels: Tensor | None, mask: Te
     if task == "regression":
         return F.mse_loss(logits.float(), labels.view_as(logits).float())
     return hard_label(logits, labels, mask=mask)
+
+
+def _count(task: tasks.Task, objective: Objective, batch: Any) -> Tensor:
+    signals = before(task, tasks.batch_of("student", batch))
+    count = objective.count(signals, signals)
+    assert count is not None
+    return count
 
 
 def _towards(task: tasks.Task, logits: Tensor, target: Tensor, temperature: float, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,32 @@ from lightning_distill.signals import Recorder, Request, Signals, find_decoder
 from lightning_distill.vocabulary import Deferred, Head, find_head, is_known, withheld
 
 
+def before(task: tasks.Task, batch: Any) -> Signals:
+    """What a batch says before a model runs on it: labels and masks, with logits of width 0.
+
+    Args:
+        task: What it asks for.
+        batch: What the model reads, see :func:`lightning_distill.tasks.batch_of`.
+
+    Returns:
+        Signals for :meth:`lightning_distill.objectives.Objective.count`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.forwards import before
+        >>> before("classification", (torch.zeros(5, 4), torch.arange(5))).logits.shape
+        torch.Size([5, 0])
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    dims = 2 if task in tasks.TOKEN_TASKS else 1
+    first = next(x for x in (tasks.labels_of(batch), ids, *tree_leaves(batch)) if isinstance(x, Tensor))
+    logits, labels, mask = tasks.align(task, torch.empty(*first.shape[:dims], 0, device=first.device), batch)
+    real = tasks.token_mask(batch)
+    if real is None and ids is not None:
+        real = torch.ones_like(ids, dtype=torch.bool)
+    return Signals(logits, labels, mask, real, regression=task == "regression")
+
+
 class Forwards:
     """Runs student and teacher on batches and keeps the signals that objectives ask for.
 
@@ -84,26 +110,6 @@ class Forwards:
         if (decoder := find_decoder(model)) is not None:
             signals.decoder, signals.decoder_token_mask = decoder, tasks.decoder_token_mask(batch)
         return signals
-
-    def before(self, role: str, batch: Any) -> Signals:
-        """What a batch says before a model runs on it: labels and masks, with logits of two classes that say nothing.
-
-        Args:
-            role: ``"student"`` or ``"teacher"``.
-            batch: The batch.
-
-        Returns:
-            Signals for :meth:`~lightning_distill.objectives.Objective.count`.
-        """
-        batch = tasks.batch_of(role, batch)
-        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-        dims = 2 if self.task in tasks.TOKEN_TASKS else 1
-        first = next(x for x in (tasks.labels_of(batch), ids, *tree_leaves(batch)) if isinstance(x, Tensor))
-        logits, labels, mask = tasks.align(self.task, torch.empty(*first.shape[:dims], 2, device=first.device), batch)
-        real = tasks.token_mask(batch)
-        if real is None and ids is not None:
-            real = torch.ones_like(ids, dtype=torch.bool)
-        return Signals(logits, labels, mask, real)
 
     @contextmanager
     def deferring(self, models: Mapping[str, nn.Module]) -> Iterator[None]:

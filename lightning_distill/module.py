@@ -20,7 +20,7 @@ from lightning_distill.arguments import one_of
 from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.counting import Counted
-from lightning_distill.forwards import Forwards
+from lightning_distill.forwards import Forwards, before
 from lightning_distill.functional.clipping import group_tensors, total_norm
 from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import HardLabel, Loss, Objective, SoftTarget
@@ -327,7 +327,7 @@ class DistillationModule(AccumulatingModule):
         """How much of a batch counts for each objective, shape ``[objectives]``."""
         objectives = self._each_objective().values()
         if not self._has_own_steps and all(objective.counts_ahead for objective in objectives):
-            student, teacher = (self.forwards.before(role, batch) for role in ("student", "teacher"))
+            student, teacher = (before(self.task, tasks.batch_of(role, batch)) for role in ("student", "teacher"))
             counts = [objective.count(student, teacher) for objective in objectives]
             if not any(count is None for count in counts):
                 return torch.stack(counts)  # type: ignore[arg-type]

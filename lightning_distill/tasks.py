@@ -223,7 +223,7 @@ def targets(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
             f"Expected the labels of a batch to be finite, but got {labels.flatten()[place].item()} as label {place}. "
             f"Leave the row out, or give it the class {IGNORE_INDEX}, which counts nothing."
         )
-    if not logits.shape[-1] and labels.shape != items:
+    if not logits.shape[-1] and labels.numel() != items.numel():
         return labels.float()  # beside logits that were not computed there is nothing to compare
     if task == "regression":
         if (

@@ -312,7 +312,7 @@ def _count_labelled(objective: Objective, student: Signals) -> Tensor:
     if student.labels is None:
         return torch.tensor(0, device=student.logits.device)
     mask = _labelled(objective, student)[1]
-    return torch.tensor(student.logits[..., 0].numel(), device=student.logits.device) if mask is None else mask.sum()
+    return torch.tensor(student.logits.shape[:-1].numel(), device=student.logits.device) if mask is None else mask.sum()
 
 
 def require_labels(objective: Objective, student: Signals) -> Tensor:

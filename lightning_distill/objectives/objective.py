@@ -139,7 +139,7 @@ class Objective(nn.Module):
         What ``accumulate_grad_batches`` needs of batches that are still to come.
 
         Args:
-            student: What the batch says before the student runs: logits of two classes that say nothing, and no layer.
+            student: What the batch says before the student runs: logits of width 0, and no layer.
             teacher: Likewise of the teacher.
 
         Returns:
@@ -147,7 +147,7 @@ class Objective(nn.Module):
         """
         if not self.reads_logits:
             return None
-        every = torch.tensor(student.logits[..., 0].numel(), device=student.logits.device)
+        every = torch.tensor(student.logits.shape[:-1].numel(), device=student.logits.device)
         return every if student.mask is None else student.mask.sum()
 
     @property

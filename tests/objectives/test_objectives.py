@@ -57,6 +57,16 @@ def test_equals_its_oracle(case: Case, masked: bool, rows: int, tokens: int, dty
 
 
 @every_case
+def test_what_counts_is_known_before_the_models_run(case: Case) -> None:
+    width, heads = (9, 6) if case.any_width else (6, 2)
+    student, teacher = signals(4, 6, seed=1), signals(4, 6, width=width, heads=heads, seed=2)
+    objective = case.bound(width, heads)
+    assert objective.counts_ahead
+    ahead = objective.count(Signals(student.logits, student.labels, student.mask, student.token_mask), teacher)
+    assert ahead is None or ahead == objective(student, teacher).count()
+
+
+@every_case
 def test_zero_and_no_gradient_where_student_equals_teacher(case: Case) -> None:
     if not case.zero_when_equal:
         pytest.skip("not defined: it is not 0 there")
