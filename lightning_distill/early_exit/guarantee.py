@@ -1,9 +1,12 @@
 """What a calibration set can promise about rows nobody has seen, for any distribution and any number of rows."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+_MOST_ROWS = 10**8
 
 
 def harm_p_value(harm: Tensor, max_drop: float) -> float:
@@ -39,7 +42,7 @@ def harm_p_value(harm: Tensor, max_drop: float) -> float:
 
 
 def rows_needed(max_drop: float, confidence: float, harm_rate: float = 0.0) -> int | None:
-    """Rows from which on a harm rate is small enough to promise a drop.
+    """Rows from which on, for every larger number too, a harm rate is small enough to promise a drop.
 
     Args:
         max_drop: The drop to promise.
@@ -47,7 +50,7 @@ def rows_needed(max_drop: float, confidence: float, harm_rate: float = 0.0) -> i
         harm_rate: The harm expected on them.
 
     Returns:
-        The number, or None if no number is enough.
+        The number, or None if no number up to a hundred million is enough.
 
     Example:
         >>> from lightning_distill.early_exit.guarantee import rows_needed
@@ -57,18 +60,40 @@ def rows_needed(max_drop: float, confidence: float, harm_rate: float = 0.0) -> i
     if harm_rate >= max_drop:
         return None
 
-    def enough(rows: int) -> bool:
-        return _binomial_cdf(math.ceil(rows * harm_rate), rows, max_drop) <= 1 - confidence
+    def harmed(rows: int) -> int:
+        return math.ceil(rows * harm_rate)
 
-    high = 1
-    while not enough(high):
-        high *= 2
-        if high > 10**8:
-            return None
-    low = high // 2
+    def enough(rows: int) -> bool:
+        return _binomial_cdf(harmed(rows), rows, max_drop) <= 1 - confidence
+
+    def first_row(count: int) -> int:
+        """The fewest rows of which so many are harmed."""
+        rows = int((count - 1) / harm_rate)
+        while harmed(rows) >= count:
+            rows -= 1
+        while harmed(rows) < count:
+            rows += 1
+        return rows
+
+    # With the rows the chance falls, but it rises where one more of them is harmed: a tooth for every count. The last
+    # tooth whose highest point, its first row, is too high is found by bisection, as these points fall, but for
+    # rounding: a row more or less moves a tooth by as much as `slack` teeth do.
+    low, high = 0, _MOST_ROWS
+    if harm_rate > 0:
+        slack = 10 + 3 * math.ceil(max_drop * harm_rate / (max_drop - harm_rate))
+        last = harmed(_MOST_ROWS)
+        tooth = _bisect(lambda count: enough(first_row(count)), 0, last)
+        tooth = next((count for count in range(min(tooth + slack, last), 0, -1) if not enough(first_row(count))), 0)
+        low, high = first_row(tooth), first_row(tooth + 1)
+    found = _bisect(enough, low, high)
+    return found if found < _MOST_ROWS else None
+
+
+def _bisect(holds: Callable[[int], bool], low: int, high: int) -> int:
+    """The first number above ``low``, which does not hold, that does; ``high`` is taken to hold."""
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
     return high
 
 

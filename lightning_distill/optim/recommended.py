@@ -11,11 +11,11 @@ _TASKS = {
     "token_classification": (3e-5, 5e-5),
     "generation": (5e-5, 1e-4),
 }
-_METHODS = {"full": (1e-5, 5e-5), "head": (1e-4, 5e-4), "lora": (1e-3, 1e-2)}
+_METHODS = {"full": (1e-5, 5e-5), "head": (1e-4, 5e-4), "lora": (6e-5, 5e-4)}
 _SOURCES = {
     "full": "Devlin et al. 2019, appendix A.3 (2e-5 to 5e-5), and common practice by task",
     "head": "common practice for a new head on a frozen body",
-    "lora": "commonly given; Hu et al. 2021 used 2e-4 to 4e-3",
+    "lora": "Hu et al. 2021, appendix D: 6e-5 to 2e-4 for DeBERTa XXL, 2e-4 for GPT-2 and GPT-3, 2e-4 to 5e-4 for RoBERTa",
     "sgd": "common practice for fine-tuning with momentum",
 }
 
@@ -72,7 +72,7 @@ def recommended_lr(
         >>> recommended_lr("classification", num_examples=50_000)[:2]
         (1e-05, 3e-05)
         >>> recommended_lr("classification", "lora")[:2]
-        (0.001, 0.01)
+        (6e-05, 0.0005)
     """
     one_of("task", task, _TASKS)
     one_of("method", method, _METHODS)

@@ -42,7 +42,9 @@ def input_groups(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, 
             alive.append(inputs)
             if name not in met:
                 met.add(name)
-                key = (inputs.data_ptr(), tuple(inputs.shape), inputs.stride(), inputs._version)
+                # torch's encoder nests rows of different lengths; such a tensor has no shape.
+                shape = None if inputs.is_nested else (tuple(inputs.shape), inputs.stride())
+                key = (inputs.data_ptr(), shape, inputs._version)
                 seen.setdefault(key, []).append(name)
 
         return hook
@@ -178,6 +180,8 @@ def calibrate(
 def _real_tokens(thread: _SuspendedForward, names: list[str]) -> Tensor:
     inputs = thread.inputs
     assert inputs is not None
+    if inputs.is_nested:
+        return torch.cat(inputs.unbind())  # real tokens alone
     rows = inputs.reshape(-1, inputs.shape[-1])
     if not isinstance(thread.batch, Mapping):
         return rows

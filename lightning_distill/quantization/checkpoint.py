@@ -155,11 +155,12 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
         state.update(safetensors.torch.load_file(path))
     model = _build(folder, config) if model is None else model
     separate_experts(model, {key.partition(".experts.")[0] + ".experts" for key in state if ".experts.0." in key})
-    for key in [key for key in state if key.endswith(".qweight")]:
-        name = key.removesuffix(".qweight")
+    names = [key.removesuffix(".qweight") for key in state if key.endswith(".qweight")]
+    names += _tied(model, names, state)
+    for name in names:
         module = model.get_submodule(name)
         if isinstance(module, nn.Embedding):
-            bits = state[key].shape[1] * 32 // module.embedding_dim
+            bits = state[f"{name}.qweight"].shape[1] * 32 // module.embedding_dim
             new: nn.Module = QuantEmbedding(module.num_embeddings, module.embedding_dim, bits, module.padding_idx)
         else:
             new = _empty_linear(module, name, state, version)
@@ -203,6 +204,22 @@ def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
     return model
 
 
+def _tied(model: nn.Module, names: list[str], state: dict[str, Tensor]) -> list[str]:
+    """Names of layers whose float weight is that of a packed one; they get its integers, which are stored once."""
+    owners = {id(model.get_submodule(name).weight): name for name in names}
+    found = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        owner = owners.get(id(getattr(module, "weight", None)), name)
+        if owner != name and name not in names and type(module) is type(model.get_submodule(owner)):
+            kept = {key: value for key, value in state.items() if key.startswith(f"{owner}.")}
+            if model.get_submodule(owner) is not module:
+                kept.pop(f"{owner}.bias", None)
+            for key, value in kept.items():
+                state.setdefault(name + key.removeprefix(owner), value)
+            found.append(name)
+    return found
+
+
 def _empty_linear(module: nn.Module, name: str, state: dict[str, Tensor], version: str) -> QuantLinear:
     if not isinstance(module, (nn.Linear, Conv1D)):
         raise ValueError(f"Expected `{name}` to be a linear layer, but it is {type(module).__name__}.")
@@ -214,7 +231,8 @@ def _empty_linear(module: nn.Module, name: str, state: dict[str, Tensor], versio
     if version == "gptq_v2":
         zeros = unpack_zeros(state[f"{name}.qzeros"], bits, version=2)
         state[f"{name}.qzeros"] = pack(((zeros - 1) % 2**bits).T, bits).T.contiguous()
-    state[f"{name}.scales"] = state[f"{name}.scales"].half()
+    if state[f"{name}.scales"].dtype != torch.float32:
+        state[f"{name}.scales"] = state[f"{name}.scales"].half()
     reason = why_not_packable(in_features, out_features, bits)
     if reason:
         raise ValueError(f"Expected layers that fill whole 32-bit words, but got `{name}`: {reason}.")

@@ -12,6 +12,8 @@ BITS = (2, 3, 4, 8)
 #: Columns that are corrected at once for everything before them, and within those, for everything in the same block.
 BLOCK, SUB_BLOCK = 128, 32
 _CHUNK = 2048
+#: 256 times float16's smallest number: from there on it is off by 0.2 % at most.
+_SHORTEST = 2.0**-16
 
 
 class Hessian:
@@ -76,7 +78,7 @@ class QuantizedWeight:
 
     Attributes:
         codes: uint8 of shape ``[out, in]``, each below ``2**bits``.
-        scales: float16 of shape ``[groups, out]``.
+        scales: Shape ``[groups, out]``; float16, or float32 where :func:`narrowest` keeps it.
         zeros: uint8 of shape ``[groups, out]``.
         g_idx: int32 of shape ``[in]``: the group of each input.
         bits: Bits of a code.
@@ -106,8 +108,8 @@ class QuantizedWeight:
     def rows(self, start: int, stop: int) -> "QuantizedWeight":
         """The outputs from ``start`` to ``stop`` alone."""
         per_out = {name: getattr(self, name)[start:stop] for name in ("codes", "errors", "rounding_errors", "powers")}
-        grid = {name: getattr(self, name)[:, start:stop] for name in ("scales", "zeros")}
-        return replace(self, **per_out, **grid)
+        scales, zeros = self.scales[:, start:stop], self.zeros[:, start:stop]
+        return replace(self, **per_out, scales=narrowest(scales.float()), zeros=zeros)
 
     @property
     def error(self) -> float:
@@ -118,6 +120,19 @@ class QuantizedWeight:
     def rounding_error(self) -> float:
         """The same as :attr:`error` for rounding to nearest."""
         return float(self.rounding_errors.sum() / self.powers.sum().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def narrowest(scales: Tensor) -> Tensor:
+    """Scales in float16, as the checkpoint format has them, or in float32 if float16 does not hold each of them.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.quantization.gptq import narrowest
+        >>> narrowest(torch.tensor([0.5])).dtype, narrowest(torch.tensor([0.5, 1e-9])).dtype
+        (torch.float16, torch.float32)
+    """
+    short = scales.half()
+    return short if bool((short.float() == scales).all()) else scales.clone()
 
 
 def find_grid(values: Tensor, bits: int, *, sym: bool = True, mse: bool = False) -> tuple[Tensor, Tensor]:
@@ -131,7 +146,8 @@ def find_grid(values: Tensor, bits: int, *, sym: bool = True, mse: bool = False)
         mse: Search 80 smaller ranges for the one with the least :math:`\sum |x - \hat x|^{2.4}`.
 
     Returns:
-        Scales (float32 numbers that float16 holds exactly) and zeros (float32 integers), both of shape ``[...]``.
+        Scales and zeros (integers), float32 of shape ``[...]``. float16 holds a scale exactly, unless it is below
+        1.5e-5, where float16 would be off by more than 0.2 %, or above 65,504.
 
     Example:
         >>> import torch
@@ -148,9 +164,10 @@ def find_grid(values: Tensor, bits: int, *, sym: bool = True, mse: bool = False)
         low = torch.minimum(low, -high / (top - 1))
 
     def grid(shrink: float) -> tuple[Tensor, Tensor]:
-        limits = torch.finfo(torch.float16)
-        scale = (shrink * (high - low) / top).clamp(limits.smallest_normal, limits.max).half().float()
-        scale = torch.where(high > low, scale, 1.0)
+        scale = shrink * (high / top - low / top)
+        short = scale.half().float()
+        scale = torch.where((scale >= _SHORTEST) & short.isfinite(), short, scale)
+        scale = torch.where(scale >= torch.finfo(torch.float32).tiny, scale, 1.0)
         zero = torch.full_like(scale, (top + 1) / 2) if sym else (-shrink * low / scale).round().clamp(1, top)
         return scale, zero
 
@@ -299,7 +316,7 @@ def gptq_layer(
     codes[order] = chosen.sub_(low).to(torch.uint8)
     return QuantizedWeight(
         codes=codes.T.contiguous(),
-        scales=scales.half(),
+        scales=narrowest(scales),
         zeros=zeros.to(torch.uint8),
         g_idx=g_idx.to(torch.int32),
         bits=bits,

@@ -16,14 +16,19 @@ from torch import Tensor, nn
 from lightning_distill.arguments import one_of, typed
 from lightning_distill.pretrained import architecture_of
 from lightning_distill.quantization.model import EXCLUDE, matches
+from lightning_distill.quantization.replaceable import copied, why_not_replaceable
 from lightning_distill.tasks import logits_of
+
+#: torchao's floor for a scale; an output whose scale is raised to it loses up to all of itself.
+_LEAST_SCALE = torch.finfo(torch.float32).eps
 
 
 @typed
 def quantize_int8(model: nn.Module, *, exclude: Sequence[str] = EXCLUDE) -> nn.Module:
     """Make a copy whose linear layers multiply in int8: weights per output, activations per token, as they come.
 
-    Needs no calibration. torchao's kernels gain on many tokens at once, and on few once the model is compiled
+    Layers that int8 could not stand in for (of a class of their own, with hooks, or whose weight is computed or too
+    small) stay in floating point, and a warning names them. Needs no calibration. torchao's kernels gain on many tokens at once, and on few once the model is compiled
     (``model.compile()``); its state dict holds tensors of torchao's own.
 
     Args:
@@ -43,13 +48,37 @@ def quantize_int8(model: nn.Module, *, exclude: Sequence[str] = EXCLUDE) -> nn.M
         >>> quantized = quantize_int8(nn.Sequential(nn.Linear(64, 32)))  # doctest: +SKIP
     """
     torchao = _require("torchao.quantization", "int8")
-    model = copy.deepcopy(model).eval()
-    layers = {name for name, module in model.named_modules() if type(module) is nn.Linear}
-    layers = {name for name in layers if not matches(name, exclude)}
+    model = copied(model)
+    found = {
+        name: _why_not_int8(module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not matches(name, exclude)
+    }
+    layers = {name for name, reason in found.items() if reason is None}
     if not layers:
-        raise ValueError(f"Expected argument `exclude` to leave linear layers, but {list(exclude)} leaves none.")
+        raise ValueError(
+            f"Expected argument `exclude` to leave linear layers, but {list(exclude)} leaves none that int8 can stand "
+            f"in for{_listed(found)}."
+        )
+    if len(layers) < len(found):
+        warnings.warn(f"{len(found) - len(layers)} linear layers stay in floating point{_listed(found)}.", stacklevel=2)
     torchao.quantize_(model, torchao.Int8DynamicActivationInt8WeightConfig(), lambda module, name: name in layers)
     return model
+
+
+def _why_not_int8(layer: nn.Module) -> str | None:
+    reason = why_not_replaceable(layer)
+    if reason is None and layer.in_features and layer.out_features:
+        assert isinstance(layer.weight, Tensor)
+        largest = layer.weight.detach().abs().amax(1)
+        if bool(((largest > 0) & (largest < 127 * _LEAST_SCALE)).any()):
+            return f"an output has no weight above {127 * _LEAST_SCALE:.1e}, the least that torchao can tell from 0"
+    return reason
+
+
+def _listed(reasons: Mapping[str, str | None]) -> str:
+    named = [f"`{name}`, {reason}" for name, reason in reasons.items() if reason is not None]
+    return f": {'; '.join(named[:3])}{' ...' if len(named) > 3 else ''}" if named else ""
 
 
 def load_in_8bit(folder: str | os.PathLike[str], *, exclude: Sequence[str] = EXCLUDE) -> nn.Module:

@@ -5,8 +5,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.quantization.gptq import QuantizedWeight, find_grid
+from lightning_distill.quantization.gptq import QuantizedWeight, find_grid, narrowest
+from lightning_distill.quantization.packed_weight import packed_weight
 from lightning_distill.quantization.packing import pack, pack_zeros, unpack, unpack_zeros
 
 #: Up to this many tokens, torch's packed kernels beat a float multiplication: on AVX-512 always (measured up to 512).
@@ -17,8 +19,9 @@ class QuantLinear(nn.Module):
     """A linear layer whose weight is packed integers; its state dict is the common GPTQ checkpoint.
 
     Buffers: ``qweight`` int32 ``[in * bits / 32, out]``, ``qzeros`` int32 ``[groups, out * bits / 32]`` (version 1),
-    ``scales`` float16 ``[groups, out]``, ``g_idx`` int32 ``[in]`` and ``bias``. The weight exists in floating point
-    only while a forward uses it. Gradients reach the inputs, not the weight.
+    ``scales`` ``[groups, out]``, ``g_idx`` int32 ``[in]`` and ``bias``. Scales are float16, or float32 where float16
+    cannot tell them apart (see :func:`narrowest`). The weight exists in floating point only while a forward, or who
+    reads :attr:`weight`, uses it. Gradients reach the inputs, not the weight.
 
     Args:
         in_features: Width of the inputs, a multiple of 32.
@@ -38,7 +41,6 @@ class QuantLinear(nn.Module):
         (torch.Size([1, 32]), torch.Size([8, 32]))
     """
 
-    weight: None = None  # there is none; T5 looks at its dtype where it is a tensor
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
@@ -55,6 +57,7 @@ class QuantLinear(nn.Module):
             raise ValueError(reason)
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.group_size = in_features if group_size == -1 else group_size
+        self.dtype, self.transposed = torch.float32, False  # of `weight`, as others read it
         groups = -(-in_features // self.group_size)
         self.register_buffer("qweight", torch.zeros(in_features * bits // 32, out_features, dtype=torch.int32))
         self.register_buffer("qzeros", torch.zeros(groups, out_features * bits // 32, dtype=torch.int32))
@@ -76,6 +79,32 @@ class QuantLinear(nn.Module):
         layer.bias = None if bias is None else bias.detach().clone()
         layer._look_at_order()
         return layer
+
+    def take_place_of(self, layer: nn.Module) -> None:
+        """Be to others what a float layer was: its weight's dtype and orientation, and what else was kept on it."""
+        assert isinstance(layer.weight, Tensor)
+        self.dtype, self.transposed = layer.weight.dtype, isinstance(layer, Conv1D)
+        for name, value in vars(layer).items():
+            vars(self).setdefault(name, value)
+
+    def beside(self, layer: nn.Module) -> "QuantLinear":
+        """The layer itself, or one with the same integers for a float layer of the same weight and another bias."""
+        if _equal(self.bias, layer.bias):
+            return self
+        other = QuantLinear(self.in_features, self.out_features, self.bits, self.group_size, layer.bias is not None)
+        other._buffers.update(self._buffers, bias=None if layer.bias is None else layer.bias.detach().clone())
+        other._look_at_order()
+        other.take_place_of(layer)
+        return other
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight for code that reads it, ``[out, in]`` (``[in, out]`` in the place of a ``Conv1D``)."""
+        if self.transposed:
+            shape, dense = (self.in_features, self.out_features), lambda: self.dequantize().T
+        else:
+            shape, dense = (self.out_features, self.in_features), self.dequantize
+        return packed_weight(dense, shape, self.dtype, self.qweight.device)
 
     def dequantize(self) -> Tensor:
         """The weight, float32 of shape ``[out, in]``."""
@@ -155,14 +184,16 @@ class QuantLinear(nn.Module):
             return None if symmetric else "its zero is not in the middle, as the int8 kernel has it"
         return f"{self.bits} bits, torch's kernels have 4 and 8"
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _take_scales_dtype(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self._kernel_weight = self._kernel_grid = None  # of other numbers
         self._look_at_order()
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         # The kernel's form is for the CPU alone, and no cast is meant for it.
         kernel, self._kernel_weight, self._kernel_grid = (self._kernel_weight, self._kernel_grid), None, None
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         _apply_but_keep_scales(self, super()._apply, fn, recurse)
         if self.qweight.device.type == "cpu":
             self._kernel_weight, self._kernel_grid = kernel
@@ -202,7 +233,8 @@ def use_kernels(model: nn.Module) -> dict[str, str]:
 class QuantEmbedding(nn.Module):
     """An embedding whose rows are packed integers with one scale each.
 
-    Buffers: ``qweight`` int32 ``[rows, width * bits / 32]`` and ``scales`` float16 ``[rows]``; zero is the middle code.
+    Buffers: ``qweight`` int32 ``[rows, width * bits / 32]`` and ``scales`` ``[rows]``, float16 or float32 as in
+    :class:`QuantLinear`; zero is the middle code.
 
     Args:
         num_embeddings: Number of rows.
@@ -238,8 +270,20 @@ class QuantEmbedding(nn.Module):
         layer = cls(embedding.num_embeddings, embedding.embedding_dim, bits, embedding.padding_idx)
         scales, zeros = find_grid(weight, bits)
         codes = ((weight / scales[:, None]).round() + zeros[:, None]).clamp(0, 2**bits - 1)
-        layer.qweight, layer.scales = pack(codes.T, bits).T.contiguous(), scales.half()
+        layer.qweight, layer.scales = pack(codes.T, bits).T.contiguous(), narrowest(scales)
+        layer.dtype = embedding.weight.dtype
         return layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight ``[rows, width]`` for code that reads it."""
+        shape = (self.num_embeddings, self.embedding_dim)
+        return packed_weight(self.dequantize, shape, self.dtype, self.qweight.device)
+
+    def dequantize(self) -> Tensor:
+        """All rows, float32 of shape ``[rows, width]``."""
+        codes = unpack(self.qweight.T.contiguous(), self.bits).T
+        return (codes - 2 ** (self.bits - 1)) * self.scales.float()[:, None]
 
     def forward(self, indices: Tensor) -> Tensor:
         """``indices [...]`` to ``[..., width]`` in the dtype the module was cast to; unpacks only these rows."""
@@ -247,6 +291,10 @@ class QuantEmbedding(nn.Module):
         codes = unpack(self.qweight[flat].T.contiguous(), self.bits).T
         rows = (codes - 2 ** (self.bits - 1)) * self.scales[flat].float()[:, None]
         return rows.to(self.dtype).view(*indices.shape, self.embedding_dim)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        _take_scales_dtype(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantEmbedding":
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
@@ -257,17 +305,29 @@ class QuantEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, bits={self.bits}"
 
 
+def _equal(one: Any, other: Any) -> bool:
+    return one is other if one is None or other is None else torch.equal(one, other)
+
+
+def _take_scales_dtype(module: Any, state_dict: dict[str, Any], prefix: str) -> None:
+    scales = state_dict.get(f"{prefix}scales")
+    if isinstance(scales, Tensor) and scales.dtype == torch.float32:
+        module.scales = module.scales.float()
+
+
 def _apply_but_keep_scales(module: Any, apply: Any, fn: Any, recurse: bool) -> Any:
-    # `.bfloat16()` and the like are meant for activations: a checkpoint's scales are float16 and stay so.
+    # `.bfloat16()` and the like are meant for activations: the scales keep the precision that they need.
     scales = module.scales
     apply(fn, recurse)
-    if module.scales.dtype != torch.float16:
+    if module.scales.dtype != scales.dtype:
         module.scales = scales.to(module.scales.device)
     return module
 
 
 def why_not_packable(in_features: int, out_features: int, bits: int) -> str | None:
     """Why the checkpoint format cannot hold a layer of these widths, or None if it can."""
+    if not in_features or not out_features:
+        return "it has no weights"
     if in_features % 32:
         return f"its {in_features} inputs do not divide by 32"
     multiple = 32 if bits == 3 else 32 // bits

@@ -4,7 +4,7 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,11 +19,13 @@ from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.finished import FinishedLayers
 from lightning_distill.quantization.gptq import BITS, Hessian, QuantizedWeight, gptq_layer, retarget
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
+from lightning_distill.quantization.replaceable import copied, why_not_replaceable
 
-#: Heads, poolers, ramps and routers: few bytes, and errors there are not made good by anything after them.
+#: Heads, poolers, ramps, routers and adapters: few bytes, and errors there are not made good by anything after them.
 EXCLUDE = (
     *("lm_head", "head", "classifier", "pre_classifier", "classification_head", "pooler", "score", "cls"),
     *("qa_outputs", "embed_out", "vocab_*", "ramp", "ramps", "gate", "router"),
+    "lora_*",  # adapters are small, and what they learned is smaller than a step of their weights' grid
 )
 
 
@@ -83,8 +85,10 @@ def quantize(
     has inputs is rounded.
 
     Patterns are those of ``fnmatch`` and match a layer's whole name or one part of it between dots. A group that does
-    not divide the width shrinks to 64 or 32; a layer that the format cannot hold stays in floating point. Both are
-    said in the report.
+    not divide the width shrinks to 64 or 32; a layer that the format cannot hold stays in floating point, and so does
+    one that integers could not stand in for: of a class of its own, with hooks, or whose weight is computed
+    (parametrised, tied to an embedding). All of this is said in the report. Who reads the weight of a quantised layer
+    gets its numbers; writing to it is refused.
 
     Args:
         model: Any module with ``nn.Linear``, transformers' ``Conv1D`` or fused experts.
@@ -150,12 +154,12 @@ def quantize(
     if already or getattr(getattr(model, "config", None), "quantization_config", None):
         raise ValueError("Expected argument `model` to be in floating point, but it is quantised already.")
 
-    model = copy.deepcopy(model).eval()
+    model = copied(model)
     unknown = separate_experts(model)
     layers, aliases = _linear_layers(model, include, exclude)
-    plan, reports = _plan(layers, bits, group_size, bits_by_pattern, group_size_by_pattern)
-    for name, note in unknown.items():
-        reports[name] = LayerReport(name, (0, 0), 0, 0, 0.0, 0.0, 0.0, f"left in floating point: {note}")
+    held = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    plan, reports = _plan(layers, held, bits, group_size, bits_by_pattern, group_size_by_pattern)
+    reports |= {name: _left(name, note) for name, note in unknown.items()}
     if not plan:
         raise ValueError(
             f"Expected arguments `include` {list(include)}, `exclude` {list(exclude)} and `bits_by_pattern` "
@@ -172,11 +176,14 @@ def quantize(
 
     def finish(name: str, layer: QuantLinear, report: LayerReport) -> None:
         packed[name], reports[name] = layer, report
+        layer.take_place_of(layers[name])
         if true_sequential:
-            # Suspended forwards still hold the float layer: give it the quantised values until the walk is over.
-            dense, weight = layer.dequantize(), layers[name].weight
-            assert isinstance(weight, Tensor)
-            weight.data.copy_(dense.T if isinstance(layers[name], Conv1D) else dense)
+            # Suspended forwards still hold the float layer: give it the quantised values until the walk is over. In
+            # memory of its own: another module may hold the same tensor, or a part of it.
+            dense = layer.dequantize().to(layer.dtype)
+            weight = nn.Parameter(dense.T if layer.transposed else dense, requires_grad=False)
+            for alias in aliases[name]:
+                model.get_submodule(alias).weight = weight
         if on_layer is not None:
             on_layer(report, len(plan))
 
@@ -235,10 +242,10 @@ def quantize(
         )
     for name in packed:
         for alias in aliases[name]:
-            model.set_submodule(alias, packed[name])
-    if embedding_bits is not None:
-        _quantize_embeddings(model, embedding_bits)
-    return model, [reports[name] for name in (*layers, *unknown)]
+            model.set_submodule(alias, packed[name].beside(model.get_submodule(alias)))
+    embeddings = {} if embedding_bits is None else _quantize_embeddings(model, embedding_bits)
+    reports |= {name: _left(name, note) for name, note in embeddings.items()}
+    return model, [reports[name] for name in (*layers, *unknown, *embeddings)]
 
 
 def check_options(
@@ -271,6 +278,7 @@ def check_options(
 
 def _plan(
     layers: Mapping[str, nn.Module],
+    held: Container[int],
     bits: int,
     group_size: int,
     bits_by_pattern: Mapping[str, int] | None,
@@ -280,6 +288,12 @@ def _plan(
     plan: dict[str, tuple[int, int]] = {}
     reports: dict[str, LayerReport] = {}
     for name, layer in layers.items():
+        reason = why_not_replaceable(layer)
+        if reason is None and id(layer.weight) in held:
+            reason = "an embedding has the same weight"
+        if reason is not None:
+            reports[name] = _left(name, reason)
+            continue
         width = _weight(layer).shape[1]
         layer_bits = _by_pattern(name, bits_by_pattern, bits)
         size = _by_pattern(name, group_size_by_pattern, group_size)
@@ -293,7 +307,14 @@ def _plan(
     return plan, reports
 
 
+def _left(name: str, reason: str) -> LayerReport:
+    return LayerReport(name, (0, 0), 0, 0, 0.0, 0.0, 0.0, f"left in floating point: {reason}")
+
+
 def _report(name: str, result: QuantizedWeight, seconds: float, note: str) -> LayerReport:
+    if result.scales.dtype == torch.float32:
+        scales = "scales in float32, as float16 does not reach so far: other tools round them to float16"
+        note = "; ".join(filter(None, [note, scales]))
     rows, width = result.codes.shape
     return LayerReport(
         name, (rows, width), result.bits, result.group_size, result.error, result.rounding_error, seconds, note
@@ -362,35 +383,37 @@ def _inputs(
 def _linear_layers(
     model: nn.Module, include: Sequence[str], exclude: Sequence[str]
 ) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """The layers to quantise by their first name, and every name that shares their weight."""
-    held = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    """The linear layers by their first name, and every name that shares their weight."""
     layers: dict[str, nn.Module] = {}
     aliases: dict[str, list[str]] = {}
     first: dict[int, str] = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        # A subclass may compute something else, and out_proj of nn.MultiheadAttention is never called as a module.
-        if type(module) not in (nn.Linear, Conv1D) or id(module.weight) in held:
-            continue
-        if not matches(name, include) or matches(name, exclude):
-            continue
-        owner = first.setdefault(id(module.weight), name)
-        aliases.setdefault(owner, []).append(name)
-        layers.setdefault(owner, module)
+        if isinstance(module, (nn.Linear, Conv1D)) and matches(name, include) and not matches(name, exclude):
+            # A layer that shares its weight, or its all, with another one is quantised with it.
+            shared = module.weight if why_not_replaceable(module) is None else module
+            owner = first.setdefault(id(shared), name)
+            aliases.setdefault(owner, []).append(name)
+            layers.setdefault(owner, module)
     return layers, aliases
 
 
-def _quantize_embeddings(model: nn.Module, bits: int) -> None:
+def _quantize_embeddings(model: nn.Module, bits: int) -> dict[str, str]:
+    """Quantise the large ones in place; names of those that are left, and why."""
     tied = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     done: dict[int, QuantEmbedding] = {}
+    left: dict[str, str] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if type(module) is not nn.Embedding or module.embedding_dim * bits % 32 or module.num_embeddings < 256:
+        if not isinstance(module, nn.Embedding) or module.embedding_dim * bits % 32 or module.num_embeddings < 256:
             continue
-        if id(module.weight) in tied:
-            warnings.warn(
-                f"Embedding `{name}` stays in floating point: an output head shares its weight.", stacklevel=3
-            )
-            continue
-        model.set_submodule(name, done.setdefault(id(module), QuantEmbedding.from_embedding(module, bits)))
+        reason = why_not_replaceable(module)
+        if reason is not None:
+            left[name] = reason
+        elif id(module.weight) in tied:
+            left[name] = "an output head shares its weight"
+            warnings.warn(f"Embedding `{name}` stays in floating point: {left[name]}.", stacklevel=3)
+        else:
+            model.set_submodule(name, done.setdefault(id(module), QuantEmbedding.from_embedding(module, bits)))
+    return left
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

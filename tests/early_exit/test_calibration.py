@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -98,6 +99,20 @@ def test_the_rows_needed_are_enough_and_one_less_is_not(drop: float, confidence:
     assert needed is not None
     for rows, enough in ((needed, True), (needed - 1, False)):
         assert bool(binom.cdf(math.ceil(rows * rate), rows, drop) <= 1 - confidence) is enough
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize(
+    ("drop", "rate"),
+    [(0.005, 0.004), (0.01, 0.002), (0.02, 0.0), (0.32, 0.3), (0.1, 0.08), (0.03, 0.0123), (0.5, 0.01), (0.07, 0.05)],
+)
+def test_from_the_rows_needed_on_every_number_is_enough(drop: float, rate: float, confidence: float) -> None:
+    needed = rows_needed(drop, confidence, rate)
+    assert needed is not None
+    rows = np.arange(1, 3 * needed + 100)
+    harmed = np.array([math.ceil(count * rate) for count in rows.tolist()])
+    short = rows[binom.cdf(harmed, rows, drop) > 1 - confidence]
+    assert needed == (short[-1] + 1 if len(short) else 1)
 
 
 def test_the_path_goes_from_careful_to_fast_and_beats_one_threshold_for_all() -> None:

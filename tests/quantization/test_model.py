@@ -258,12 +258,22 @@ def test_mixed_bits_and_embeddings_survive_the_folder(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded, data[0]), logits(quantized, data[0]))
 
 
-def test_tied_layers_are_quantised_once() -> None:
-    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32))
-    model[1].weight = model[0].weight
-    quantized, report = quantize(model, [torch.randn(64, 32)], group_size=32)
-    assert len(report) == 1
-    assert quantized[0] is quantized[1]
+def test_tied_layers_are_quantised_once_and_keep_their_biases(tmp_path: Path) -> None:
+    class Tied(nn.Sequential):
+        def __init__(self, bias: bool) -> None:
+            super().__init__(nn.Linear(32, 32, bias=bias), nn.Linear(32, 32, bias=bias))
+            self[1].weight = self[0].weight
+
+    for bias in (False, True):
+        model = Tied(bias)
+        quantized, report = quantize(model, [torch.randn(64, 32)], bits=8, group_size=32)
+        assert len(report) == 1
+        assert quantized[0].qweight is quantized[1].qweight
+        assert (quantized[0] is quantized[1]) is not bias
+        inputs = torch.randn(64, 32)
+        torch.testing.assert_close(quantized(inputs), model(inputs), atol=0.02, rtol=0)
+        loaded = load(save(quantized, tmp_path / str(bias)), Tied(bias))
+        assert torch.equal(loaded(inputs), quantized(inputs))
 
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_model(tmp_path: Path) -> None:
