@@ -15,7 +15,7 @@ _METHODS = {"full": (1e-5, 5e-5), "head": (1e-4, 5e-4), "lora": (6e-5, 5e-4)}
 _SOURCES = {
     "full": "Devlin et al. 2019, appendix A.3 (2e-5 to 5e-5), and common practice by task",
     "head": "common practice for a new head on a frozen body",
-    "lora": "Hu et al. 2021, appendix D: 6e-5 to 2e-4 for DeBERTa XXL, 2e-4 for GPT-2 and GPT-3, 2e-4 to 5e-4 for RoBERTa",
+    "lora": "Hu et al. 2021, appendix D: RoBERTa 2e-4 to 5e-4, GPT-2 and GPT-3 2e-4, DeBERTa XXL 6e-5 to 2e-4",
     "sgd": "common practice for fine-tuning with momentum",
 }
 

@@ -28,8 +28,9 @@ def quantize_int8(model: nn.Module, *, exclude: Sequence[str] = EXCLUDE) -> nn.M
     """Make a copy whose linear layers multiply in int8: weights per output, activations per token, as they come.
 
     Layers that int8 could not stand in for (of a class of their own, with hooks, or whose weight is computed or too
-    small) stay in floating point, and a warning names them. Needs no calibration. torchao's kernels gain on many tokens at once, and on few once the model is compiled
-    (``model.compile()``); its state dict holds tensors of torchao's own.
+    small) stay in floating point, and a warning names them. Needs no calibration. torchao's kernels gain on many
+    tokens at once, and on few once the model is compiled (``model.compile()``); its state dict holds tensors of
+    torchao's own.
 
     Args:
         model: Any module with ``nn.Linear`` layers.

@@ -92,7 +92,9 @@ class QuantLinear(nn.Module):
         if _equal(self.bias, layer.bias):
             return self
         other = QuantLinear(self.in_features, self.out_features, self.bits, self.group_size, layer.bias is not None)
-        other._buffers.update(self._buffers, bias=None if layer.bias is None else layer.bias.detach().clone())
+        other._buffers.update(
+            self._buffers, bias=layer.bias.detach().clone() if isinstance(layer.bias, Tensor) else None
+        )
         other._look_at_order()
         other.take_place_of(layer)
         return other

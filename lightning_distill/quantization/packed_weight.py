@@ -30,7 +30,7 @@ class PackedWeight(Tensor):
     Example:
         >>> import torch
         >>> from lightning_distill.quantization.packed_weight import PackedWeight
-        >>> weight = PackedWeight(lambda: torch.ones(2, 3), (2, 3), torch.bfloat16, "cpu")
+        >>> weight = PackedWeight(lambda: torch.ones(2, 3), (2, 3), torch.bfloat16, torch.device("cpu"))
         >>> weight.shape, weight.dtype, weight.sum()
         (torch.Size([2, 3]), torch.bfloat16, tensor(6., dtype=torch.bfloat16))
     """
@@ -39,11 +39,12 @@ class PackedWeight(Tensor):
 
     @staticmethod
     def __new__(
-        cls, dense: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str
+        cls, dense: Callable[[], Tensor], shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> "PackedWeight":
-        new: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        """Without memory for the numbers."""
+        new = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         new._dense = dense
-        return new  # type: ignore[no-any-return]
+        return new
 
     def unpack(self) -> Tensor:
         """The numbers as a plain tensor."""
@@ -59,7 +60,9 @@ class PackedWeight(Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         for argument, declared in zip(args, func._schema.arguments, strict=False):
             if isinstance(argument, cls) and declared.alias_info is not None and declared.alias_info.is_write:
                 raise TypeError(

@@ -229,7 +229,7 @@ def test_what_is_lost_does_not_depend_on_how_large_the_weights_are(
     for factor in (torch.ones(3, 1), sizes):
         result = gptq_layer(weight * factor, hessian, bits=bits, **{"group_size": 32, **options})
         dense = result.dequantize()
-        lost.append(((dense / factor - weight).square().sum(1) / weight.square().sum(1)))
+        lost.append((dense / factor - weight).square().sum(1) / weight.square().sum(1))
     torch.testing.assert_close(lost[1], lost[0], rtol=0.15, atol=0)
 
 
