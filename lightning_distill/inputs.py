@@ -55,6 +55,8 @@ class InputCheck:
         self.model, self.name, self.rotary_limit = model, name, rotary_limit
         self._fresh = self._looking = True
         self._warned = False
+        # Both models read the same batch, and it is said once.
+        self._warned_of_packing = name != "student"
         self._table = _table_of_positions(model)
         self._handles: list[RemovableHandle] = []
         for path, module in model.named_modules():
@@ -92,6 +94,14 @@ class InputCheck:
             what = f"the token types (`token_type_ids`) for the {self.name}"
             _check_ids(what, _token_types(self.model), batch["token_type_ids"], _TYPES)
         self._check_length(batch, ids)
+        if not self._warned_of_packing and attend_across_documents(batch):
+            self._warned_of_packing = True
+            warnings.warn(
+                "Documents are packed into rows (`position_ids` begin again within them) beside an `attention_mask` of "
+                "shape [B, T], so they attend to each other. Leave `attention_mask` out: transformers keeps documents "
+                "apart by their positions where there is none.",
+                stacklevel=2,
+            )
 
     def after(self) -> None:
         """Say that the model has read it."""
@@ -136,6 +146,27 @@ class InputCheck:
                 "example by `max_length`.",
                 stacklevel=2,
             )
+
+
+def attend_across_documents(batch: Mapping[str, Any]) -> bool:
+    """Whether rows hold several documents whose borders an attention mask hides.
+
+    Args:
+        batch: A mapping with ``position_ids`` and ``attention_mask``, where it has them.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.inputs import attend_across_documents
+        >>> packed = {"position_ids": torch.tensor([[0, 1, 2, 0, 1]])}
+        >>> attend_across_documents(packed), attend_across_documents({**packed, "attention_mask": torch.ones(1, 5)})
+        (False, True)
+    """
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if not (isinstance(positions, Tensor) and isinstance(mask, Tensor) and positions.ndim == mask.ndim == 2):
+        return False
+    real = mask.bool()
+    # Padding on the left may have any positions: a document begins behind another one.
+    return bool(((positions[:, 1:] < positions[:, :-1]) & real[:, 1:] & real[:, :-1]).any())
 
 
 def _check_ids(what: str, module: Any, ids: Any, advice: str) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_distill import parallel, preflight, tasks
+from lightning_distill import parallel, precision, preflight, tasks
 from lightning_distill.accumulation import AccumulatingModule
 from lightning_distill.arguments import one_of
 from lightning_distill.callbacks.finite_loss import FiniteLoss
@@ -480,9 +480,14 @@ class DistillationModule(AccumulatingModule):
         return [] if self.teacher is None else tensor_names(self.teacher, "teacher.")
 
     def setup(self, stage: str) -> None:
-        """Refuse a Trainer that would train or save something else than is meant, and data of other classes."""
+        """Refuse a Trainer that would train or save something else than is meant, and data of other classes.
+
+        A CPU that emulates bfloat16 is said.
+        """
         if self.task not in tasks.LANGUAGE_MODELS:
             preflight.check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
+        models = {"student": self.student, "teacher": self.teacher}
+        precision.warn_of_slow_bf16(str(self.trainer.precision), models, self.trainer.strategy.root_device)
         if stage == "fit":
             parallel.check_trainer(self.trainer, self.student, self.teacher)
             parallel.look_for_unused(self.trainer.strategy, self._each_objective().values())

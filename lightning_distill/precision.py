@@ -1,8 +1,10 @@
 """The precision a teacher answers in, whatever the Trainer's is."""
 
 import copy
+import platform
 import tempfile
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -90,6 +92,63 @@ def _quantized(folder: str, precision: str) -> nn.Module:
                     f"on a CPU take widths that {_CPU_BLOCK} divides; `{name}` has {module.out_features}. Use 'int8'."
                 )
     return model
+
+
+def cpu_capabilities() -> Mapping[str, Any]:
+    """What instructions this machine's processor has, as :func:`torch.cpu.get_capabilities` says it."""
+    known = getattr(torch.cpu, "get_capabilities", None)
+    if known is not None:
+        found: Mapping[str, Any] = known()
+        return found
+    # Before torch 2.13.
+    has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
+    return {"architecture": platform.machine(), "avx512_bf16": has_bf16}
+
+
+def emulates_bf16(capabilities: Mapping[str, Any]) -> bool:
+    """Whether a processor has no instructions for bfloat16, so that each product is made of several in float32.
+
+    Args:
+        capabilities: See :func:`cpu_capabilities`.
+
+    Returns:
+        False also where nothing is known of such a processor.
+
+    Example:
+        >>> from lightning_distill.precision import emulates_bf16
+        >>> emulates_bf16({"architecture": "x86_64", "avx2": True, "avx512_f": False})
+        True
+        >>> emulates_bf16({"architecture": "x86_64", "avx512_bf16": True})
+        False
+    """
+    names = {"x86_64": ("avx512_bf16", "amx_bf16", "avx10_2"), "AMD64": ("avx512_bf16", "amx_bf16", "avx10_2")}
+    names |= {"aarch64": ("bf16", "sve_bf16"), "arm64": ("bf16", "sve_bf16")}
+    instructions = names.get(str(capabilities.get("architecture")))
+    return instructions is not None and not any(capabilities.get(name) for name in instructions)
+
+
+def warn_of_slow_bf16(precision: str, models: Mapping[str, nn.Module | None], device: torch.device) -> None:
+    """Say before the first step that a CPU without instructions for bfloat16 is to compute in it.
+
+    Args:
+        precision: The Trainer's.
+        models: By role; None where there is none.
+        device: Where they run.
+    """
+    if device.type != "cpu" or not emulates_bf16(cpu_capabilities()):
+        return
+    instead = {f"`precision='{precision}'`": "`precision='32-true'`"} if precision.startswith("bf16") else {}
+    for role, model in models.items():
+        if model is not None and any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+            instead[f"the {role} in bfloat16"] = f"the {role} in float32"
+    if "the teacher in bfloat16" in instead:
+        instead["the teacher in bfloat16"] += " (`teacher_precision=None`, or 'int8' to save memory)"
+    if instead:
+        warnings.warn(
+            f"This CPU has no instructions for bfloat16 and emulates them, which made a step up to 50 times as long; "
+            f"got {' and '.join(instead)}. Use {' and '.join(instead.values())}.",
+            stacklevel=2,
+        )
 
 
 @contextmanager

@@ -4,10 +4,10 @@ python recipes/causal_lm.py
     Real text that every installation has (docstrings), a tokenizer and a small Llama trained on the spot. No network,
     no file, a few minutes on 2 cores.
 
-python recipes/causal_lm.py --model.teacher <folder or hub id> --data.text_files stories.txt \
-    --trainer.precision bf16-mixed
+python recipes/causal_lm.py --model.teacher <folder or hub id> --data.text_files stories.txt
     Your own teacher and text, or --data.hub_dataset. Documents are packed into rows of --data.max_length tokens and
-    do not attend to each other. Every --trainer.* flag is the Trainer's.
+    do not attend to each other. Every --trainer.* flag is the Trainer's, such as --trainer.precision bf16-mixed on a
+    GPU or a CPU with instructions for bfloat16.
 
 python recipes/causal_lm.py --generation.on_policy 0.5
     Half of the batches are written by the student and scored by the teacher (GKD). With --generation.sequence_level

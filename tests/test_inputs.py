@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule
-from lightning_distill.inputs import InputCheck
+from lightning_distill.inputs import InputCheck, attend_across_documents
 from lightning_distill.objectives import HiddenStateCosine, SoftTarget
 from lightning_distill.tasks import call_model
 from tests.helpers.models import SMALL, bert, llama
@@ -188,3 +188,27 @@ def test_the_teachers_own_inputs_are_looked_at() -> None:
         module.losses({**rows(4, 60), "teacher_input_ids": torch.full((2, 3), 41)})
     with pytest.raises(ValueError, match=r"teacher's own inputs.*'attention_mask', 'input_ids'.*`teacher_input_ids`"):
         module.losses(rows(4))
+
+
+def test_packed_documents_beside_a_mask_are_said_once() -> None:
+    module = DistillationModule(llama(layers=3), llama(), [SoftTarget()])
+    packed = {
+        "input_ids": torch.full((2, 6), 5),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 5]]),
+    }
+    module.losses(packed)  # warnings are errors
+    masked = {**packed, "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    with pytest.warns(UserWarning, match="attend to each other. Leave `attention_mask` out") as found:
+        module.losses(masked)
+    assert len(found) == 1
+    module.losses(masked)
+
+
+def test_padding_on_the_left_is_no_document() -> None:
+    mask = torch.tensor([[0, 0, 1, 1, 1]])
+    for positions in ([[1, 1, 0, 1, 2]], [[0, 0, 0, 1, 2]], [[3, 2, 0, 1, 2]]):
+        batch = {"input_ids": torch.full((1, 5), 5), "position_ids": torch.tensor(positions), "attention_mask": mask}
+        assert not attend_across_documents(batch)
+    # A mask of its own for each query keeps documents apart.
+    whole = {"position_ids": torch.tensor([[0, 1, 0, 1]]), "attention_mask": torch.ones(1, 1, 4, 4)}
+    assert not attend_across_documents(whole)

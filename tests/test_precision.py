@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillationModule
 from lightning_distill.callbacks import GradientClipping
 from lightning_distill.objectives import AttentionMap, AttentionRelation, HardLabel, HiddenState, SoftTarget
-from lightning_distill.precision import TeacherPrecision
+from lightning_distill.precision import TeacherPrecision, cpu_capabilities, emulates_bf16
 from tests.helpers.models import batch, bert, llama
 from tests.objectives.registry import CASES, Case, changed, signals
 
@@ -310,3 +311,65 @@ def test_bitsandbytes_precision_of_the_student_leaves_the_teacher(tmp_path: Path
     run.fit(module, loader())
     assert type(module.teacher.bert.encoder.layer[0].output.dense) is nn.Linear
     assert run.callback_metrics["train_loss"].isfinite()
+
+
+AVX2 = {"architecture": "x86_64", "avx2": True, "avx512_f": False, "avx512_bf16": False, "amx_bf16": False}
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "emulates"),
+    [
+        (AVX2, True),
+        ({**AVX2, "avx512_f": True}, True),
+        ({**AVX2, "avx512_bf16": True}, False),
+        ({**AVX2, "amx_bf16": True}, False),
+        ({"architecture": "arm64", "neon": True, "bf16": False}, True),
+        ({"architecture": "aarch64", "bf16": True}, False),
+        ({"architecture": "riscv64"}, False),
+    ],
+)
+def test_which_processors_emulate_bf16(capabilities: dict[str, Any], emulates: bool) -> None:
+    assert emulates_bf16(capabilities) is emulates
+
+
+def test_this_machine_is_asked() -> None:
+    assert str(cpu_capabilities()["architecture"])
+
+
+@pytest.mark.parametrize(
+    ("precision", "arguments", "said"),
+    [
+        ("bf16-mixed", {}, "got `precision='bf16-mixed'`. Use `precision='32-true'`."),
+        ("bf16-true", {}, "got `precision='bf16-true'`"),
+        (
+            "32-true",
+            {"teacher_precision": "bf16"},
+            "got the teacher in bfloat16. Use the teacher in float32 (`teacher_p",
+        ),
+        ("bf16-mixed", {"teacher_precision": "bf16"}, "got `precision='bf16-mixed'` and the teacher in bfloat16. Use"),
+        ("32-true", {}, None),
+        ("64-true", {}, None),
+    ],
+)
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_a_cpu_that_emulates_bf16_is_said_before_the_first_step(
+    precision: str, arguments: Any, said: str | None, run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(L.Callback):
+        """Ends the run before its first step."""
+
+        def on_sanity_check_start(self, *_: Any) -> None:
+            raise KeyError("a step")
+
+        on_train_start = on_test_start = on_sanity_check_start
+
+    monkeypatch.setattr("lightning_distill.precision.cpu_capabilities", lambda: AVX2)
+    module = DistillationModule(*pair("classification"), **arguments)
+    start = getattr(trainer(tmp_path, precision, callbacks=[Stop()]), run)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyError):
+            start(module, loader())
+    texts = [str(warning.message) for warning in found if "no instructions for bfloat16" in str(warning.message)]
+    assert len(texts) == (said is not None)
+    assert said is None or said in texts[0]
