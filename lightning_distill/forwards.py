@@ -177,6 +177,8 @@ class Forwards:
 
     def release_hooks(self) -> None:
         """Take every hook off the two models until the next forward."""
-        for holder in (*self._recorders.values(), *self._checks.values()):
-            holder.remove()
+        for recorder in self._recorders.values():
+            recorder.remove()
+        for check in self._checks.values():
+            check.remove()
         self._recorders, self._checks = {}, {}

@@ -121,10 +121,10 @@ def emulates_bf16(capabilities: Mapping[str, Any]) -> bool:
         >>> emulates_bf16({"architecture": "x86_64", "avx512_bf16": True})
         False
     """
-    names = {"x86_64": ("avx512_bf16", "amx_bf16", "avx10_2"), "AMD64": ("avx512_bf16", "amx_bf16", "avx10_2")}
-    names |= {"aarch64": ("bf16", "sve_bf16"), "arm64": ("bf16", "sve_bf16")}
-    instructions = names.get(str(capabilities.get("architecture")))
-    return instructions is not None and not any(capabilities.get(name) for name in instructions)
+    architecture = str(capabilities.get("architecture")).lower()
+    if architecture not in ("x86_64", "amd64", "aarch64", "arm64"):
+        return False
+    return not any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "avx10_2", "bf16", "sve_bf16"))
 
 
 def warn_of_slow_bf16(precision: str, models: Mapping[str, nn.Module | None], device: torch.device) -> None:
