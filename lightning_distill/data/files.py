@@ -3,58 +3,45 @@
 Every error is a ``ValueError`` of one line that starts with ``file:line:``, as compilers and editors write it.
 """
 
-import csv
-import difflib
-import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_distill.class_names import placeholder, placeholder_index
+from lightning_distill.data.readers import READERS, check_file, decoded_lines, kind_of
+from lightning_distill.data.table import Table, check_columns, listed, nearest, one_line, shown
+
+__all__ = ["Table", "check_columns", "label_ids", "label_names", "read_table", "read_text", "scores", "texts"]
 
 #: A label LABEL_<i> beyond this is taken for a mistake.
 MOST_CLASSES = 100_000
+_LONGEST_LABEL = 200  # characters; what is longer is no name of a class
+_FLOAT32_MAX = 3.4028234663852886e38
 
 
-class Table(NamedTuple):
-    """Columns of a file, and where each row came from.
-
-    Attributes:
-        name: the file, as errors name it.
-        columns: column name -> one value per row.
-        lines: line number of each row, starting from 1.
-    """
-
-    name: str
-    columns: dict[str, list[Any]]
-    lines: list[int]
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def error(self, row: int, problem: str) -> ValueError:
-        """Make the one-line error for a row."""
-        return ValueError(f"{self.name}:{self.lines[row]}: {problem}")
-
-
-def read_table(path: str | Path, columns: Sequence[str]) -> Table:
-    r"""Read named columns of a ``.tsv``, ``.csv``, ``.jsonl`` or ``.parquet`` file.
+def read_table(path: str | Path, columns: Sequence[str], *others: Sequence[str]) -> Table:
+    r"""Read named columns of a ``.tsv``, ``.csv``, ``.jsonl`` (``.ndjson``), ``.json`` or ``.parquet`` file.
 
     A tsv file has a header, one row per line and no quoting, so a quotation mark is a character like any other; a csv
-    file is quoted as RFC 4180 says. Blank lines are skipped.
+    file is quoted as RFC 4180 says. A json file holds a list of objects, or an object of columns. Blank lines are
+    skipped. All but parquet may be packed, as ``.tsv.gz``.
 
     Args:
         path: the file, UTF-8 (parquet: any).
         columns: the columns to keep.
+        *others: other lists of columns; the first list that is there in full is kept.
 
     Returns:
         The rows of the file, with values as they are in it (strings for tsv and csv).
 
     Raises:
-        ValueError: the file is missing, empty or of an unknown kind, a column is missing (the nearest one is named), or
-            a line cannot be read.
+        ValueError: the file is missing, empty or of an unknown kind, a column is missing (the nearest one is named) or
+            there twice, or a line cannot be read.
         ModuleNotFoundError: a parquet file, and pyarrow is not installed.
 
     Example:
@@ -65,28 +52,18 @@ def read_table(path: str | Path, columns: Sequence[str]) -> Table:
         {'sentence': ['a "real" delight', 'dull'], 'label': ['1', '0']}
     """
     path = Path(path)
-    if path.suffix not in _READERS:
-        raise ValueError(f"{path}: unknown kind of file {path.suffix!r}; known are {', '.join(_READERS)}")
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    table = _READERS[path.suffix](path, columns)
+    kind = kind_of(path)
+    if kind not in READERS:
+        raise ValueError(one_line(f"{path}: unknown kind of file {kind!r}; known are {', '.join(READERS)}"))
+    check_file(path)
+    table = READERS[kind](path, [columns, *others])
     if not len(table):
         raise ValueError(f"{path}: the file has no rows")
     return table
 
 
-def _decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    # Lines end at a newline alone: str.splitlines would also break a sentence at U+2028 or a form feed.
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}:{number}: not UTF-8 text ({error.reason})") from None
-
-
 def read_text(path: str | Path) -> str:
-    """Read a file of plain text.
+    """Read a file of plain text, which may be packed as gz.
 
     Args:
         path: the file, UTF-8.
@@ -98,101 +75,20 @@ def read_text(path: str | Path) -> str:
         ValueError: the file is missing, or a line is not UTF-8.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: there is no such file")
-    return "".join(line for _, line in _decoded_lines(path))
+    check_file(path)
+    return "".join(line for _, line in decoded_lines(path))
 
 
-def check_columns(place: str, columns: Sequence[str], present: Sequence[str]) -> None:
-    """Raise a ``ValueError`` that names the nearest column if one of ``columns`` is not among those ``present``."""
-    for column in columns:
-        if column not in present:
-            near = difflib.get_close_matches(column, present, n=1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise ValueError(f"{place}: no column {column!r}{hint}; the columns are {', '.join(present)}")
-
-
-def _from_records(path: Path, columns: Sequence[str], records: Iterator[tuple[int, list[str]]]) -> Table:
-    """Make a table of records whose first is the header."""
-    header_line, header = next(records, (1, []))
-    if not header:
-        raise ValueError(f"{path}: the file is empty")
-    check_columns(f"{path}:{header_line}", columns, header)
-    positions = {column: header.index(column) for column in columns}
-    table = Table(str(path), {column: [] for column in columns}, [])
-    for line, record in records:
-        if len(record) != len(header):
-            raise ValueError(f"{path}:{line}: {len(record)} fields where the header has {len(header)}")
-        for column, position in positions.items():
-            table.columns[column].append(record[position])
-        table.lines.append(line)
-    return table
-
-
-def _read_tsv(path: Path, columns: Sequence[str]) -> Table:
-    rows = ((number, line.rstrip("\r\n")) for number, line in _decoded_lines(path))
-    return _from_records(path, columns, ((number, line.split("\t")) for number, line in rows if line))
-
-
-def _read_csv(path: Path, columns: Sequence[str]) -> Table:
-    reader = csv.reader((line for _, line in _decoded_lines(path)), strict=True)
-
-    def records() -> Iterator[tuple[int, list[str]]]:
-        while True:
-            first_line = reader.line_num + 1
-            try:
-                record = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise ValueError(f"{path}:{first_line}: not a csv record ({error})") from None
-            if record:
-                yield first_line, record
-
-    return _from_records(path, columns, records())
-
-
-def _read_jsonl(path: Path, columns: Sequence[str]) -> Table:
-    table = Table(str(path), {column: [] for column in columns}, [])
-    for number, line in _decoded_lines(path):
-        if not line.strip():
-            continue
+def check_text(table: Table, row: int, column: str, value: object) -> None:
+    """Refuse what is not text, or text with half of a character, which no tokenizer takes."""
+    if not isinstance(value, str):
+        raise table.error(row, f"column {column!r} holds {shown(value)}, which is not text")
+    if not value.isascii():
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error.msg} at column {error.colno})") from None
-        if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, but got {type(record).__name__}")
-        check_columns(f"{path}:{number}", columns, list(record))
-        for column in columns:
-            table.columns[column].append(record[column])
-        table.lines.append(number)
-    return table
-
-
-def _read_parquet(path: Path, columns: Sequence[str]) -> Table:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f'{path}: reading parquet needs pyarrow; run: pip install "lightning-distill[parquet]"'
-        ) from None
-    try:
-        check_columns(str(path), columns, pyarrow.parquet.read_schema(path).names)
-        data = pyarrow.parquet.read_table(path, columns=list(columns)).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a parquet file ({reason})") from None
-    return Table(str(path), data, list(range(1, len(data[columns[0]]) + 1)))
-
-
-_READERS: dict[str, Callable[[Path, Sequence[str]], Table]] = {
-    ".tsv": _read_tsv,
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+            value.encode()
+        except UnicodeEncodeError as error:
+            half = ascii(value[error.start])
+            raise table.error(row, f"column {column!r} holds {half}, half of a character, at {error.start}") from None
 
 
 def texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
@@ -206,7 +102,7 @@ def texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
         One tuple per row, with a string per column.
 
     Raises:
-        ValueError: a value is not text, or every text of a row is empty.
+        ValueError: a value is not text, has half of a character, or every text of a row is empty.
 
     Example:
         >>> texts(Table("rows", {"sentence": ["good", "bad"]}, [1, 2]), ["sentence"])
@@ -215,8 +111,7 @@ def texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
     rows = list(zip(*(table.columns[column] for column in columns), strict=True))
     for index, row in enumerate(rows):
         for column, value in zip(columns, row, strict=True):
-            if not isinstance(value, str):
-                raise table.error(index, f"column {column!r} holds {value!r}, which is not text")
+            check_text(table, index, column, value)
         if not any(value.strip() for value in row):
             raise table.error(index, f"no text in {' or '.join(map(repr, columns))}")
     return rows
@@ -242,11 +137,11 @@ def scores(table: Table, column: str) -> list[float]:
     values = []
     for row, value in enumerate(table.columns[column]):
         try:
-            number = float(value)
-        except (TypeError, ValueError):
+            number = math.nan if isinstance(value, bytes) else float(value)
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
-        if not math.isfinite(number):
-            raise table.error(row, f"column {column!r} holds {value!r}, which is not a finite number")
+        if not abs(number) <= _FLOAT32_MAX:
+            raise table.error(row, f"column {column!r} holds {shown(value)}, which is not a finite number")
         values.append(number)
     return values
 
@@ -257,6 +152,8 @@ def label_names(table: Table, column: str) -> list[str]:
     Names that transformers makes up say which class they are: ``LABEL_10`` is class 10, whether there are rows of class
     9 or not.
 
+    Whole numbers may be written as ``1.0``.
+
     Args:
         table: the rows to train on.
         column: the label column.
@@ -265,7 +162,7 @@ def label_names(table: Table, column: str) -> list[str]:
         The distinct labels.
 
     Raises:
-        ValueError: a label is empty or a fraction, or all rows have the same label.
+        ValueError: a label is empty, a fraction or neither text nor a number, or all rows have the same label.
 
     Example:
         >>> label_names(Table("rows", {"stars": ["10", "9", "10"]}, [1, 2, 3]), "stars")
@@ -273,9 +170,8 @@ def label_names(table: Table, column: str) -> list[str]:
     """
     names = sorted(set(_labels(table, column)))
     if len(names) == 1:
-        raise ValueError(
-            f"{table.name}: every row has the label {names[0]!r} in column {column!r}; expected two labels"
-        )
+        problem = f"every row has the label {names[0]!r} in column {column!r}; expected two labels"
+        raise ValueError(one_line(f"{table.name}: {problem}"))
     if all(re.fullmatch(r"-?\d+", name) for name in names):
         return sorted(names, key=int)
     if classes := [index for name in names if (index := placeholder_index(name)) is not None]:
@@ -286,8 +182,19 @@ def label_names(table: Table, column: str) -> list[str]:
             )
         return [placeholder(index) for index in range(max(classes) + 1)]
     if all(map(_is_number, names)):
-        row = next(row for row, name in enumerate(_labels(table, column)) if not re.fullmatch(r"-?\d+", name))
-        raise table.error(row, f"the label {table.columns[column][row]!r} is a fraction; set task to 'regression'")
+        labels = _labels(table, column)
+        for row, name in enumerate(labels):
+            if not math.isfinite(float(name)):
+                raise table.error(row, f"column {column!r} holds {name!r} for a label among numbers")
+        row = next(row for row, name in enumerate(labels) if not re.fullmatch(r"-?\d+", name))
+        value = shown(table.columns[column][row])
+        raise table.error(row, f"the label {value} is a fraction; set task to 'regression'")
+    folded: dict[str, str] = {}
+    for name in names:
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            said = f"{table.name}: the labels {other!r} and {name!r} in column {column!r} are two classes"
+            rank_zero_warn(one_line(f"{said}, though they differ in upper and lower case alone"), stacklevel=2)
     return names
 
 
@@ -310,23 +217,60 @@ def label_ids(table: Table, column: str, names: Sequence[str], source: str) -> l
         >>> label_ids(Table("rows", {"label": ["yes", "no"]}, [1, 2]), "label", ["no", "yes"], "train.tsv")
         [1, 0]
     """
-    ids = {name: index for index, name in enumerate(names)}
+    ids = {_whole(name): index for index, name in enumerate(names)}
     labels = _labels(table, column)
     for row, label in enumerate(labels):
         if label not in ids:
-            shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-            raise table.error(row, f"unknown label {label!r} in column {column!r}; the labels of {source} are {shown}")
+            raise table.error(
+                row,
+                f"unknown label {label!r} in column {column!r}; the labels of {source} are {listed(names)}"
+                f"{nearest(label, list(names))}",
+            )
     return [ids[label] for label in labels]
 
 
 def _labels(table: Table, column: str) -> list[str]:
+    names: dict[Any, str] = {}  # a million rows have few labels; by type too, as True is 1
     labels = []
     for row, value in enumerate(table.columns[column]):
-        label = str(int(value)) if isinstance(value, bool) else str(value).strip()
-        if value is None or not label:
-            raise table.error(row, f"empty label in column {column!r}")
-        labels.append(label)
+        if not isinstance(value, str | int | float):
+            labels.append(_label(table, row, column, value))
+            continue
+        key = type(value), value
+        if key not in names:
+            names[key] = _label(table, row, column, value)
+        labels.append(names[key])
     return labels
+
+
+def _label(table: Table, row: int, column: str, value: Any) -> str:
+    """The name of a class: text, or a whole number, however it is written: 1.0 is class 1."""
+    if getattr(value, "shape", None) == ():  # a number of NumPy or torch
+        value = value.item()
+    if value is None or (isinstance(value, float | Decimal) and math.isnan(value)):
+        raise table.error(row, f"empty label in column {column!r}")
+    if isinstance(value, int):
+        if abs(value) >= 10**_LONGEST_LABEL:
+            raise table.error(row, f"column {column!r} holds a number of more than {_LONGEST_LABEL} digits")
+        value = int(value)
+    elif isinstance(value, float | Decimal):
+        if math.isinf(value):
+            raise table.error(row, f"column {column!r} holds {value!r}, which is no label")
+        value = int(value) if value == int(value) else value
+    elif not isinstance(value, str):
+        raise table.error(row, f"column {column!r} holds {shown(value)}, which is neither text nor a number")
+    label = _whole(str(value).strip())
+    if not label:
+        raise table.error(row, f"empty label in column {column!r}")
+    if len(label) > _LONGEST_LABEL:
+        raise table.error(row, f"column {column!r} holds a label of {len(label)} characters, {shown(label)}")
+    check_text(table, row, column, label)
+    return label
+
+
+def _whole(name: str) -> str:
+    """Take the decimal point off a whole number, which tables of numbers with gaps are written with."""
+    return str(int(name.partition(".")[0])) if re.fullmatch(r"-?\d{1,200}\.0*", name) else name
 
 
 def _is_number(text: str) -> bool:

@@ -6,13 +6,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import between, integer, typed
 from lightning_distill.data import files, hub
+from lightning_distill.data.chat import CHAT_COLUMNS, Chat, Completion, Text, encode, texts_of
 from lightning_distill.data.embedded import embedded_corpus, train_causal_tokenizer
 from lightning_distill.data.module import Split, TextData
-from lightning_distill.data.packing import Document, PackedText
+from lightning_distill.data.packing import Conversation, Document, PackedText
+from lightning_distill.data.progress import progress
+from lightning_distill.data.readers import kind_of
+from lightning_distill.data.table import Table, listed
 
 
 @typed
@@ -23,16 +28,21 @@ class LanguageModelData(TextData):
     another; see :class:`lightning_distill.data.packing.PackedText`. Training rows come in an order that is a function
     of the seed and the epoch and resumes in the middle of one; see :class:`BucketBatchSampler`.
 
+    A document may be a conversation: a column ``messages``, a list of ``{"role": ..., "content": ...}`` in each row, or
+    columns ``prompt`` and ``completion``. It goes through the tokenizer's chat template, and only the assistant's
+    answers are learned, each with the token that ends it; see :func:`lightning_distill.data.chat.encode`.
+
     A batch is a dict of ``input_ids``, ``position_ids`` and ``labels``, each ``[B, max_length]`` int64; labels are -100
-    at the first token of each document, which nothing precedes, and at padding.
+    at the first token of each document, which nothing precedes, at what is given of a conversation, and at padding.
 
     Args:
-        text_files: files to train on. A ``.txt`` file holds documents between separators; a tsv, csv, jsonl or parquet
-            file one a row.
+        text_files: files to train on. A ``.txt`` file holds documents between separators; a tsv, csv, json, jsonl
+            (ndjson) or parquet file one a row. All but parquet may be packed, as ``text.jsonl.gz``.
         val_files: likewise, for validation; default: a part of the training documents, see ``val_split``.
         test_files: likewise, for test; default: another part of them of that size.
         separator: the line between two documents of a ``.txt`` file; a file without it is one document.
-        text_column: the column of the text in the other kinds of file and on the hub.
+        text_column: the column of the text, or of the messages, in the other kinds of file and on the hub. Where there
+            is no column ``text``, which is the default, those of conversations are taken.
         hub_dataset: instead of files: ``"name"``, ``"name/configuration"``, or a local folder that
             ``datasets.load_dataset`` understands. Needs ``pip install "lightning-distill[hub]"``.
         tokenizer: a tokenizer, or the name or folder of one; it may be set later, before ``setup``.
@@ -76,6 +86,10 @@ class LanguageModelData(TextData):
         super().__init__(tokenizer, batch_size, seed, num_workers)
         if text_files and hub_dataset is not None:
             raise ValueError("Expected one of the arguments `text_files` and `hub_dataset`, but got both")
+        for name, given in (("val_files", val_files), ("test_files", test_files)):
+            if given and not text_files:
+                beside = "none" if hub_dataset is None else "a `hub_dataset`, which has its own splits"
+                raise ValueError(f"Expected argument `text_files` beside `{name}`, to train on, but got {beside}")
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             integer(name, value, least)
         if max_train_documents is not None:
@@ -91,17 +105,17 @@ class LanguageModelData(TextData):
         self.max_length = max_length
         self.val_split = val_split
         self.max_train_documents = max_train_documents
-        self._given: dict[str, Sequence[str]] = {}
-        self._documents: dict[str, list[Document]] = {}
+        self._given: dict[str, Sequence[Any]] = {}
+        self._documents: dict[str, list[Document | Conversation]] = {}
 
     @classmethod
     def from_texts(
-        cls, train: Sequence[str], val: Sequence[str] = (), test: Sequence[str] = (), **kwargs: Any
+        cls, train: Sequence[Any], val: Sequence[Any] = (), test: Sequence[Any] = (), **kwargs: Any
     ) -> "LanguageModelData":
         """Make it of documents in memory instead of files.
 
         Args:
-            train: documents.
+            train: documents: texts, or conversations as lists of messages.
             val: documents for validation.
             test: documents for test.
             **kwargs: as for the class.
@@ -134,15 +148,18 @@ class LanguageModelData(TextData):
         return data
 
     @cached_property
-    def _texts(self) -> dict[str, list[str]]:
+    def _texts(self) -> dict[str, list[Text]]:
         if self._given:
-            found = {name: list(texts) for name, texts in self._given.items()}
+            tables = {name: Table(f"{name} texts", {self.text_column: list(texts)}, list(range(1, len(texts) + 1)))
+                      for name, texts in self._given.items()}  # fmt: skip
+            found = {split: _texts_of_table(table) for split, table in tables.items()}
         elif self.hub_dataset is not None:
-            tables, _ = hub.read_hub_dataset(self.hub_dataset, [self.text_column])
-            found = {split: [text for (text,) in files.texts(table, [self.text_column])]
-                     for split, table in tables.items()}  # fmt: skip
+            tables, _ = hub.read_hub_dataset(self.hub_dataset, *self._columns)
+            found = {split: _texts_of_table(table) for split, table in tables.items()}
         elif self.files["train"]:
-            found = {split: [text for path in paths for text in self._read(path)]
+            paths = dict.fromkeys(path for paths in self.files.values() for path in paths)
+            read = {path: self._read(path) for path in paths}
+            found = {split: [text for path in paths for text in read[path]]
                      for split, paths in self.files.items() if paths}  # fmt: skip
         else:
             raise ValueError("There is no training text; set `text_files` or `hub_dataset`")
@@ -154,10 +171,15 @@ class LanguageModelData(TextData):
             found["train"] = generator.sample(found["train"], self.max_train_documents)
         return found
 
-    def _read(self, path: str) -> Iterable[str]:
-        if Path(path).suffix != ".txt":
-            return (text for (text,) in files.texts(files.read_table(path, [self.text_column]), [self.text_column]))
-        documents = [text for text in map(str.strip, files.read_text(path).split(self.separator)) if text]
+    @property
+    def _columns(self) -> list[list[str]]:
+        """The columns to read: those named, or, where there is no column of the default's name, a conversation's."""
+        return [[self.text_column], *(CHAT_COLUMNS if self.text_column == "text" else ())]
+
+    def _read(self, path: str) -> list[Text]:
+        if kind_of(Path(path)) != ".txt":
+            return _texts_of_table(files.read_table(path, *self._columns))
+        documents: list[Text] = [text for text in map(str.strip, files.read_text(path).split(self.separator)) if text]
         if not documents:
             raise ValueError(f"{path}: the file has no text")
         return documents
@@ -168,23 +190,24 @@ class LanguageModelData(TextData):
             if split not in self._datasets:
                 self._pack(split, self.documents(split))
 
-    def documents(self, split: Split) -> list[Document]:
+    def documents(self, split: Split) -> list[Document | Conversation]:
         """The documents of a split as token ids, whole, in the order of their file.
 
         Args:
             split: which documents.
         """
         if split not in self._documents:
-            tokenizer = self._load_tokenizer()
-            encoded = tokenizer(self._texts[split], return_attention_mask=False, verbose=False)["input_ids"]
+            tokenizer, texts = self._load_tokenizer(), self._texts[split]
             eos = tokenizer.eos_token_id
             if self.add_eos and eos is None:
                 raise ValueError("Expected argument `tokenizer` to have an `eos_token` beside `add_eos`, but got none")
-            ends = [[eos] if self.add_eos and ids[-1:] != [eos] else [] for ids in encoded]
-            self._documents[split] = [Document(ids + end) for ids, end in zip(encoded, ends, strict=True)]
+            documents: list[Document | Conversation] = []
+            for begin in progress(range(0, len(texts), 1000), f"Tokenising {split}", unit="k documents"):
+                documents += _encode(tokenizer, texts[begin : begin + 1000], eos if self.add_eos else None)
+            self._documents[split] = documents
         return self._documents[split]
 
-    def replace_training_documents(self, documents: Sequence[Document]) -> None:
+    def replace_training_documents(self, documents: Sequence[Document | Conversation]) -> None:
         """Train on other documents, such as a teacher's generations, from the next dataloader on.
 
         Args:
@@ -192,7 +215,7 @@ class LanguageModelData(TextData):
         """
         self._pack("train", documents)
 
-    def _pack(self, split: str, documents: Sequence[Document]) -> None:
+    def _pack(self, split: str, documents: Sequence[Document | Conversation]) -> None:
         tokenizer = self._load_tokenizer()
         # Padding is told by its labels and its positions, so any token will do where the tokenizer has none for it.
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -208,7 +231,32 @@ def _listed(paths: list[str] | str | None) -> list[str]:
     return [paths] if isinstance(paths, str) else list(paths or [])
 
 
-def _hold_out(texts: list[str], share: float, generator: random.Random) -> tuple[list[str], list[str]]:
+def _texts_of_table(table: Table) -> list[Text]:
+    texts = texts_of(table)
+    if not texts:
+        raise ValueError(f"{table.name}: no row has text in {listed(list(table.columns))}")
+    said = [f"{len(table) - len(texts)} rows without text are left out"] if len(texts) < len(table) else []
+    if table.unused:
+        said.append(f"columns that are not used: {listed(table.unused)}")
+    if said:
+        rank_zero_info(f"{table.name}: {'; '.join(said)}")
+    return texts
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[Text], eos: int | None
+) -> Iterable[Document | Conversation]:
+    plain = [text for text in texts if isinstance(text, str)]
+    ids = iter(tokenizer(plain, return_attention_mask=False, verbose=False)["input_ids"] if plain else ())
+    for text in texts:
+        document = encode(tokenizer, text) if isinstance(text, Chat | Completion) else Document(next(ids))
+        # A chat template ends an answer itself.
+        if eos is not None and isinstance(document, Document) and list(document.ids[-1:]) != [eos]:
+            document = Document([*document.ids, eos], document.num_given)
+        yield document
+
+
+def _hold_out(texts: list[Text], share: float, generator: random.Random) -> tuple[list[Text], list[Text]]:
     """Take a share of the documents, at least one, at random; the order of both parts stays."""
     if len(texts) < 2:
         raise ValueError(

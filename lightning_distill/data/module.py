@@ -29,6 +29,8 @@ class TextData(L.LightningDataModule):
 
     #: Makes a batch of samples; None for torch's own way.
     collate: Callable[[list[Any]], Any] | None = None
+    #: Whether training draws all classes equally often; datasets then have ``labels``.
+    balanced = False
 
     def __init__(
         self, tokenizer: str | Path | PreTrainedTokenizerBase | None, batch_size: int, seed: int, num_workers: int
@@ -57,7 +59,10 @@ class TextData(L.LightningDataModule):
             return self._loader_in_file_order(split)  # Lightning wants to replace the sampler then, and could not
         # Under tensor parallelism several processes read the same batches, which only the strategy knows.
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
-        sampler = BucketBatchSampler(dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle, **share)
+        classes = dataset.labels if shuffle and self.balanced else None
+        sampler = BucketBatchSampler(
+            dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle, classes=classes, **share
+        )
         return ResumableDataLoader(dataset, sampler, **self._loader_options())
 
     def _loader_in_file_order(self, split: Split) -> DataLoader:

@@ -1,7 +1,7 @@
 """Documents of different lengths in rows of one length, without one attending to another."""
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +23,40 @@ class Document(NamedTuple):
     num_given: int = 1
 
 
+class Conversation(NamedTuple):
+    """Questions and answers as token ids, of which the answers are learned.
+
+    Attributes:
+        ids: its tokens.
+        learned: for each of them, whether it is learned; the first one never is.
+    """
+
+    ids: Sequence[int]
+    learned: Sequence[bool]
+
+    @property
+    def num_given(self) -> int:
+        """How many tokens stand before the first answer."""
+        return max(list(self.learned).index(True), 1)
+
+
+AnyDocument: TypeAlias = Document | Conversation | tuple[Sequence[int], int]
+
+
 class PackedText(Dataset):
     """Documents packed into rows of one length, best fit first, so that few rows and little padding are needed.
 
     A document that is longer than a row is cut; its next piece repeats the last token of the one before, so every token
     but those that are given is a label exactly once. A document of a single token has nothing to predict and is left
-    out. Where a row is not full it ends in padding whose labels are -100.
+    out, and so is a piece of a conversation without an answer. Where a row is not full it ends in padding whose labels
+    are -100.
 
     No document attends to another: ``position_ids`` start at 0 with each one, which is what transformers reads their
     borders from as long as there is no ``attention_mask`` and no KV cache. :func:`check_packing` asks a model whether
     it does.
 
     Args:
-        documents: the documents, tuples of :class:`Document`'s form.
+        documents: the documents, tuples of :class:`Document`'s form or of :class:`Conversation`'s.
         max_length: tokens of a row, at least 2.
         pad_token_id: fills what is left of a row.
 
@@ -52,16 +73,10 @@ class PackedText(Dataset):
     Source: Ding et al., "Fewer Truncations Improve Language Modeling", 2024 (best-fit packing).
     """
 
-    def __init__(
-        self, documents: Iterable[Document | tuple[Sequence[int], int]], max_length: int, pad_token_id: int
-    ) -> None:
+    def __init__(self, documents: Iterable[AnyDocument], max_length: int, pad_token_id: int) -> None:
         if max_length < 2:
             raise ValueError(f"Expected argument `max_length` to be at least 2, but got {max_length}")
-        pieces = [
-            (ids[begin : begin + max_length], max(num_given - begin, 1))
-            for ids, num_given in documents
-            for begin in range(0, len(ids) - 1, max_length - 1)
-        ]
+        pieces = list(_pieces(documents, max_length))
         if not pieces:
             raise ValueError("Expected argument `documents` to have one of at least two tokens, but got none")
         rows = _best_fit([len(ids) for ids, _ in pieces], max_length)
@@ -72,10 +87,10 @@ class PackedText(Dataset):
         for row, members in enumerate(rows):
             begin = 0
             for member in members:
-                ids, num_given = pieces[member]
+                ids, learned = (torch.tensor(values) for values in pieces[member])
                 end = begin + len(ids)
-                self._input_ids[row, begin:end] = torch.tensor(ids, dtype=torch.int32)
-                self._labels[row, begin + num_given : end] = self._input_ids[row, begin + num_given : end]
+                self._input_ids[row, begin:end] = ids
+                self._labels[row, begin:end] = torch.where(learned, ids, IGNORE_INDEX)
                 self._position_ids[row, begin:end] = torch.arange(len(ids))
                 begin = end
             self._position_ids[row, begin:] = torch.arange(max_length - begin)
@@ -101,6 +116,17 @@ class PackedText(Dataset):
             "position_ids": self._position_ids[index].long(),
             "labels": self._labels[index].long(),
         }
+
+
+def _pieces(documents: Iterable[AnyDocument], max_length: int) -> Iterator[tuple[Sequence[int], list[bool]]]:
+    """The tokens of each piece, and which of them are learned."""
+    for ids, given in documents:
+        learned = [place >= given for place in range(len(ids))] if isinstance(given, int) else list(given)
+        for begin in range(0, len(ids) - 1, max_length - 1):
+            end = begin + max_length
+            marks = [False, *learned[begin + 1 : end]]  # nothing precedes the first token
+            if isinstance(given, int) or any(marks):
+                yield ids[begin:end], marks
 
 
 def _best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ import torch.distributed
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from lightning_distill.arguments import integer, typed
+from lightning_distill.data.classes import equal_draws
 
 _POOL = 50  # global batches sorted together: enough for little padding, few enough for a random order
 
@@ -35,10 +36,13 @@ class BucketBatchSampler(DistributedSampler):
         drop_last: when shuffling, leave out the samples that do not fill a global batch.
         num_replicas: number of processes R; default: that of ``torch.distributed``, or 1.
         rank: number of this process; default: that of ``torch.distributed``, or 0.
+        classes: the class of each sample; when shuffling, an epoch then has as many samples as before, drawn from all
+            classes equally often: those of small classes are repeated, some of large ones are left out, other ones in
+            each epoch.
 
     Raises:
         ValueError: ``lengths`` is empty, or ``batch_size`` is not positive, or the rank is not below the number of
-            processes.
+            processes, or ``classes`` are not as many as ``lengths``.
 
     Example:
         >>> sampler = BucketBatchSampler([3, 9, 4, 8, 5, 7], batch_size=2, shuffle=False)
@@ -56,6 +60,7 @@ class BucketBatchSampler(DistributedSampler):
         drop_last: bool = False,
         num_replicas: int | None = None,
         rank: int | None = None,
+        classes: Sequence[int] | None = None,
     ) -> None:
         if len(lengths) == 0:
             raise ValueError("Expected argument `lengths` to have one length per sample, but got none")
@@ -70,7 +75,12 @@ class BucketBatchSampler(DistributedSampler):
         integer("num_replicas", num_replicas, 1)
         integer("rank", rank, 0, num_replicas - 1)
         super().__init__(lengths, num_replicas, rank, shuffle, seed, drop_last)  # type: ignore[arg-type]
+        if classes is not None and len(classes) != len(lengths):
+            raise ValueError(
+                f"Expected argument `classes` to have one class per sample, {len(lengths)}, but got {len(classes)}"
+            )
         self.lengths = np.asarray(lengths)
+        self.classes = None if classes is None else np.asarray(classes)
         self.batch_size = batch_size
         self.position = 0
         self._start = 0
@@ -96,7 +106,8 @@ class BucketBatchSampler(DistributedSampler):
     def _training_batches(self) -> list[np.ndarray]:
         size = self.global_batch_size
         random = np.random.default_rng((self.seed, self.epoch))
-        order = random.permutation(len(self.lengths))
+        drawn = random.permutation(len(self.lengths)) if self.classes is None else equal_draws(self.classes, random)
+        order: np.ndarray = drawn
         for begin in range(0, len(order), _POOL * size):
             pool = order[begin : begin + _POOL * size]
             pool[:] = pool[np.argsort(self.lengths[pool], kind="stable")]

@@ -1,6 +1,7 @@
 """Labelled text for training and evaluation, from files, from the hub or from rows in memory."""
 
 import random
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from itertools import chain
@@ -8,16 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from lightning_distill.arguments import typed
+from lightning_distill.arguments import integer, one_of, typed
 from lightning_distill.class_names import are_placeholders
 from lightning_distill.data import files, hub
+from lightning_distill.data.classes import check_class_weights, class_weights_of
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
-from lightning_distill.data.files import Table
 from lightning_distill.data.module import TextData
+from lightning_distill.data.progress import progress
+from lightning_distill.data.table import Table, listed
 
 Row = tuple[Any, ...]
 
@@ -30,6 +34,10 @@ class TokenizedText(Dataset):
         labels: one label per row, ``[N]``.
         tokenizer: makes the tokens.
         max_length: longer texts are cut to this many tokens.
+        name: what the rows are called where progress is shown.
+
+    Attributes:
+        num_cut: how many texts were longer.
 
     Example:
         >>> tokenizer = train_tokenizer(["good", "bad"], vocab_size=20)
@@ -39,19 +47,31 @@ class TokenizedText(Dataset):
     """
 
     def __init__(
-        self, texts: Sequence[tuple[str, ...]], labels: Tensor, tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        texts: Sequence[tuple[str, ...]],
+        labels: Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        name: str = "the texts",
     ) -> None:
         chunks: dict[str, list[Tensor]] = {}
         self.lengths: list[int] = []
-        for begin in range(0, len(texts), 1000):
+        self.num_cut = 0
+        for begin in progress(range(0, len(texts), 1000), f"Tokenising {name}", unit="k texts"):
             columns = [list(column) for column in zip(*texts[begin : begin + 1000], strict=True)]
             encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
             for name, rows in encoded.items():
                 chunks.setdefault(name, []).append(torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32))
             self.lengths += map(len, encoded["input_ids"])
+            # Only fast tokenizers say what they cut; a row that is not full is not asked.
+            self.num_cut += sum(
+                bool(encoding.overflowing)
+                for encoding, ids in zip(encoded.encodings or (), encoded["input_ids"], strict=False)
+                if len(ids) >= max_length
+            )
         self._tokens = {name: torch.cat(parts) for name, parts in chunks.items()}
         self._ends = torch.tensor(self.lengths).cumsum(0)
-        self._labels = labels
+        self.labels = labels
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -59,7 +79,7 @@ class TokenizedText(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         end = int(self._ends[index])
         row = {name: tokens[end - self.lengths[index] : end] for name, tokens in self._tokens.items()}
-        return row | {"labels": self._labels[index]}
+        return row | {"labels": self.labels[index]}
 
 
 class PadBatch:
@@ -107,10 +127,11 @@ class TextClassificationData(TextData):
     ``[B, T]`` int64, and ``labels`` ``[B]``, int64 for classification, float32 for regression.
 
     Args:
-        train_file: a tsv, csv, jsonl or parquet file with a header.
+        train_file: a tsv, csv, json, jsonl (ndjson) or parquet file; tsv and csv with a header. All but parquet may be
+            packed, as ``train.tsv.gz``.
         val_file: the validation file; default: a part of the training file, see ``val_split``.
         test_file: the test file; default: the validation rows are the test rows too.
-        text_columns: the column of the text, or the two columns of a sentence pair.
+        text_columns: the column of the text, or the two columns of a sentence pair, as a list or as ``"first,second"``.
         label_column: the column of the label. Whole numbers are numbered by size, strings by alphabet.
         hub_dataset: instead of files: ``"name"``, ``"name/configuration"`` such as ``"glue/sst2"``, or a local folder
             that ``datasets.load_dataset`` understands. Needs ``pip install "lightning-distill[hub]"``.
@@ -122,6 +143,11 @@ class TextClassificationData(TextData):
         val_split: the share of the training rows held out when there is no validation file.
         max_train_rows: train on at most this many rows, drawn at random.
         task: ``"classification"``, or ``"regression"`` on a column of numbers.
+        class_weights: a weight for each class, in the order of ``label_names``, or ``"balanced"``: N / (C n_c) for a
+            class of n_c of the N training rows, C being the number of classes. Hand ``data.class_weights`` to
+            :class:`lightning_distill.objectives.HardLabel`, as the recipes do.
+        balanced: whether an epoch draws all classes equally often; rows of small classes are then repeated and some of
+            large ones left out.
         seed: seed of the validation split, of ``max_train_rows`` and of the order of the batches.
         num_workers: worker processes of each dataloader.
 
@@ -154,20 +180,35 @@ class TextClassificationData(TextData):
         task: Literal["classification", "regression"] = "classification",
         seed: int = 0,
         num_workers: int = 0,
+        class_weights: Literal["balanced"] | list[float] | None = None,
+        balanced: bool = False,
     ) -> None:
         super().__init__(tokenizer, batch_size, seed, num_workers)
         if train_file is not None and hub_dataset is not None:
             raise ValueError("Expected one of the arguments `train_file` and `hub_dataset`, but got both")
-        self.text_columns = [text_columns] if isinstance(text_columns, str) else list(text_columns)
-        if len(self.text_columns) not in (1, 2):
-            raise ValueError(f"Expected argument `text_columns` to name one or two columns, but got {text_columns}")
+        for name, file in (("val_file", val_file), ("test_file", test_file)):
+            if file is not None and train_file is None:
+                beside = "none" if hub_dataset is None else "a `hub_dataset`, which has its own splits"
+                raise ValueError(f"Expected argument `train_file` beside `{name}`, to train on, but got {beside}")
+        # "a,b" is what one types; a column whose name has a comma is given as a list.
+        columns = text_columns.split(",") if isinstance(text_columns, str) else text_columns
+        self.text_columns = [column.strip() for column in columns]
+        if len(self.text_columns) not in (1, 2) or not all(self.text_columns):
+            raise ValueError(f"Expected argument `text_columns` to name one or two columns, but got {text_columns!r}")
+        if len({*self.text_columns, label_column}) <= len(self.text_columns):
+            raise ValueError(
+                f"Expected argument `text_columns` to name other columns than each other and `label_column`, but got "
+                f"{text_columns!r} beside {label_column!r}"
+            )
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_train_rows", max_train_rows)):
-            if value is not None and value < 1:
-                raise ValueError(f"Expected argument `{name}` to be positive, but got {value}")
+            if value is not None:
+                integer(name, value, 1)
         if not 0 < val_split < 1:
             raise ValueError(f"Expected argument `val_split` to be between 0 and 1, but got {val_split}")
-        if task not in ("classification", "regression"):
-            raise ValueError(f"Expected argument `task` to be 'classification' or 'regression', but got {task!r}")
+        one_of("task", task, ("classification", "regression"))
+        if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
+            raise ValueError(f"Expected argument `label_names` to name two or more classes, but got {label_names}")
+        check_class_weights(class_weights, balanced, task)
         self.files = {"train": train_file, "val": val_file, "test": test_file}
         self.label_column = label_column
         self.hub_dataset = hub_dataset
@@ -175,6 +216,8 @@ class TextClassificationData(TextData):
         self.val_split = val_split
         self.max_train_rows = max_train_rows
         self.task = task
+        self.balanced = balanced
+        self._class_weights = class_weights
         self._given_label_names = label_names
         self._found_label_names: list[str] = []
         self._rows: dict[str, Sequence[Row]] = {}
@@ -230,10 +273,12 @@ class TextClassificationData(TextData):
         if self._rows:
             tables = {name: _table_of_rows(name, rows, columns) for name, rows in self._rows.items()}
         elif self.hub_dataset is not None:
-            tables, names = hub.read_hub_dataset(self.hub_dataset, columns)
+            tables, names = hub.read_hub_dataset(self.hub_dataset, columns, label_column=self.label_column)
             self._given_label_names = self._given_label_names or names
         elif self.files["train"] is not None:
-            tables = {name: files.read_table(path, columns) for name, path in self.files.items() if path is not None}
+            paths = {name: Path(path) for name, path in self.files.items() if path is not None}
+            read = {path: files.read_table(path, columns) for path in dict.fromkeys(paths.values())}
+            tables = {name: read[path] for name, path in paths.items()}
         else:
             raise ValueError("There is no training data; set `train_file` or `hub_dataset`")
         if self.task == "classification":
@@ -242,7 +287,7 @@ class TextClassificationData(TextData):
             tables["train"], tables["val"] = _split(tables["train"], self.val_split, self.seed)
         if self.max_train_rows is not None and self.max_train_rows < len(tables["train"]):
             kept = random.Random(self.seed).sample(range(len(tables["train"])), self.max_train_rows)
-            tables["train"] = _take(tables["train"], sorted(kept))
+            tables["train"] = tables["train"].take(sorted(kept))
         return {"test": tables["val"]} | tables
 
     @cached_property
@@ -285,7 +330,7 @@ class TextClassificationData(TextData):
             return files.scores(table, self.label_column)
         names = self.label_names
         found = self._found_label_names
-        if all(label.isdigit() for label in found) and not set(found) <= set(names):
+        if all(re.fullmatch(r"-?\d+", label) for label in found) and not set(found) <= set(names):
             names = [str(index) for index in range(len(names))]  # the column holds ids, the names were given
         elif are_placeholders(found) and not set(found) <= set(names):
             names = found[: len(names)]  # they are ids too
@@ -299,11 +344,24 @@ class TextClassificationData(TextData):
         tokenizer = self._load_tokenizer()
         dtype = torch.float32 if self.task == "regression" else torch.int64
         for split, table in self._tables.items():
+            same = next((other for other in self._datasets if self._tables[other] is table), None)
+            if same is not None:
+                self._datasets[split] = self._datasets[same]
+                continue
             texts, labels = files.texts(table, self.text_columns), torch.tensor(self._labels(table), dtype=dtype)
-            if table is self._tables["val"] and "val" in self._datasets:
-                self._datasets[split] = self._datasets["val"]
-            else:
-                self._datasets[split] = TokenizedText(texts, labels, tokenizer, self.max_length)
+            self._datasets[split] = rows = TokenizedText(texts, labels, tokenizer, self.max_length, table.name)
+            said = [f"{rows.num_cut} of {len(rows)} texts are cut to {self.max_length} tokens"] if rows.num_cut else []
+            if table.unused:
+                said.append(f"columns that are not used: {listed(table.unused)}")
+            if said:
+                rank_zero_info(f"{table.name}: {'; '.join(said)}")
+
+    @property
+    def class_weights(self) -> list[float] | None:
+        """The weight of each class, in the order of their ids; None where none were asked for."""
+        if self._class_weights is None:
+            return None
+        return class_weights_of(self._class_weights, self._labels(self._tables["train"]), self.label_names)
 
     def _load_tokenizer(self) -> PreTrainedTokenizerBase:
         tokenizer = super()._load_tokenizer()
@@ -334,15 +392,10 @@ def _table_of_rows(name: str, rows: Iterable[Row], columns: Sequence[str]) -> Ta
     return table
 
 
-def _take(table: Table, indices: Sequence[int]) -> Table:
-    columns = {name: [values[index] for index in indices] for name, values in table.columns.items()}
-    return Table(table.name, columns, [table.lines[index] for index in indices])
-
-
 def _split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
     """Hold out a share of the rows, at least one, at random."""
     if len(table) < 2:
         raise ValueError(f"{table.name}: one row cannot be split into training and validation rows")
     size = min(max(round(share * len(table)), 1), len(table) - 1)
     held_out = set(random.Random(seed).sample(range(len(table)), size))
-    return _take(table, [i for i in range(len(table)) if i not in held_out]), _take(table, sorted(held_out))
+    return table.take([i for i in range(len(table)) if i not in held_out]), table.take(sorted(held_out))

@@ -1,0 +1,98 @@
+"""Classes of which some have more rows than others: weights for the loss, and draws that are equal."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lightning_distill.arguments import finite
+
+
+def check_class_weights(class_weights: Literal["balanced"] | Sequence[float] | None, balanced: bool, task: str) -> None:
+    """Refuse the arguments ``class_weights`` and ``balanced`` of data where they cannot be right.
+
+    Args:
+        class_weights: ``"balanced"``, the weights or None.
+        balanced: whether classes are drawn equally often.
+        task: ``"classification"`` or ``"regression"``.
+
+    Raises:
+        ValueError: if so.
+    """
+    for name, value in (("class_weights", class_weights), ("balanced", balanced or None)):
+        if value is not None and task == "regression":
+            raise ValueError(f"Expected argument `{name}` to be left out in regression, but got {value!r}")
+    if class_weights is None or class_weights == "balanced":
+        return
+    if isinstance(class_weights, str):
+        raise ValueError(f"Expected argument `class_weights` to be 'balanced' or a list, but got {class_weights!r}")
+    for weight in class_weights:
+        finite("class_weights", weight)
+    if not class_weights or min(class_weights) < 0 or max(class_weights) == 0:
+        raise ValueError(f"Expected argument `class_weights` to be weights of at least 0, but got {class_weights}")
+
+
+def class_weights_of(
+    class_weights: Literal["balanced"] | Sequence[float], labels: Sequence[float], names: Sequence[str]
+) -> list[float]:
+    """Weigh classes.
+
+    Args:
+        class_weights: the weights, or ``"balanced"``: N / (C n_c) for a class of n_c of N rows, as scikit-learn has it;
+            the mean weight of a row is then 1.
+        labels: the class of each training row.
+        names: the names of the classes.
+
+    Returns:
+        A weight for each class.
+
+    Raises:
+        ValueError: there is not one weight for each class, or a class has no rows to balance.
+
+    Example:
+        >>> class_weights_of("balanced", [0, 0, 0, 1], ["many", "few"])
+        [0.6666666666666666, 2.0]
+    """
+    if class_weights != "balanced":
+        if len(class_weights) != len(names):
+            raise ValueError(
+                f"Expected argument `class_weights` to have {len(names)} weights, one for each of "
+                f"{', '.join(names)}, but got {len(class_weights)}"
+            )
+        return [float(weight) for weight in class_weights]
+    counts = np.bincount(np.asarray(labels, dtype=np.int64), minlength=len(names))
+    if not counts.all():
+        raise ValueError(
+            f"Expected argument `class_weights` to be a list, but got 'balanced', and no training row is of the class "
+            f"{names[int(counts.argmin())]!r}"
+        )
+    weights: list[float] = (len(labels) / (len(names) * counts)).tolist()
+    return weights
+
+
+def equal_draws(classes: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
+    """Draw as many samples as there are, each class equally often to one, in a random order.
+
+    Within a class every sample is drawn before one is drawn again.
+
+    Args:
+        classes: the class of each sample, ``[N]``; a class without samples is not drawn.
+        random: draws.
+
+    Returns:
+        Indices of samples, ``[N]``.
+
+    Example:
+        >>> drawn = equal_draws(np.array([0, 0, 0, 0, 0, 1]), np.random.default_rng(0))
+        >>> len(drawn), int((drawn == 5).sum())
+        (6, 3)
+    """
+    found = random.permutation(np.unique(classes))  # which classes get one more is drawn, too
+    share, rest = divmod(len(classes), len(found))
+    drawn = []
+    for place, kind in enumerate(found):
+        members, wanted = np.flatnonzero(classes == kind), share + (place < rest)
+        rounds = [random.permutation(members) for _ in range(-(-wanted // len(members)))]
+        drawn.append(np.concatenate([*rounds, members[:0]])[:wanted])
+    return random.permutation(np.concatenate(drawn))

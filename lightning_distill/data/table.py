@@ -1,0 +1,95 @@
+"""Rows of a file or of a data set, and where each came from, so that what is wrong is said with its place."""
+
+import difflib
+import reprlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+_SHOWN = 20  # names in an error
+
+_shortened = reprlib.Repr()
+_shortened.maxstring = _shortened.maxother = 60
+
+
+class Table(NamedTuple):
+    """Columns of a file, and where each row came from.
+
+    Attributes:
+        name: the file, as errors name it.
+        columns: column name -> one value per row.
+        lines: line number of each row, starting from 1.
+        unused: the file's other columns.
+    """
+
+    name: str
+    columns: dict[str, list[Any]]
+    lines: list[int]
+    unused: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def error(self, row: int, problem: str) -> ValueError:
+        """Make the one-line error for a row."""
+        return ValueError(one_line(f"{self.name}:{self.lines[row]}: {problem}"))
+
+    def take(self, rows: Sequence[int]) -> "Table":
+        """Make a table of some of the rows."""
+        columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
+        return Table(self.name, columns, [self.lines[row] for row in rows], self.unused)
+
+
+def one_line(text: str) -> str:
+    r"""Escape what would break a line or could not be printed: line ends, control characters, lone surrogates.
+
+    Example:
+        >>> print(one_line("two\nlines"))
+        two\nlines
+    """
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
+
+
+def shown(value: object) -> str:
+    """Show a value of a file in an error, shortened."""
+    return _shortened.repr(value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Show names in an error, the first of them if they are many."""
+    cut = (name if len(name) <= 60 else f"{name[:57]}..." for name in map(str, names[:_SHOWN]))
+    return ", ".join(cut) + (", ..." if len(names) > _SHOWN else "")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Say which of the names was probably meant, if one is near."""
+    near = difflib.get_close_matches(name, names, n=1) or [other for other in names if other.lower() == name.lower()]
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def check_columns(place: str, columns: Sequence[str], present: Sequence[str]) -> None:
+    """Raise a ``ValueError`` if one of ``columns`` is not among those ``present``, or is there twice.
+
+    The nearest name is said where one is missing.
+    """
+    for column in columns:
+        if column not in present:
+            hint = nearest(column, present)
+            raise ValueError(one_line(f"{place}: no column {column!r}{hint}; the columns are {listed(present)}"))
+        if present.count(column) > 1:
+            raise ValueError(one_line(f"{place}: {present.count(column)} columns are named {column!r}; rename one"))
+
+
+def chosen_columns(place: str, choices: Sequence[Sequence[str]], present: Sequence[str]) -> Sequence[str]:
+    """Choose the first list of columns that is there in full, and check it; the errors are about the first of all.
+
+    Args:
+        place: where the columns are, for the error.
+        choices: lists of columns.
+        present: the columns that are there.
+
+    Raises:
+        ValueError: none of them is there, or a column is there twice.
+    """
+    chosen = next((columns for columns in choices if set(columns) <= set(present)), choices[0])
+    check_columns(place, chosen, present)
+    return chosen
