@@ -217,7 +217,7 @@ def label_ids(table: Table, column: str, names: Sequence[str], source: str) -> l
         >>> label_ids(Table("rows", {"label": ["yes", "no"]}, [1, 2]), "label", ["no", "yes"], "train.tsv")
         [1, 0]
     """
-    ids = {_whole(name): index for index, name in enumerate(names)}
+    ids = {whole_number(name): index for index, name in enumerate(names)}
     labels = _labels(table, column)
     for row, label in enumerate(labels):
         if label not in ids:
@@ -259,7 +259,7 @@ def _label(table: Table, row: int, column: str, value: Any) -> str:
         value = int(value) if value == int(value) else value
     elif not isinstance(value, str):
         raise table.error(row, f"column {column!r} holds {shown(value)}, which is neither text nor a number")
-    label = _whole(str(value).strip())
+    label = whole_number(str(value).strip())
     if not label:
         raise table.error(row, f"empty label in column {column!r}")
     if len(label) > _LONGEST_LABEL:
@@ -268,7 +268,7 @@ def _label(table: Table, row: int, column: str, value: Any) -> str:
     return label
 
 
-def _whole(name: str) -> str:
+def whole_number(name: str) -> str:
     """Take the decimal point off a whole number, which tables of numbers with gaps are written with."""
     return str(int(name.partition(".")[0])) if re.fullmatch(r"-?\d{1,200}\.0*", name) else name
 

@@ -90,8 +90,9 @@ def test_a_file_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for method in ("open", "is_file"):
         with monkeypatch.context() as patched:
             patched.setattr(Path, method, refused)
-            assert problem(lambda: TextClassificationData(tmp_path / "a.tsv")) == f"{tmp_path}/a.tsv: Permission denied"
-    long = problem(lambda: TextClassificationData("x" * 5000 + ".tsv"))
+            said = problem(lambda: TextClassificationData(tmp_path / "a.tsv", tokenizer=TOKENIZER))
+        assert said == f"{tmp_path}/a.tsv: Permission denied"
+    long = problem(lambda: TextClassificationData("x" * 5000 + ".tsv", tokenizer=TOKENIZER))
     assert long is not None
     assert "name too long" in long
 
