@@ -144,7 +144,7 @@ class LanguageModelData(TextData):
         """
         texts = [text for text, _ in embedded_corpus(max_rows_per_class, seed=seed)]
         data = cls.from_texts(texts, seed=seed, **kwargs)
-        data.tokenizer = train_causal_tokenizer(data._texts["train"], vocab_size)
+        data.tokenizer = train_causal_tokenizer([str(text) for text in data._texts["train"]], vocab_size)
         return data
 
     @cached_property

@@ -330,7 +330,9 @@ class TextClassificationData(TextData):
             return files.scores(table, self.label_column)
         names = self.label_names
         found = self._found_label_names
-        if all(re.fullmatch(r"-?\d+", label) for label in found) and not set(found) <= set(map(files.whole_number, names)):
+        if all(re.fullmatch(r"-?\d+", label) for label in found) and not set(found) <= set(
+            map(files.whole_number, names)
+        ):
             names = [str(index) for index in range(len(names))]  # the column holds ids, the names were given
         elif are_placeholders(found) and not set(found) <= set(names):
             names = found[: len(names)]  # they are ids too
