@@ -147,6 +147,7 @@ class EarlyExit(L.Callback):
             )
         ramps = student.ramps
         assert isinstance(ramps, Ramps)
+        ramps.check_classes(student)
         teacher = getattr(pl_module, "teacher", None)
         if self.teacher_weight and not isinstance(teacher, nn.Module):
             raise ValueError(

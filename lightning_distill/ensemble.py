@@ -53,6 +53,12 @@ class TeacherEnsemble(nn.Module):
         super().__init__()
         if how not in get_args(How):
             raise ValueError(f"Expected argument `how` to be one of {get_args(How)}, but got {how!r}.")
+        configs = [getattr(teacher, "config", None) for teacher in teachers]
+        values = [getattr(c, "problem_type", None) == "regression" or getattr(c, "num_labels", 2) == 1 for c in configs]
+        if how == "probabilities" and any(values):
+            raise ValueError(
+                "Expected argument `how` to be 'logits' or 'sample' for regression, but got 'probabilities'."
+            )
         self.teachers = nn.ModuleList(teachers)
         self.how, self.weights, self.temperature = how, weights or [1.0] * len(teachers), temperature
         named = {f"teachers[{i}]": class_names(teacher, f"teachers[{i}]") for i, teacher in enumerate(teachers)}

@@ -61,7 +61,8 @@ class DistillationModule(AccumulatingModule):
         objectives: A list of objectives, or a dictionary that names them. Default:
             ``[SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)]``, without a teacher ``[HardLabel()]``.
         task: What the batch asks for; ``"auto"`` reads it off the student's class. A batch is a mapping with the
-            models' inputs and ``labels``, or a pair ``(inputs, labels)``.
+            models' inputs and ``labels`` (or ``label``, ``label_ids``), or a pair ``(inputs, labels)``. A plain module
+            classifies: one logit is that of two classes, and ``"regression"`` says that logits are real values.
         optimizer: Called with the trainable parameters. Default: AdamW with learning rate 5e-5 for a transformers
             student and 1e-3 for any other.
         lr_scheduler: Called with the optimizer; returns any scheduler of torch, Lightning's dictionary of scheduler,
@@ -346,7 +347,7 @@ class DistillationModule(AccumulatingModule):
         """Logits of the student."""
         return self(batch)
 
-    def _evaluate(self, batch: Any, stage: str, dataloader_idx: int) -> None:
+    def _evaluate(self, batch: Any, stage: str, dataloader_idx: int = 0) -> None:
         self._check_batch(batch)
         student, teacher = self._signals(batch, self.teacher is not None)
         losses, counts = self._reduce(student, teacher)
@@ -361,7 +362,8 @@ class DistillationModule(AccumulatingModule):
         scores.update(student, teacher if compares else None, scored)
         if compares:
             self.log(f"{stage}_agreement", scores.agreement, prog_bar=True, metric_attribute=f"{path}.agreement")
-        if scores.has_scores:
+        # One process of several may not have met a label yet; they compute together.
+        if scored and (scores.has_scores or self.trainer.world_size > 1):
             for name, metric in scores.metrics.items():
                 attribute = f"{path}.metrics.{name}"
                 self.log(f"{stage}_{name}", metric, prog_bar=True, metric_attribute=attribute)  # type: ignore[arg-type]

@@ -302,7 +302,7 @@ def check_batch(task: tasks.Task, batch: Any, num_classes: int | None, where: st
     if labels is None or task == "regression" or num_classes is None or labels.is_floating_point():
         return
     # One logit is that of two classes.
-    tasks.check_range(labels, max(num_classes, 2), where)
+    tasks.check_range(labels.long(), max(num_classes, 2), where)
 
 
 def check_signals(student: "Signals", teacher: "Signals | None", *, any_vocabulary: bool = False) -> None:

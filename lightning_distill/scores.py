@@ -2,7 +2,8 @@
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +14,19 @@ from lightning_distill.metrics import Pearson
 from lightning_distill.objectives.vocabulary import parts
 from lightning_distill.signals import Signals
 
-Metrics = Metric | MetricCollection | Mapping[str, Metric]
+Metrics = Metric | MetricCollection | Mapping[str, Metric] | Sequence[Metric]
 
 
 def by_name(metrics: Metrics) -> dict[str, Metric]:
     """Metrics by the name they are logged as.
 
     Args:
-        metrics: A collection or a dictionary, which have names, or one metric, which has that of its class in short.
+        metrics: A collection or a dictionary, which have names, or one metric or several, each of which has that of
+            its class in short.
 
     Raises:
         TypeError: If it is something else.
+        ValueError: If two have one name.
 
     Example:
         >>> from torchmetrics.classification import MulticlassF1Score
@@ -31,17 +34,27 @@ def by_name(metrics: Metrics) -> dict[str, Metric]:
         >>> list(by_name(MulticlassF1Score(3))), list(by_name({"macro_f1": MulticlassF1Score(3)}))
         (['f1'], ['macro_f1'])
     """
-    if isinstance(metrics, Metric):
-        short = re.sub(r"^(Binary|Multiclass|Multilabel)|(Score|CorrCoef)$", "", type(metrics).__name__)
-        snake = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short or type(metrics).__name__).lower()
-        return {snake: metrics}
-    named = dict(metrics.items()) if isinstance(metrics, (MetricCollection, Mapping)) else {}
-    if not named or not all(isinstance(metric, Metric) for metric in named.values()):
+    if isinstance(metrics, MetricCollection):
+        return {f"{name}{metrics.postfix or ''}": metric for name, metric in metrics.items(keep_base=True)}
+    several = [metrics] if isinstance(metrics, Metric) else metrics
+    given: list[Any] = []
+    if isinstance(several, (Mapping, list, tuple)):
+        given = list(several.values() if isinstance(several, Mapping) else several)
+    if not given or not all(isinstance(metric, Metric) for metric in given):
         raise TypeError(
-            f"Expected argument `metrics` to be a torchmetrics metric, a collection or a dictionary of them, but got "
-            f"{metrics!r}."
+            "Expected argument `metrics` to be a torchmetrics metric, a collection, a dictionary or a list of them, "
+            f"but got {metrics!r}."
         )
-    return named
+    names = list(several) if isinstance(several, Mapping) else [_short_name(metric) for metric in given]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Expected argument `metrics` to have different names, but got {names}. Pass a dictionary.")
+    return dict(zip(names, given, strict=True))
+
+
+def _short_name(metric: Metric) -> str:
+    name = type(metric).__name__
+    short = re.sub(r"^(Binary|Multiclass|Multilabel)|(Score|CorrCoef)$", "", name) or name
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", short).lower()
 
 
 class Scores(nn.Module):

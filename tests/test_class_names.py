@@ -201,3 +201,13 @@ def test_placeholder_labels_of_a_file_say_which_class_they_are(tmp_path: Path) -
     for labels in (["LABEL_1", "neg"], ["LABEL_0", "LABEL_99999999999"]):
         with pytest.raises(ValueError, match="set `label_names` to their names in order"):
             _ = TextClassificationData(write("mixed.tsv", labels)).label_names
+
+
+def test_committees_of_one_logit() -> None:
+    torch.manual_seed(0)
+    one, other, x = nn.Linear(4, 1), nn.Linear(4, 1), torch.randn(5, 4)
+    torch.testing.assert_close(TeacherEnsemble([one, other])(x), (one(x) + other(x)) / 2)
+    mean = TeacherEnsemble([one, other], "probabilities", weights=[1.0, 3.0])(x).sigmoid()
+    torch.testing.assert_close(mean, 0.25 * one(x).sigmoid() + 0.75 * other(x).sigmoid())
+    with pytest.raises(ValueError, match="'logits' or 'sample' for teachers of regression"):
+        TeacherEnsemble([bert(num_labels=1)], "probabilities")

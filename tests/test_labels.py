@@ -407,6 +407,8 @@ def test_metrics_are_logged_by_the_names_people_expect() -> None:
         (MetricCollection({"acc": MulticlassAccuracy(2)}), ["val_acc"]),
         (MetricCollection([MulticlassAccuracy(2)]), ["val_MulticlassAccuracy"]),
         (BinaryAUROC(), ["val_auroc"]),
+        ([BinaryAUROC(), MulticlassF1Score(2)], ["val_auroc", "val_f1"]),
+        (MetricCollection({"f": MulticlassF1Score(2)}, prefix="p_", postfix="_end"), ["val_f_end"]),
     ):
         for model in (student, linear(4, 1)):
             module = DistillationModule(None, model, metrics=metrics)
@@ -414,3 +416,15 @@ def test_metrics_are_logged_by_the_names_people_expect() -> None:
             assert logged.keys() == {"val_loss", "val_hard_label", *names}
     with pytest.raises(TypeError, match="`metrics` to be a torchmetrics metric"):
         DistillationModule(None, student, metrics={"f1": "f1"})  # type: ignore[dict-item]
+    with pytest.raises(ValueError, match="different names"):
+        DistillationModule(None, student, metrics=[MulticlassF1Score(2), MulticlassF1Score(2)])
+
+
+def test_an_early_exit_model_is_tested_on_several_loaders() -> None:
+    torch.manual_seed(0)
+    student, x = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 2)), points()
+    model = EarlyExitModel(student, make_ramps(student, layers="0"))
+    right = student(x).argmax(-1)
+    loaders = [DataLoader([(x, y)], batch_size=None) for y in (right, 1 - right, right.float())]
+    found = trainer().test(model, loaders, verbose=False)
+    assert [f"{scores[f'test_accuracy/dataloader_idx_{i}']:.0f}" for i, scores in enumerate(found)] == ["1", "0", "1"]

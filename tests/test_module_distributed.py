@@ -22,14 +22,18 @@ pytestmark = [
 class Rows(L.LightningDataModule):
     """The suite's own sampler: two processes share each batch of one. It is made where the processes are known."""
 
-    def __init__(self, task: str, batch_size: int) -> None:
+    def __init__(self, task: str, batch_size: int, unlabelled: int) -> None:
         super().__init__()
         data = batch(task, rows=12, classes=3)
+        data["labels"][12 - unlabelled :] = -100
         self.rows = [{key: value[row] for key, value in data.items()} for row in range(12)]
         self.size = batch_size
 
     def train_dataloader(self) -> ResumableDataLoader:
         return ResumableDataLoader(self.rows, BucketBatchSampler([8] * 12, self.size))
+
+    def val_dataloader(self) -> ResumableDataLoader:
+        return ResumableDataLoader(self.rows, BucketBatchSampler([8] * 12, self.size, shuffle=False))
 
 
 def pair(task: str) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -50,6 +54,7 @@ def fit(
     hidden: float = 0.2,
     batch_size: int = 4,
     logits: bool = True,
+    unlabelled: int = 0,
 ) -> DistillationModule:
     teacher, student = pair(task)
     objectives: list[Objective] = [SoftTarget(weight=0.5), HardLabel(weight=0.3)] if logits else []
@@ -67,13 +72,20 @@ def fit(
         accumulate_grad_batches=accumulate,
         default_root_dir=folder,
         **settings,
-    ).fit(module, datamodule=Rows(task, batch_size // devices // accumulate))
+    ).fit(module, datamodule=Rows(task, batch_size // devices // accumulate, unlabelled))
     return module
 
 
 @pytest.mark.parametrize("task", ["classification", "causal_lm"])
 def test_two_processes_give_the_weights_of_one(task: str, tmp_path: Path) -> None:
     assert_same_training(task, fit(task, tmp_path), fit(task, tmp_path, devices=2))
+
+
+@pytest.mark.filterwarnings("ignore:A batch of the .* data has no label")
+@pytest.mark.parametrize("task", ["classification", "causal_lm"])
+def test_a_process_without_a_label_counts_nothing(task: str, tmp_path: Path) -> None:
+    one, two = (fit(task, tmp_path, devices=devices, hidden=0.0, unlabelled=8) for devices in (1, 2))
+    assert_same_training(task, one, two)
 
 
 def test_a_head_that_no_objective_reaches_is_no_error_of_ddp(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_distill import tasks
+from lightning_distill import preflight, tasks
 from lightning_distill.arguments import between
 from lightning_distill.class_names import class_names
 from lightning_distill.early_exit.criteria import Criterion, State, criterion_from
@@ -213,19 +213,30 @@ class EarlyExitModel(L.LightningModule):
             logits = tasks.logits_of(tasks.call_model(self.student, fresh(batch)))
         return found, logits
 
-    def predict_step(self, batch: Any, batch_idx: int) -> Prediction:
+    def setup(self, stage: str) -> None:
+        """Refuse data whose classes are numbered in another order than the student's."""
+        preflight.check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
         """As :meth:`predict`."""
         return self.predict(batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Log the metric of the task as ``test_<metric>`` and the mean number of layers as ``test_mean_depth``."""
         logits, exit_layer = self.predict(batch)
         task = self.ramps.task
         logits, labels, mask = tasks.align(task, logits, batch)
         self.log("test_mean_depth", (exit_layer + 1).float().mean(), batch_size=len(exit_layer), sync_dist=True)
         if labels is not None:
-            self.metric.update(*tasks.flatten(task, logits, labels, mask))
-            self.log(f"test_{self._metric_name}", self.metric)
+            metric, attribute = self.metric, "metric"
+            if dataloader_idx:
+                attribute = f"metric_{dataloader_idx}"
+                if not hasattr(self, attribute):
+                    setattr(self, attribute, self.metric.clone())
+                    getattr(self, attribute).reset()
+                metric = getattr(self, attribute)
+            metric.update(*tasks.flatten(task, logits, labels, mask))
+            self.log(f"test_{self._metric_name}", metric, metric_attribute=attribute)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile each layer and each ramp, as the batch shrinks between them; arguments are those of torch.compile."""

@@ -1,10 +1,11 @@
 """Other losses on the logits of student and teacher."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from lightning_distill.functional.binary import two_logits
 from lightning_distill.functional.hard_label import IGNORE_INDEX
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
 from lightning_distill.functional.soft_target import LOG_ZERO, check_classes, kl, log_probabilities
@@ -173,7 +174,8 @@ def combine_teachers(
     """Logits of a committee of teachers.
 
     Args:
-        logits: One tensor ``[..., C]`` per teacher.
+        logits: One tensor ``[..., C]`` per teacher; a single logit is that of the second of two classes, or, in the
+            mean of logits, a value.
         how: ``"logits"``: their mean; ``"probabilities"``: logits whose prediction at this temperature is the mean of
             the teachers' predictions at it.
         weights: One number per teacher, at least 0; they are scaled to sum to 1. Equal where None.
@@ -204,13 +206,16 @@ def combine_teachers(
         )
     for other in logits[1:]:
         check_same_shape(logits[0], other, "logits[0]", "logits[i]")
-    check_classes(logits[0], logits[0], temperature)
+    if how not in get_args(Combination):
+        raise ValueError(f'Expected argument `how` to be "logits" or "probabilities", but got {how!r}.')
+    # One logit is that of two classes, or a value: the mean of both is that of the logits.
+    first = two_logits(logits[0])
+    check_classes(first, first, temperature)
     shares = torch.tensor(weights, device=logits[0].device, dtype=torch.float64) / sum(weights)
     flat = torch.stack([select(None, teacher)[0] for teacher in logits])
     shares = shares.to(flat.dtype)[:, None, None]
     if how == "logits":
         return (shares * flat).sum(0).reshape(logits[0].shape)
-    if how != "probabilities":
-        raise ValueError(f'Expected argument `how` to be "logits" or "probabilities", but got {how!r}.')
-    log_p = log_probabilities(flat, temperature) + shares.log().clamp(min=LOG_ZERO)
-    return (temperature * log_p.logsumexp(0)).reshape(logits[0].shape)
+    log_p = log_probabilities(two_logits(flat), temperature) + shares.log().clamp(min=LOG_ZERO)
+    combined = temperature * log_p.logsumexp(0)
+    return (combined[:, 1] - combined[:, 0] if flat.shape[-1] == 1 else combined).reshape(logits[0].shape)
