@@ -209,5 +209,5 @@ def test_committees_of_one_logit() -> None:
     torch.testing.assert_close(TeacherEnsemble([one, other])(x), (one(x) + other(x)) / 2)
     mean = TeacherEnsemble([one, other], "probabilities", weights=[1.0, 3.0])(x).sigmoid()
     torch.testing.assert_close(mean, 0.25 * one(x).sigmoid() + 0.75 * other(x).sigmoid())
-    with pytest.raises(ValueError, match="'logits' or 'sample' for teachers of regression"):
+    with pytest.raises(ValueError, match="'logits' or 'sample' for regression"):
         TeacherEnsemble([bert(num_labels=1)], "probabilities")
