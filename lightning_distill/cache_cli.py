@@ -5,14 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentParser
 
 from lightning_distill.cache import bare
+from lightning_distill.cache_description import check_folder
 from lightning_distill.callbacks.resumable import Resumable
 from lightning_distill.callbacks.teacher_cache import TeacherCache
 from lightning_distill.cli import quiet
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import Objective
+from lightning_distill.parsing import FlagParser
 from lightning_distill.pretrained import load_pretrained
 
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         ValueError: If the teacher or the data cannot be read, or the cache is another's.
     """
-    parser = ArgumentParser("lightning-distill cache", description="Fill a TeacherCache before the training.")
+    parser = FlagParser("lightning-distill cache", description="Fill a TeacherCache before the training.")
     parser.add_argument("--teacher", type=str, required=True, help="folder or hub id of the teacher")
     parser.add_class_arguments(TeacherCache, "cache", instantiate=False)
     parser.add_subclass_arguments(L.LightningDataModule, "data", required=True)
@@ -65,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = parser.parse_args(None if argv is None else list(argv))
     quiet()
     made = parser.instantiate(config)
+    cache = TeacherCache(**config.cache.as_dict())
+    check_folder(cache.path)
     teacher: Any = load_pretrained(config.teacher, "--teacher")
     if getattr(made.data, "tokenizer", "") is None:
         made.data.tokenizer = config.teacher
@@ -76,5 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # For its answer to signals, which does not make one process wait for another.
     arguments["callbacks"] = [*(asked if isinstance(asked, list) else [asked]), Resumable()]
     trainer = L.Trainer(**arguments)
+    if trainer.limit_val_batches == 0:
+        raise ValueError("Expected argument `--trainer.limit_val_batches` to let rows be asked for, but got 0.")
     # Validation, because Lightning takes the loaders of a prediction apart and makes them anew, in the order of rows.
-    trainer.validate(_Fill(module, TeacherCache(**config.cache.as_dict()), made.data), verbose=False)
+    trainer.validate(_Fill(module, cache, made.data), verbose=False)

@@ -6,6 +6,7 @@ import re
 import secrets
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     """
     path = Path(folder)
     try:
+        with suppress(FileNotFoundError):
+            path.lstat()  # whatever else is wrong with it
         nearest = next(place for place in (path, *path.absolute().parents) if os.path.lexists(place))
         if not nearest.is_dir():
             wrong = f"{nearest} is no folder"

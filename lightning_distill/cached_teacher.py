@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -20,7 +21,7 @@ _NEVER = {"auto_map", "attn_implementation", "_attn_implementation", "quantizati
 _MOST = {"layer": 4096, "depth": 4096, "expert": 4096, "label": 10**6, "position": 2**24}
 # Whatever transformers does with settings that nobody would choose.
 _BAD_CONFIG = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError)
-_BAD_CONFIG += (RuntimeError, TypeError, ValueError)
+_BAD_CONFIG += (RuntimeError, TypeError, ValueError, StrictDataclassError)
 
 
 def save_teacher(teacher: nn.Module, folder: Path) -> None:
