@@ -151,6 +151,11 @@ class TeacherCache(L.Callback):
                 f"Expected callback `TeacherCache` to be used with rows that come again, but got `on_policy` "
                 f"{module.on_policy}: what a student writes is new each time. Leave the callback out."
             )
+        if any(getattr(part, "how", None) == "sample" for part in module.teacher.modules()):
+            raise ValueError(
+                "Expected callback `TeacherCache` to be used with a teacher that says the same each time, but got an "
+                "ensemble that draws one of its teachers (`how='sample'`). Leave the callback out, or use the mean."
+            )
         # Imported here, because the module imports the callbacks.
         from lightning_distill.module import DistillationModule
 

@@ -1,6 +1,7 @@
 """TeacherCache: the same losses as without it, whatever the order, the break or the number of processes."""
 
 import copy
+import dataclasses
 import multiprocessing
 import os
 import re
@@ -22,6 +23,7 @@ from lightning_distill.callbacks import EarlyExit, TeacherCache
 from lightning_distill.cli import build_callbacks
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader, TextClassificationData
 from lightning_distill.data.embedded import train_tokenizer
+from lightning_distill.ensemble import TeacherEnsemble
 from lightning_distill.generation import OnPolicyDistillation
 from lightning_distill.objectives import AttentionMap, HardLabel, HiddenState, Objective, SoftTarget
 from lightning_distill.recipe import text_parser
@@ -271,6 +273,135 @@ def test_early_exit_learns_from_a_cache(kind: type[DistillationModule], tmp_path
         assert_same(runs[0], run)
 
 
+class OfMapping(nn.Module):
+    """Reads whatever a batch holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, x: Any) -> torch.Tensor:
+        if isinstance(x, Inputs):
+            x = {"x": x.x}
+        found = x["x"] if isinstance(x, dict) else sum(x)
+        return self.head(found if isinstance(found, torch.Tensor) else found["y"])
+
+
+@dataclasses.dataclass
+class Inputs:
+    x: torch.Tensor
+
+
+X = torch.randn(4, 4, generator=torch.Generator().manual_seed(3))
+NESTED = {
+    "a mapping": ({"x": X}, torch.arange(4) % 3),
+    "mappings in mappings": ({"x": {"y": X}}, torch.arange(4) % 3),
+    "a pair": ((X, X + 1), torch.arange(4) % 3),
+    "a list": [[X, X + 1, X + 2], torch.arange(4) % 3],
+    "a dataclass": (Inputs(X), torch.arange(4) % 3),
+    "texts beside": ({"x": X, "text": list("abcd"), "ids": [1, 2, 3, 4]}, torch.arange(4) % 3),
+    "a mapping of mappings": {"x": {"x": X}, "label": [0, 1, 2, 0], "name": object()},
+    "another name": {"image": {"x": X}, "label": torch.arange(4) % 3},
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_batches(name: str, tmp_path: Path) -> None:
+    data = NESTED[name]
+    module = DistillationModule(OfMapping(), OfMapping(), [SoftTarget(2.0)])
+    plain = module.teacher_step(data).logits
+    for misses in (4, 0):
+        cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+        cache.attach(module)
+        torch.testing.assert_close(module.teacher_step(data).logits, plain)
+        cache.detach()
+        assert cache.misses == misses
+
+
+def test_rows_that_are_damaged_are_asked_for_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module, data = DistillationModule(*pair("causal_lm"), soft()), batch("causal_lm")
+    plain = module.losses(data)
+
+    def losses(misses: int) -> None:
+        cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+        cache.attach(module)
+        try:
+            torch.testing.assert_close(module.losses(data), plain)
+        finally:
+            cache.detach()
+        assert cache.misses == misses
+
+    losses(4)
+    (file,) = (tmp_path / "cache").glob("*.rows")
+    content = bytearray(file.read_bytes())
+    content[5] ^= 1
+    content[-5] ^= 1
+    file.write_bytes(content)
+    losses(2)
+    assert caplog.text.count(".rows is damaged") == 2
+    losses(0)
+    module.teacher = TeacherCache.teacher(tmp_path / "cache")
+    losses(0)
+    for file in (tmp_path / "cache").glob("*.rows"):
+        file.write_bytes(bytes(file.stat().st_size))
+    with pytest.raises(ValueError, match="to hold every row, but 4 of a batch of 4 are not in it, or damaged"):
+        losses(0)
+
+
+def test_a_teacher_that_takes_no_mask_reads_the_padding(tmp_path: Path) -> None:
+    class Mean(nn.Module):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(input_ids, 9).float().mean(1)
+
+    module = DistillationModule(Mean(), nn.Sequential(Mean(), nn.Linear(9, 9)), [SoftTarget(2.0)])
+    cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
+    short = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2)}
+    padded = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
+    plain = [module.teacher_step(data).logits for data in (short, padded)]
+    cache.attach(module)
+    for data, logits in zip((short, padded), plain, strict=True):
+        torch.testing.assert_close(module.teacher_step(data).logits, logits)
+    cache.detach()
+
+
+def test_one_answer_for_each_row(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, x])
+
+    module = DistillationModule(Twice(), nn.Linear(4, 4), [SoftTarget(2.0)])
+    cache = TeacherCache(tmp_path / "cache", top_k=None)
+    cache.attach(module)
+    with pytest.raises(ValueError, match=r"to give logits of shape \[4, 'classes'\] for a batch, but got \[8, 4\]"):
+        module.teacher_step((X, None))
+    cache.detach()
+
+
+def test_a_teacher_that_is_drawn_is_not_kept(tmp_path: Path) -> None:
+    drawn = TeacherEnsemble([nn.Linear(4, 3), nn.Linear(4, 3)], "sample")
+    with pytest.raises(ValueError, match="to be used with a teacher that says the same each time"):
+        TeacherCache(tmp_path / "cache").attach(DistillationModule(drawn, nn.Linear(4, 3)))
+
+
+def test_paths_where_no_cache_can_be_made(tmp_path: Path) -> None:
+    module = DistillationModule(nn.Linear(4, 3), nn.Linear(4, 3))
+    (tmp_path / "file").touch()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name, said in (
+        ("file", "is no folder"),
+        ("file/cache", "Not a directory"),
+        ("full", "holds other files, such as 'thesis.txt'"),
+        ("x" * 300, "File name too long"),
+        ("a\0b", "null byte"),
+        ("loop", "is no folder"),
+    ):
+        with pytest.raises(ValueError, match=rf"`path` to be a cache, or a new folder for one, .*{said}"):
+            TeacherCache(tmp_path / name).attach(module)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "full", "loop"]
+
+
 def test_accumulation(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
     plain = fit("causal_lm", tmp_path, accumulate_grad_batches=2)
@@ -448,6 +579,34 @@ def cache_flags(folder: Path) -> list[str]:
     flags = ["cache", "--teacher", str(folder / "teacher"), "--cache.path", str(folder / "cache")]
     flags += ["--data", "lightning_distill.data.TextClassificationData", "--data.train_file", str(file)]
     return [*flags, "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "said"),
+    [
+        ("--cache.path", "train.tsv", "is no folder"),
+        ("--cache.path", "teacher", "holds other files"),
+        ("--teacher", "nobody", "`--teacher` to be a folder or hub id"),
+        ("--data.train_file", "nothing.tsv", "nothing.tsv: there is no such file"),
+        ("--cache.dtype", "int8", "--cache.dtype: expected one of 'float16', 'float32', but got 'int8'"),
+        ("--trainer.limit_val_batches", "0", "`--trainer.limit_val_batches` to let rows be asked for"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(
+    flag: str, value: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = value if value[0].isdigit() or value == "int8" else str(tmp_path / value)
+    flags = [*cache_flags(tmp_path), flag, value]
+    before = sorted(tmp_path.rglob("*"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.startswith("lightning-distill cache: error: ")
+    assert told.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def train_from(folder: Path, **settings: Any) -> TeacherCache:
