@@ -31,6 +31,7 @@ from lightning_distill.pretrained import export, load_pretrained
 from lightning_distill.scores import Metrics, Scores
 from lightning_distill.signals import Signals, describe
 from lightning_distill.teacher import evaluating, freeze, keep_out_of_checkpoints, tensor_names
+from lightning_distill.wrapped import compile_parts_in_place
 
 _STAGES = ("val", "test")
 
@@ -134,7 +135,7 @@ class DistillationModule(AccumulatingModule):
         ignored += [] if own_teacher_inputs else ["own_teacher_inputs"]
         self.save_hyperparameters(ignore=ignored)
 
-        self.student = load_pretrained(student, "student").train()
+        self.student = compile_parts_in_place(load_pretrained(student, "student")).train()
         if gradient_checkpointing:
             preflight.enable_gradient_checkpointing(self.student)
         self.teacher_precision = teacher_precision

@@ -34,6 +34,30 @@ def compiled_in_place(model: nn.Module) -> nn.Module:
     return own
 
 
+def compile_parts_in_place(model: nn.Module) -> nn.Module:
+    """Do the same for the modules inside a model that were compiled one by one, such as its layers.
+
+    Args:
+        model: The model, in place.
+
+    Returns:
+        The same model, whose weights have the names they had.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from lightning_distill.wrapped import compile_parts_in_place
+        >>> model = nn.Sequential(torch.compile(nn.Linear(2, 2), backend="eager"))
+        >>> sorted(compile_parts_in_place(model).state_dict())
+        ['0.bias', '0.weight']
+    """
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None:
+                parent._modules[name] = compiled_in_place(child)
+    return model
+
+
 def inside(model: nn.Module) -> nn.Module:
     """The model whose class and forward count: the one that was compiled, the base of a peft model, or the model.
 

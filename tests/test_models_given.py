@@ -60,6 +60,22 @@ def test_compiled_models_are_the_models_they_hold(wrap: Any, tmp_path: Path) -> 
     torch.testing.assert_close(again(**data).logits, module.student.eval()(**data).logits)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's compiler
+def test_a_student_whose_layers_are_compiled_is_exported_under_the_names_it_had(tmp_path: Path) -> None:
+    student = bert(num_labels=3)
+    names = set(student.state_dict())
+    stack = student.bert.encoder.layer
+    for index, layer in enumerate(stack):
+        stack[index] = compiled(layer)
+    module = DistillationModule(bert(num_labels=3), student, [SoftTarget(), HiddenState("last"), AttentionRelation()])
+    trainer(tmp_path).fit(module, loader("classification"))
+    assert set(student.state_dict()) == names
+    module.export(tmp_path / "student")
+    data = batch("classification", classes=3)
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
+    torch.testing.assert_close(again(**data).logits, student.eval()(**data).logits)
+
+
 def test_what_was_compiled_still_runs_afterwards_and_its_copies_are_plain() -> None:
     teacher = compiled(net(8).eval())
     x = torch.randn(3, 4)

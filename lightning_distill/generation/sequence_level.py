@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_distill.data.packing import Document
-from lightning_distill.generation.sampling import Prompt, generate
+from lightning_distill.generation.sampling import Prompt, end_tokens, generate
 
 
 def teacher_documents(
@@ -30,8 +30,9 @@ def teacher_documents(
 ) -> list[Document]:
     """What a teacher writes to prompts, as documents to train a student on; made once, and read from disk after that.
 
-    The file's name holds a digest of the teacher's weights, the prompts and every other argument: if any of them
-    changes, the text is made anew. The file appears whole or not at all, so several processes may ask for it.
+    The file's name holds a digest of the teacher's weights, the tokens that end its texts, the prompts and every
+    other argument: if any of them changes, the text is made anew. The file appears whole or not at all, so several
+    processes may ask for it.
 
     Args:
         teacher: A causal language model of transformers.
@@ -79,7 +80,9 @@ def teacher_documents(
     if batch_size < 1:
         raise ValueError(f"Expected argument `batch_size` to be at least 1, but got {batch_size}.")
     rows = [[int(token) for token in prompt] for prompt in prompts]
-    digest = hashlib.sha256(repr((sorted(options.items()), batch_size, seed, rows)).encode())
+    # The tokens that end a text are all that a model's own settings say.
+    ends = end_tokens(teacher)
+    digest = hashlib.sha256(repr((sorted(options.items()), batch_size, seed, rows, ends)).encode())
     for name, value in teacher.state_dict().items():
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

@@ -202,6 +202,9 @@ def test_a_teachers_text_is_made_once_and_again_when_anything_changes(tmp_path: 
     teacher_documents(teacher, PROMPTS, tmp_path, max_new_tokens=6, batch_size=2)
     teacher_documents(teacher, PROMPTS[:2], tmp_path, max_new_tokens=6, batch_size=2)
     assert len(list(tmp_path.iterdir())) == 3
+    teacher.generation_config.eos_token_id = 7
+    teacher_documents(teacher, PROMPTS, tmp_path, max_new_tokens=6, batch_size=2)
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_prompts_are_instructions_or_beginnings_of_documents() -> None:
