@@ -16,7 +16,7 @@ from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.phases import BASELINE, Run, say, student_parser
 from lightning_distill.preflight import shared_words
-from lightning_distill.pretrained import load_pretrained
+from lightning_distill.pretrained import load_pretrained, load_tokenizer
 from lightning_distill.report import Column
 from lightning_distill.tasks import IGNORE_INDEX
 
@@ -67,7 +67,8 @@ class LanguageRun(Run):
                 "--model.teacher and --data.text_files (or --data.hub_dataset) go together; one is missing"
             )
         teacher: Any = load_pretrained(path, "--model.teacher")
-        return LanguageModelData(**config.data.as_dict(), tokenizer=path, seed=config.seed), teacher, GIVEN
+        tokenizer = load_tokenizer(path, "--model.teacher", teacher)
+        return LanguageModelData(**config.data.as_dict(), tokenizer=tokenizer, seed=config.seed), teacher, GIVEN
 
     def check(self) -> None:
         """Refuse rows longer than the models' positions, models that mix them, wrong ``--generation.*``."""

@@ -18,7 +18,14 @@ from lightning_distill.measure import latency_ms
 from lightning_distill.module import DistillationModule
 from lightning_distill.optim import LRRange, recommended_lr
 from lightning_distill.phases import Run, student_parser
-from lightning_distill.pretrained import has_head, load_pretrained, read_config
+from lightning_distill.pretrained import (
+    check_words,
+    has_head,
+    load_pretrained,
+    load_tokenizer,
+    load_with_new_head,
+    read_config,
+)
 from lightning_distill.quantization import load, use_kernels
 from lightning_distill.report import Column
 
@@ -91,7 +98,10 @@ class TextRun(Run):
         """The student of ``--model.student``, with a new head for the data's classes where it has none."""
         teacher = self.teacher.config
         if not has_head(read_config(path, "--model.student")):
-            return _with_new_head(path, id2label=teacher.id2label, label2id=teacher.label2id)
+            named: Any = load_with_new_head(
+                path, "--model.student", id2label=teacher.id2label, label2id=teacher.label2id
+            )
+            return named
         student = super().load_student(path)
         # The labels of the data are numbered as the teacher numbers them.
         own = class_names(student, "--model.student")
@@ -218,16 +228,20 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
     if path is None or not (config.data.train_file or config.data.hub_dataset):
         raise ValueError("--model.teacher and --data.train_file (or --data.hub_dataset) go together; one is missing")
     with_head = has_head(read_config(path, "--model.teacher"))
-    arguments = config.data.as_dict() | {"tokenizer": path, "seed": config.seed}
+    tokenizer = load_tokenizer(path, "--model.teacher")
+    arguments = config.data.as_dict() | {"tokenizer": tokenizer, "seed": config.seed}
     if config.model.finetune_teacher:
         data = TextClassificationData(**arguments)
         names = {"id2label": data.id2label, "label2id": data.label2id} if data.label_names else {}
-        return data, _with_new_head(path, num_labels=data.num_labels, **names)
+        teacher = load_with_new_head(path, "--model.teacher", num_labels=data.num_labels, **names)
+        check_words(tokenizer, teacher, path, "--model.teacher")
+        return data, teacher
     if not with_head:
         raise ValueError(
             f"{path}: the teacher has no fine-tuned head; --model.finetune_teacher true fine-tunes it on the data first"
         )
     teacher = load_pretrained(path, "--model.teacher")
+    check_words(tokenizer, teacher, path, "--model.teacher")
     own, given = class_names(teacher, "--model.teacher") or [], arguments["label_names"]
     if given is None and not are_placeholders(own):
         arguments["label_names"] = own
@@ -256,10 +270,3 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
 def _are_numbers(names: list[str]) -> bool:
     """Whether labels are numbers, which have an order of their own and are the names of nothing."""
     return all(name.lstrip("-").isdigit() for name in names)
-
-
-def _with_new_head(path: str, **labels: Any) -> transformers.PreTrainedModel:
-    model: transformers.PreTrainedModel = transformers.AutoModelForSequenceClassification.from_pretrained(
-        path, dtype="float32", use_safetensors=True, trust_remote_code=False, **labels
-    )
-    return model

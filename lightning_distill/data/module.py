@@ -7,10 +7,11 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import integer
 from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader
+from lightning_distill.pretrained import load_tokenizer
 
 Split = Literal["train", "val", "test"]
 
@@ -50,7 +51,7 @@ class TextData(L.LightningDataModule):
                 "Expected argument `tokenizer` to be a tokenizer or the name or folder of one, but got None"
             )
         if isinstance(self.tokenizer, str | Path):
-            self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer, trust_remote_code=False)
+            self.tokenizer = load_tokenizer(self.tokenizer, "tokenizer")
         return self.tokenizer
 
     def _loader(self, split: Split, shuffle: bool) -> DataLoader:

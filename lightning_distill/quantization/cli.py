@@ -7,7 +7,7 @@ from pathlib import Path
 import transformers
 
 from lightning_distill.folders import check_folder
-from lightning_distill.pretrained import load_pretrained
+from lightning_distill.pretrained import load_pretrained, load_tokenizer
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.model import LayerReport, quantize
 
@@ -41,12 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     lines = [line for line in lines if line][: arguments.num_samples]
     transformers.utils.logging.disable_progress_bar()
     model = load_pretrained(arguments.model, "--model")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"Expected argument `--model` to hold a tokenizer, but got {arguments.model}: {str(error).splitlines()[0]}"
-        ) from error
+    tokenizer = load_tokenizer(arguments.model, "--model", model)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     encoded = [

@@ -14,7 +14,8 @@ import transformers
 from torch import Tensor, nn
 
 from lightning_distill.arguments import one_of, typed
-from lightning_distill.pretrained import architecture_of
+from lightning_distill.model_files import on_meta
+from lightning_distill.pretrained import architecture_of, load_whole, read_config
 from lightning_distill.quantization.model import EXCLUDE, matches
 from lightning_distill.quantization.replaceable import copied, why_not_replaceable
 from lightning_distill.tasks import logits_of
@@ -135,16 +136,13 @@ def load_in_4bit(
 def _load_bitsandbytes(folder: str | os.PathLike[str], exclude: Sequence[str], **settings: Any) -> nn.Module:
     _require("bitsandbytes", "bitsandbytes")
     architecture = architecture_of(os.fspath(folder), "folder")
-    with torch.device("meta"):
-        empty = architecture(transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    empty = on_meta(architecture, read_config(os.fspath(folder), "folder"), os.fspath(folder))
     left = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and matches(name, exclude)]
     config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=left or ["-"], **settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # bitsandbytes multiplies in float16 whatever comes in, and says so at the first batch.
     warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
-    model: nn.Module = architecture.from_pretrained(
-        os.fspath(folder), use_safetensors=True, dtype="float32", device_map=device, quantization_config=config
-    )
+    model = load_whole(architecture, os.fspath(folder), "folder", device_map=device, quantization_config=config)
     return model.eval()
 
 
