@@ -45,15 +45,18 @@ def read_json(file: Path) -> dict[str, Any]:
             raise FileNotFoundError("there is no such file")
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"Expected {file} to hold JSON, but got: {first_line(error)}") from error
+        raise ValueError(f"Expected {file} to hold JSON, but got: {one_line(error)}") from error
     if not isinstance(found, dict):
         raise ValueError(f"Expected {file} to hold a dictionary, but got a {type(found).__name__}.")
     return found
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its name."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line of not too many words, with its name where that is needed to understand it."""
+    said = " ".join(str(error).split())
+    if not said or not isinstance(error, (OSError, RuntimeError, SafetensorError, ValueError)):
+        said = f"{type(error).__name__}: {said}".rstrip(": ")
+    return said if len(said) <= 300 else f"{said[:300]} ..."
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ class Tensors:
                     self.shapes[name], self.dtypes[name] = tuple(part.get_shape()), part.get_dtype()
         except (OSError, SafetensorError) as error:
             raise ValueError(
-                f"Expected {file} to be a whole safetensors file, but got: {first_line(error)}. Write or copy it again."
+                f"Expected {file} to be a whole safetensors file, but got: {one_line(error)}. Write or copy it again."
             ) from error
 
 
@@ -157,10 +160,13 @@ def check_config(file: Path, tensors: Tensors | None = None) -> dict[str, Any]:
         ValueError: If it is such a config; the message names the file.
     """
     config = read_json(file)
+    named = config.get("architectures")
+    if named is not None and not (isinstance(named, list) and all(isinstance(name, str) for name in named)):
+        raise ValueError(f"Expected {file} to hold a list of names as `architectures`, but got {named!r}.")
     if (file.parent / "adapter_config.json").exists():
         raise ValueError(
-            f"Expected {file.parent} to hold a whole model, but got an adapter (adapter_config.json). Load it with peft, "
-            "merge it into its base (`merge_and_unload`) and save that, or pass the model."
+            f"Expected {file.parent} to hold a whole model, but got an adapter (adapter_config.json). Load it with "
+            "peft, merge it into its base (`merge_and_unload`) and save that, or pass the model."
         )
     if "transformers_weights" in config:
         raise ValueError(f"Expected {file} to leave the names of the weights' files to transformers, but it names one.")
@@ -172,9 +178,10 @@ def check_config(file: Path, tensors: Tensors | None = None) -> dict[str, Any]:
         # An ALBERT runs one layer often, and small models have small files.
         most = max(len(tensors.shapes), 1000) if _LAYERS.search(key) else max(tensors.elements, 2**20)
         if abs(value) > most:
+            shown = f"{value:,}" if abs(value) < 10**15 else f"a number of {len(str(value))} digits"
             raise ValueError(
                 f"Expected {file} to describe the weights beside it, {tensors.elements:,} numbers in "
-                f"{len(tensors.shapes):,} tensors, but got {key}={value:,}."
+                f"{len(tensors.shapes):,} tensors, but got {key}={shown}."
             )
     return config
 
@@ -206,7 +213,7 @@ def on_meta(architecture: Any, settings: Any, where: Path | str) -> nn.Module:
     except BROKEN as error:
         raise ValueError(
             f"Expected {where} to describe a {getattr(architecture, '__name__', architecture)}, but got: "
-            f"{first_line(error)}"
+            f"{one_line(error)}"
         ) from error
     return model
 
@@ -235,7 +242,8 @@ def without_reports() -> Iterator[None]:
     logger = logging.getLogger("transformers.modeling_utils")
 
     def is_news(record: logging.LogRecord) -> bool:
-        return "LOAD REPORT" not in record.getMessage()
+        said = record.getMessage()
+        return "LOAD REPORT" not in said and "tied weight" not in said
 
     logger.addFilter(is_news)
     try:

@@ -20,7 +20,7 @@ from lightning_distill.model_files import (
     Tensors,
     check_config,
     check_size,
-    first_line,
+    one_line,
     on_meta,
     read_json,
     some,
@@ -103,7 +103,7 @@ def load_with_new_head(path: str, name: str, **config: Any) -> nn.Module:
         settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, problem_type=None, **config)
         architecture = transformers.AutoModelForSequenceClassification._model_mapping[type(settings)]
     except BROKEN as error:
-        raise ValueError(_refusal(path, name, first_line(error))) from error
+        raise ValueError(_refusal(path, name, one_line(error))) from error
     prefix = f"{architecture.base_model_prefix}."
     loaded, missing = _load(
         architecture, path, name, lambda key: _of_head(key) or not key.startswith(prefix), config=settings
@@ -137,7 +137,7 @@ def _load(
                 output_loading_info=True, ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
     except BROKEN as error:
-        raise ValueError(_refusal(path, name, first_line(error))) from error
+        raise ValueError(_refusal(path, name, one_line(error))) from error
     mismatched = {key for key, *_ in found["mismatched_keys"]}
     missing = set(found["missing_keys"]) | mismatched
     wrong = [
@@ -145,7 +145,8 @@ def _load(
         ("has in another shape", mismatched),
         ("has beyond the model", {key for key in found["unexpected_keys"] if not _of_head(key)}),
     ]
-    said = [f"{what} {some(keys)}" for what, keys in wrong if (keys := {key for key in keys if not may_be_new(key)})]
+    wrong = [(what, {key for key in keys if not may_be_new(key)}) for what, keys in wrong]
+    said = [f"{what} {some(keys)}" for what, keys in wrong if keys]
     if said:
         what = f"a whole {architecture.__name__}"
         raise ValueError(_refusal(path, name, f"its {WEIGHTS} {', and '.join(said)}. Save the model again", what))
@@ -192,7 +193,8 @@ def load_tokenizer(path: str | os.PathLike[str], name: str, model: nn.Module | N
         # The Rust library under it raises nothing more special.
         if type(error) is not Exception and not isinstance(error, BROKEN):
             raise
-        raise ValueError(_refusal(path, name, first_line(error), "a folder or hub id with a tokenizer")) from error
+        said = f"tokenizer.json: {one_line(error)}"
+        raise ValueError(_refusal(path, name, said, "a folder or hub id with a tokenizer")) from error
     # Of a folder without its words transformers makes a tokenizer that knows none.
     files = {*type(tokenizer).vocab_files_names.values(), "tokenizer.json"}
     if Path(path).is_dir() and type(tokenizer).vocab_files_names and not any((Path(path) / f).is_file() for f in files):
@@ -219,8 +221,8 @@ def check_words(tokenizer: Any, model: Any, path: str, name: str) -> None:
     last = max(words, key=words.__getitem__, default=None)
     if last is not None and hasattr(embedding, "weight") and words[last] >= len(embedding.weight):
         said = (
-            f"its tokenizer numbers the word {last!r} {words[last]:,}, and the model has {len(embedding.weight):,} words. "
-            "Save the tokenizer that the model was trained with, or call `model.resize_token_embeddings` and train"
+            f"its tokenizer numbers the word {last!r} {words[last]:,}, and the model has {len(embedding.weight):,} "
+            "words. Save the tokenizer that it was trained with, or call `model.resize_token_embeddings` and train it"
         )
         raise ValueError(_refusal(path, name, said, "a model with its own tokenizer"))
 
@@ -238,12 +240,15 @@ def architecture_of(path: str, name: str) -> Any:
     config = read_config(path, name)
     kind = class_of(config)
     if kind is None or not has_head(config):
-        architecture = (getattr(config, "architectures", None) or ["no architecture"])[0]
+        architecture = (config.architectures or ["no architecture"])[0]
         raise ValueError(
             f"Expected argument `{name}` to be a model with a head, but the config of {path!r} names "
             f"{architecture}. Load it yourself with the head you need, for example "
             f"`AutoModelForSequenceClassification.from_pretrained({path!r}, num_labels=...)`, and pass the model."
         )
+    if not isinstance(config, kind.config_class):
+        said = f"its config.json is of a {config.model_type}, and names {kind.__name__}"
+        raise ValueError(_refusal(path, name, said))
     return kind
 
 
@@ -269,9 +274,12 @@ def read_config(path: str, name: str) -> Any:
         if folder.is_dir():
             has_weights = any(os.path.lexists(folder / file) for file in (WEIGHTS, INDEX))
             check_config(folder / "config.json", stored_tensors(folder) if has_weights else Tensors())
+    except ValueError as error:
+        raise ValueError(_refusal(path, name, str(error))) from error
+    try:
         return transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
     except BROKEN as error:
-        raise ValueError(_refusal(path, name, first_line(error))) from error
+        raise ValueError(_refusal(path, name, f"config.json: {one_line(error)}")) from error
 
 
 def has_head(config: Any) -> bool:
