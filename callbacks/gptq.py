@@ -18,8 +18,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_distill.arguments import between, finite, one_of, typed
+from lightning_distill.exporting import export, source_of
 from lightning_distill.folders import check_folder, writing
-from lightning_distill.pretrained import export, source_of
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.finished import remove_layers
 from lightning_distill.quantization.linear import QuantLinear
@@ -205,6 +205,7 @@ class GPTQ(L.Callback):
             return
         floats, folder = self._folders(trainer)
         tokenizer = getattr(pl_module, "tokenizer", None)
+        self._put(pl_module, student)
         if trainer.is_global_zero:
             export(student, floats, tokenizer)
         if trainer.progress_bar_callback is not None:

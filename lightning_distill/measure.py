@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from lightning_distill.pretrained import write_model
+from lightning_distill.exporting import write_model
 from lightning_distill.tasks import call_model
 
 

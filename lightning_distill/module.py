@@ -594,6 +594,7 @@ class DistillationModule(AccumulatingModule):
                 "`ModelParallelStrategy(save_distributed_checkpoint=False)`, load it in one process "
                 "(`DistillationModule.load_from_checkpoint`) and export that."
             )
+        self.release_hooks()
         return export(self.student, folder, self.tokenizer)
 
 

@@ -1,18 +1,15 @@
-"""Models as a folder or a hub id, in and out."""
+"""Models that are read from a folder or the hub; what :func:`export` writes, they read."""
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import transformers
 from torch import nn
 
-from lightning_distill.folders import writing
+from lightning_distill.exporting import export
 from lightning_distill.model_files import (
     BROKEN,
     INDEX,
@@ -28,6 +25,8 @@ from lightning_distill.model_files import (
     without_reports,
 )
 from lightning_distill.wrapped import compiled_in_place
+
+__all__ = ["architecture_of", "export", "load_pretrained", "load_tokenizer", "load_with_new_head", "read_config"]
 
 #: Names of what a model has for its task alone: a file may hold more of it than the model that is loaded.
 HEADS = (
@@ -286,73 +285,3 @@ def has_head(config: Any) -> bool:
     """Whether a transformers config was saved by a model with a task head."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
     return isinstance(architecture, str) and ("For" in architecture or architecture.endswith("LMHeadModel"))
-
-
-def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None) -> Path:
-    """Write a model so that others load it without this library.
-
-    A transformers model becomes a folder for ``from_pretrained``. Any other module becomes ``model.safetensors`` and
-    ``config.json``, which holds its class and its hyper-parameters (``model.hparams``, where it has them). Ramps for
-    early exit go beside them, into ``ramps.safetensors`` and ``early_exit.json``.
-
-    Args:
-        model: The model.
-        folder: Where to write: a new folder, or one that was written here; see
-            :func:`lightning_distill.folders.writing`.
-        tokenizer: A transformers tokenizer to save beside the model.
-
-    Returns:
-        The folder.
-
-    Raises:
-        ValueError: If the folder holds anything else, or is the one that the model was loaded from.
-    """
-    with writing(folder, sources=source_of(model)) as draft:
-        write_model(model, draft, tokenizer)
-    return Path(folder)
-
-
-def source_of(model: nn.Module) -> list[str]:
-    """The folder that a model was loaded from, in a list; an empty one where it was made, or is of the hub."""
-    path = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    return [path] if path and Path(path).is_dir() else []
-
-
-def write_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
-    """Write what :func:`export` writes into a folder that is there.
-
-    Args:
-        model: The model.
-        folder: The folder.
-        tokenizer: A transformers tokenizer to save beside the model.
-    """
-    with without_ramps(model, folder):
-        if isinstance(model, transformers.PreTrainedModel):
-            model.save_pretrained(folder)
-        else:
-            safetensors.torch.save_model(model, str(folder / "model.safetensors"))
-            hparams = dict(getattr(model, "hparams", {}))
-            config = {"class_path": f"{type(model).__module__}.{type(model).__qualname__}", "init_args": hparams}
-            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def without_ramps(model: nn.Module, folder: Path) -> Iterator[None]:
-    """Let a model be written as others know it, its ramps for early exit, if it has any, into files of their own.
-
-    Args:
-        model: The model.
-        folder: Where it is written.
-    """
-    ramps: Any = model._modules.get("ramps")
-    if not hasattr(ramps, "save"):
-        yield
-        return
-    del model._modules["ramps"]
-    try:
-        yield
-    finally:
-        model._modules["ramps"] = ramps
-    ramps.save(folder)

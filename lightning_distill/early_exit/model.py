@@ -27,8 +27,9 @@ from lightning_distill.early_exit.walk import (
     first_tensor,
     fresh,
 )
+from lightning_distill.exporting import source_of, write_model
 from lightning_distill.folders import writing
-from lightning_distill.pretrained import load_pretrained, source_of, write_model
+from lightning_distill.pretrained import load_pretrained
 from lightning_distill.quantization.checkpoint import load as load_quantized
 
 Thresholds = float | Mapping[int, float]

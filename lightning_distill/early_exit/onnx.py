@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lightning_distill import tasks
 from lightning_distill.early_exit.walk import caught_layers, first_tensor
+from lightning_distill.exporting import source_of
 from lightning_distill.folders import check_folder, writing
-from lightning_distill.pretrained import source_of
 from lightning_distill.teacher import evaluating
 
 if TYPE_CHECKING:

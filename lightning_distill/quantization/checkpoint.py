@@ -13,8 +13,8 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_distill.exporting import describe, source_of, without_ramps
 from lightning_distill.folders import check_folder, writing
-from lightning_distill.pretrained import source_of, without_ramps, write_model
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
 from lightning_distill.quantization.packing import pack, unpack_zeros
@@ -85,39 +85,52 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None
             model.
         OSError: If the disk has no room for it.
     """
-    folder = Path(folder)
-    config = quantization_config(model)
-    state: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        if name.startswith("ramps."):
-            continue  # early exit: in files of their own
-        key = (tensor.data_ptr(), tensor.shape)
-        if tensor.numel() and key in seen:
-            continue  # tied
-        seen.add(key)
-        state[name] = tensor.detach().cpu().contiguous()
+    quantization_config(model)  # refuses a model in floating point
     parent = next(parent for parent in check_folder(folder, sources=source_of(model)).parents if parent.exists())
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in state.values()) + 2**20
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in _state(model).values()) + 2**20
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise OSError(f"Expected room for {needed:,} bytes at {parent}, but {free:,} are free; free some.")
     with writing(folder, sources=source_of(model)) as draft:
-        with without_ramps(model, draft):
-            pass
-        if hasattr(model, "save_pretrained"):
-            model.config.architectures = [type(model).__name__]  # type: ignore[union-attr]
-            model.config.save_pretrained(draft)  # type: ignore[union-attr, operator]
+        write_quantized(model, draft, tokenizer)
+    return Path(folder)
+
+
+def write_quantized(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
+    """Write what :func:`save` writes into a folder that is there.
+
+    Args:
+        model: The model.
+        folder: The folder.
+        tokenizer: A transformers tokenizer to save beside it.
+    """
+    config = quantization_config(model)
+    with without_ramps(model, folder):
+        if isinstance(model, transformers.PreTrainedModel):
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(folder)
+            described = json.loads((folder / "config.json").read_text())
         else:
-            write_model(model, draft)
-        safetensors.torch.save_file(state, draft / "model.safetensors", {"format": "pt"})
-        described = json.loads((draft / "config.json").read_text())
-        described["quantization_config"] = config
-        (draft / "config.json").write_text(json.dumps(described, indent=2) + "\n")
-        (draft / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(draft)
-    return folder
+            described = describe(model)
+        safetensors.torch.save_file(_state(model), folder / "model.safetensors", {"format": "pt"})
+    described["quantization_config"] = config
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n")
+    (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    """Every weight once, but for those of ramps, which have files of their own."""
+    state: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        key = (tensor.data_ptr(), tensor.shape)
+        if name.startswith("ramps.") or (tensor.numel() and key in seen):
+            continue
+        seen.add(key)
+        state[name] = tensor.detach().cpu().contiguous()
+    return state
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.Module:
