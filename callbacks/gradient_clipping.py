@@ -19,11 +19,13 @@ from lightning_distill.functional.clipping import (
     all_finite,
     clip_adaptively_,
     clip_by_value_,
+    gradient_of,
     group_tensors,
     norm_coefficient,
     percentile_threshold,
     running_moments,
     scale_,
+    spike_threshold,
     total_norm,
     zscore_threshold,
 )
@@ -71,7 +73,16 @@ class GradientClipping(L.Callback):
             The paper leaves out the last layer; biases and other vectors count as one unit each unless excluded.
         eps: For ``adaptive``: floor of a unit's weight norm, so that units which start at zero can move.
         history: For ``percentile``: how many past norms count.
-        warmup_steps: For ``zscore``: steps without clipping in which the first mean and variance are taken.
+        warmup_steps: For ``zscore``: steps in which the first mean and variance are taken.
+        spike_factor: Where ``zscore`` and ``percentile`` have no statistics yet that one step could not move, the norm
+            is bounded by this multiple of the median of the norms so far: in the warm-up; in the first steps (and, for
+            a percentile near 100, the later ones), of which the percentile is the largest. The very first step, which
+            has no past, is bounded by 1. None leaves all of these alone, as the papers do.
+        clip_option: For ``zscore``: what a norm that stands out is cut to, ``"adaptive_scaling"`` (the further out, the
+            closer to the mean) or ``"mean"``.
+        clip_factor: For ``zscore``: factor of the adaptive bound; below 1 it cuts more.
+        skip_update_on_spike: For ``zscore``: whether a norm that stands out leaves mean and variance as they are.
+        max_grad_norm: For ``zscore`` and ``percentile``: a fixed bound on top.
         decay: Of the running mean and variance (``zscore``) and of the smoothed norm that is watched.
         nonfinite: What a NaN or infinite gradient leads to. ``"skip"``: the optimizer changes nothing, neither weights
             nor its own state. ``"zero"``: the step is taken with zero gradients. ``"raise"``: an error. Under a
@@ -99,7 +110,7 @@ class GradientClipping(L.Callback):
         tensor(1.)
 
     Source: Pascanu et al. 2013 (norm); Brock et al. 2021, section 4 (adaptive); Seetharaman et al. 2020 (percentile);
-    Kumar et al. 2025 (zscore, with the paper's defaults).
+    Kumar et al. 2025 (zscore, with the paper's defaults; its options as in the authors' code).
     """
 
     def __init__(
@@ -112,6 +123,11 @@ class GradientClipping(L.Callback):
         eps: float = 1e-3,
         history: int = 1000,
         warmup_steps: int = 25,
+        spike_factor: float | None = 3.0,
+        clip_option: Literal["adaptive_scaling", "mean"] = "adaptive_scaling",
+        clip_factor: float = 1.0,
+        skip_update_on_spike: bool = False,
+        max_grad_norm: float | None = None,
         decay: float = 0.97,
         nonfinite: Literal["skip", "raise", "zero"] = "skip",
         warn_norm: float | None = 1e3,
@@ -135,6 +151,21 @@ class GradientClipping(L.Callback):
         for name, value in positive.items():
             between(name, value, 0)
         between("decay", decay, 0, 1)
+        one_of("clip_option", clip_option, ("adaptive_scaling", "mean"))
+        between("clip_factor", clip_factor, 0)
+        for name, bound in (("spike_factor", spike_factor), ("max_grad_norm", max_grad_norm)):
+            if bound is not None:
+                between(name, bound, 0)
+        changed = (clip_option, clip_factor, skip_update_on_spike) != ("adaptive_scaling", 1.0, False)
+        for name, wrong, of in (
+            ("clip_option`, `clip_factor` and `skip_update_on_spike", changed, ("zscore",)),
+            ("max_grad_norm", max_grad_norm is not None, ("zscore", "percentile")),
+        ):
+            if wrong and algorithm not in of:
+                raise ValueError(
+                    f"Expected argument `{name}` to be left out for algorithm {algorithm!r}, but got a value; it is "
+                    f"for {' and '.join(map(repr, of))}."
+                )
         if warn_norm is not None:
             between("warn_norm", warn_norm, 0)
         if reduce_lr is not None:
@@ -143,6 +174,8 @@ class GradientClipping(L.Callback):
             raise ValueError("Expected argument `warn_norm` to be a norm where `reduce_lr` is set, but got None.")
 
         self.eps, self.history, self.warmup_steps, self.decay = eps, history, warmup_steps, decay
+        self.spike_factor, self.max_grad_norm = spike_factor, max_grad_norm
+        self.clip_option, self.clip_factor, self.skip_update_on_spike = clip_option, clip_factor, skip_update_on_spike
         self.warn_norm, self.patience, self.reduce_lr = warn_norm, patience, reduce_lr
 
         self.lr_factor = 1.0
@@ -179,7 +212,7 @@ class GradientClipping(L.Callback):
         self._hook(optimizer)
         units = self._units_of(pl_module, optimizer)
         gradients = [
-            [[gradient for parameter in kind if (gradient := parameter.grad) is not None] for kind in unit]
+            [[gradient for parameter in kind if (gradient := gradient_of(parameter)) is not None] for kind in unit]
             for unit in units
         ]
         first = next((gradient for unit in gradients for kind in unit for gradient in kind), None)
@@ -275,19 +308,39 @@ class GradientClipping(L.Callback):
     def _max_norm(self, norm: Tensor, finite: Tensor, statistics: dict[str, Any]) -> Tensor | float:
         if self.algorithm == "norm":
             return self.threshold
-        if self.algorithm == "percentile":
-            history, place = statistics["history"], statistics["count"].reshape(1) % self.history
-            row = torch.where(finite, norm, history.index_select(0, place))
-            history.index_copy_(0, place, row)
-            return percentile_threshold(history, self.threshold)
-        mean, variance, count = statistics["mean"], statistics["variance"], statistics["count"]
-        max_norm = zscore_threshold(norm, mean, variance, self.threshold)
-        max_norm = torch.where(count < self.warmup_steps, math.inf, max_norm)
-        bounded = norm.minimum(max_norm)
-        new = running_moments(bounded, mean, variance, count, self.warmup_steps, self.decay)
-        for old, value in zip((mean, variance), new, strict=True):
-            old.copy_(torch.where(finite, value, old))
-        return max_norm
+        find = self._percentile_bound if self.algorithm == "percentile" else self._zscore_bound
+        bound = find(norm, finite, statistics)
+        return bound if self.max_grad_norm is None else bound.clamp(max=self.max_grad_norm)
+
+    def _percentile_bound(self, norm: Tensor, finite: Tensor, statistics: dict[str, Any]) -> Tensor:
+        history, count = statistics["history"], statistics["count"]
+        spike = None if self.spike_factor is None else spike_threshold(history, self.spike_factor)
+        _write(history, count % self.history, norm, finite)
+        bound = percentile_threshold(history, self.threshold)
+        if spike is None:
+            return bound
+        # Of few norms, the percentile lies above all but the largest, which may be this one.
+        held = (count + 1).clamp(max=self.history)
+        return torch.where(self.threshold / 100 * (held - 1) > held - 2, bound.minimum(spike), bound)
+
+    def _zscore_bound(self, norm: Tensor, finite: Tensor, statistics: dict[str, Any]) -> Tensor:
+        mean, variance, count, past = (statistics[name] for name in ("mean", "variance", "count", "past"))
+        warming_up = count < self.warmup_steps
+        spike = (
+            torch.full_like(norm, math.inf) if self.spike_factor is None else spike_threshold(past, self.spike_factor)
+        )
+        bound = zscore_threshold(norm, mean, variance, self.threshold, option=self.clip_option, factor=self.clip_factor)
+        bound = torch.where(warming_up, spike, bound)
+        _write(past, count.clamp(max=self.warmup_steps - 1), norm, finite & warming_up)
+        # All norms of the warm-up weigh the same, and none more than what a spike is cut to.
+        first = past if self.spike_factor is None else past.minimum(spike_threshold(past, self.spike_factor))
+        first_mean = first.nanmean(0)
+        plain = first_mean, (first - first_mean).square().nanmean(0)
+        decaying = running_moments(norm.minimum(bound), mean, variance, count, 0, self.decay)
+        update = finite & (warming_up | ~((norm > bound) & self.skip_update_on_spike))
+        for old, early, late in zip((mean, variance), plain, decaying, strict=True):
+            old.copy_(torch.where(update, torch.where(warming_up, early, late), old))
+        return bound
 
     def _count(self, statistics: dict[str, Any], norm: Tensor, clipped: Tensor, finite: Tensor, steps: int) -> None:
         """Take one norm into the statistics; it stands for that many steps."""
@@ -308,7 +361,7 @@ class GradientClipping(L.Callback):
     def _leave_out(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Optimizer, scaler: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if self.nonfinite == "raise" and (scaler is None or scaler.get_scale() < 1):
-            broken = {id(parameter) for parameter in parameters if not parameter.grad.isfinite().all()}
+            broken = {id(p) for p in parameters if (found := gradient_of(p)) is not None and not found.isfinite().all()}
             names = [name for name, parameter in pl_module.named_parameters() if id(parameter) in broken]
             raise RuntimeError(
                 f"Expected finite gradients at step {trainer.global_step}, but got NaN or infinity in "
@@ -383,7 +436,9 @@ class GradientClipping(L.Callback):
             zeros = torch.zeros(units, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
             new: dict[str, Any] = {"steps": 0, "count": zeros[0].long(), "nonfinite": zeros[0].long()}
             new |= {"clipped": zeros.long(), "above": zeros.long(), "smoothed": zeros + math.nan}
-            new |= {"mean": zeros.clone(), "variance": zeros.clone()} if self.algorithm == "zscore" else {}
+            if self.algorithm == "zscore":
+                new |= {"mean": zeros.clone(), "variance": zeros.clone()}
+                new["past"] = zeros.new_full((self.warmup_steps, units), math.nan)
             if self.algorithm == "percentile":
                 new["history"] = zeros.new_full((self.history, units), math.nan)
             self._statistics[index] = new
@@ -412,6 +467,12 @@ class GradientClipping(L.Callback):
 def _index(trainer: L.Trainer, optimizer: Optimizer) -> int:
     # An optimizer built for a while by someone else (a range test) stands for the first one.
     return next((index for index, known in enumerate(trainer.optimizers) if known is optimizer), 0)
+
+
+def _write(past: Tensor, place: Tensor, norm: Tensor, when: Tensor) -> None:
+    """Put norms into a row of those of the past, without waiting for a device."""
+    place = place.reshape(1)
+    past.index_copy_(0, place, torch.where(when, norm, past.index_select(0, place)))
 
 
 def _known(condition: Tensor) -> bool:

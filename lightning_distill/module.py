@@ -21,7 +21,7 @@ from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.counting import Counted
 from lightning_distill.forwards import Forwards, before
-from lightning_distill.functional.clipping import group_tensors, total_norm
+from lightning_distill.functional.clipping import gradient_of, group_tensors, total_norm
 from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import HardLabel, Loss, Objective, SoftTarget
 from lightning_distill.objectives.objective import named
@@ -536,7 +536,7 @@ class DistillationModule(AccumulatingModule):
         clips = any(isinstance(callback, GradientClipping) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
         if not clips and every and (self.global_step + 1) % every == 0:
-            gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+            gradients = [gradient for p in self.parameters() if (gradient := gradient_of(p)) is not None]
             norm = total_norm(group_tensors(gradients))
             # A fused optimizer unscales in its step, which is to come.
             fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)

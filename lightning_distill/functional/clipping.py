@@ -6,6 +6,7 @@ caller with the same parameters at every step groups those once: for thousands o
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +38,32 @@ def group_tensors(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
         mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
         groups.setdefault((tensor.device, tensor.dtype, mesh), []).append(tensor)
     return list(groups.values())
+
+
+def gradient_of(parameter: Tensor) -> Tensor | None:
+    """A parameter's gradient; of a sparse one the entries that it stores, each once, which share its memory.
+
+    Args:
+        parameter: Its gradient is put into coalesced form if it is sparse.
+
+    Returns:
+        A dense tensor, or None if there is no gradient.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import gradient_of
+        >>> words = torch.nn.Embedding(9, 2, sparse=True)
+        >>> words(torch.tensor([3, 3, 5])).sum().backward()
+        >>> gradient_of(words.weight)
+        tensor([[2., 2.],
+                [1., 1.]])
+    """
+    gradient = parameter.grad
+    if gradient is None or not gradient.is_sparse:
+        return gradient
+    if not gradient.is_coalesced():
+        parameter.grad = gradient = gradient.coalesce()
+    return gradient._values()
 
 
 def total_norm(groups: Groups) -> Tensor:
@@ -170,7 +197,8 @@ def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) ->
     dimension); a vector or a scalar is one unit as a whole.
 
     Args:
-        parameters: Parameters with gradients, by kind. Shards of a sharded parameter are rows, or are joined.
+        parameters: Parameters with gradients, by kind. Shards of a sharded parameter are rows, or are joined. A sparse
+            gradient's units are the rows that it has.
         threshold: The share :math:`\lambda`, 0.01 in the paper for a batch of 4096 (larger for smaller batches).
         eps: Floor of the weights' norm, so that weights which start at zero can move.
 
@@ -189,8 +217,8 @@ def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) ->
     for group in parameters:
         if not group:
             continue
-        gradients = [parameter.grad for parameter in group if parameter.grad is not None]
-        limits = [unit_norms(parameter.detach()) for parameter in group]
+        gradients = [gradient for parameter in group if (gradient := gradient_of(parameter)) is not None]
+        limits = [unit_norms(_weights_of(parameter)) for parameter in group]
         norms = [unit_norms(gradient) for gradient in gradients]
         # One vector for the units of all tensors: the arithmetic is then a handful of calls, not a handful a tensor.
         limit = torch.cat([norm.flatten() for norm in limits]).clamp_(min=eps).mul_(threshold)
@@ -200,6 +228,11 @@ def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) ->
         local = _local(gradients)
         shaped = [part.view_as(norm).to(like.dtype) for part, norm, like in zip(factors, norms, local, strict=True)]
         torch._foreach_mul_(local, shaped)
+
+
+def _weights_of(parameter: Tensor) -> Tensor:
+    gradient, weights = parameter.grad, parameter.detach()
+    return weights[gradient._indices()[0]] if gradient is not None and gradient.is_sparse else weights
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
@@ -252,17 +285,27 @@ def percentile_threshold(history: Tensor, percentile: float) -> Tensor:
     return torch.nanquantile(history, percentile / 100, dim=0)
 
 
-def zscore_threshold(norm: Tensor, mean: Tensor, variance: Tensor, threshold: float) -> Tensor:
+def zscore_threshold(
+    norm: Tensor,
+    mean: Tensor,
+    variance: Tensor,
+    threshold: float,
+    *,
+    option: Literal["adaptive_scaling", "mean"] = "adaptive_scaling",
+    factor: float = 1.0,
+) -> Tensor:
     r"""Upper bound for a norm that stands out from its past, infinity for one that does not.
 
-    With :math:`z = (n - \mu) / \sigma` above the threshold :math:`z_t`, the bound is :math:`\mu + \sigma z_t^2 / z`:
-    the further out, the closer to the mean.
+    With :math:`z = (n - \mu) / \sigma` above the threshold :math:`z_t`, the bound is :math:`f (\mu + \sigma z_t^2 /
+    z)`, the further out, the closer to the mean; or the mean itself.
 
     Args:
         norm: Norms of any shape.
         mean: Running means of past norms, of the same shape.
         variance: Running variances, of the same shape.
         threshold: The z-score :math:`z_t` from which a norm stands out.
+        option: ``"adaptive_scaling"``, or ``"mean"`` for the mean.
+        factor: :math:`f`, of the adaptive bound.
 
     Returns:
         Bounds of the shape of ``norm``.
@@ -277,7 +320,28 @@ def zscore_threshold(norm: Tensor, mean: Tensor, variance: Tensor, threshold: fl
     """
     deviation = variance.sqrt()
     z = (norm - mean) / (deviation + _EPS)
-    return torch.where(z > threshold, mean + deviation * threshold**2 / z, math.inf)
+    bound = mean if option == "mean" else factor * (mean + deviation * threshold**2 / z)
+    return torch.where(z > threshold, bound, math.inf)
+
+
+def spike_threshold(past: Tensor, factor: float) -> Tensor:
+    """Upper bound for a norm whose past is too short for statistics: a multiple of the median, which no spike moves.
+
+    Args:
+        past: Norms of shape [window, ...], with NaN for places not yet filled.
+        factor: How many times the median.
+
+    Returns:
+        Of the shape of ``past`` without its first dimension; 1 where there is no norm above 0 yet.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.clipping import spike_threshold
+        >>> spike_threshold(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1e6, 0.0]]), 3.0)
+        tensor([6., 1.])
+    """
+    median = torch.nanquantile(past, 0.5, dim=0)
+    return torch.where(median > 0, factor * median, 1.0)
 
 
 def running_moments(
