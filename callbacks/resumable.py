@@ -16,7 +16,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_distill.arguments import integer, typed
-from lightning_distill.stops import SIGNALS, Stopped, end_children, stopped_by
+from lightning_distill.stops import SIGNALS, Stopped, end_children, remember, stopped_by
 
 _LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # of rank_zero_info
 _METRICS = "last_metrics"  # key of the checkpoint
@@ -71,6 +71,7 @@ class Resumable(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Go to the end of the callbacks: what is saved when a signal came holds what all others did in the step."""
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]  # type: ignore[attr-defined]
+        remember(getattr(trainer.strategy.launcher, "procs", []))
 
     # -- the same random numbers -------------------------------------------------------------------------------------
 
@@ -206,16 +207,13 @@ class Resumable(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Give the signals back; where this process started others, end with them."""
         self._release()
-        launcher: Any = trainer.strategy.launcher
         number = stopped_by(exception)
-        if number is None or not getattr(launcher, "procs", None):
+        if number is None:
             return
-        launcher.kill(signal.SIGTERM)
-        if isinstance(launcher, _MultiProcessingLauncher):
-            end_children()
-            # In the place of Lightning's exit code 1 for Ctrl-C, and of a traceback of what a child ended with.
-            if not isinstance(exception, SystemExit):
-                raise Stopped(number) from None
+        end_children()
+        # In the place of Lightning's exit code 1 for Ctrl-C, and of a traceback of what a child ended with.
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher) and not isinstance(exception, SystemExit):
+            raise Stopped(number) from None
 
     def _release(self) -> None:
         for number, handler in self._handlers.items():

@@ -3,9 +3,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -15,6 +16,7 @@ from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import get_worker_info
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_programs: set[Any] = set()
 _CODES = {128 + number: "Ctrl-C" if number == signal.SIGINT else number.name for number in SIGNALS}
 
 
@@ -103,8 +105,23 @@ def stops(hint: str) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def remember(processes: Iterable[Any]) -> None:
+    """Know the other processes of a run that a launcher has started as programs: a later Trainer's knows them no more.
+
+    Args:
+        processes: Of :mod:`subprocess`.
+    """
+    _programs.update(process for process in processes if isinstance(process, subprocess.Popen))
+
+
 def end_children() -> None:
-    """Tell the processes that were forked here to stop, and wait until they have saved and are gone."""
+    """Tell the processes that were started here to stop, and wait until those that were forked have saved and are gone.
+
+    Those that are programs may wait for this one in a collective call, so this one does not wait for them.
+    """
+    for program in _programs:
+        if program.poll() is None:
+            program.terminate()
     for child in multiprocessing.active_children():
         child.terminate()
     for child in multiprocessing.active_children():
