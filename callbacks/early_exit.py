@@ -370,6 +370,10 @@ class EarlyExit(L.Callback):
             pl_module.log(f"val_exit{layer}_{name}", value, batch_size=count, sync_dist=True)
         self._end()
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Likewise where a run fails."""
+        self.teardown(trainer, pl_module, "fit")
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the module as it was, but with its ramps."""
         for handle in self._handles:

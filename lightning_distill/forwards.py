@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -92,12 +92,22 @@ class Forwards:
             )
         recorder, batch = self._recorder(role, model), own
         self.look(role, model, batch)
-        output = tasks.call_model(model, batch)
+        with ExitStack() as failed:
+            failed.callback(self.release_hooks)  # which hold what ran before the failure
+            output = tasks.call_model(model, batch)
+            failed.pop_all()
         self._checks[role].after()
         logits = tasks.no_logits(self.task, output) if role in self.headless else tasks.logits_of(output)
         captured = recorder.take()
         deferred = None
-        if (head := self._heads.get(role)) is not None:
+        head = self._heads.get(role)
+        if head is not None and role not in self._head_inputs:
+            # Its class reads the weight by itself, and the logits are whole.
+            self._known_heads[role], head = False, None
+            warnings.warn(
+                f"The {role} does not call its last linear layer, so whole logits are computed.", stacklevel=2
+            )
+        if head is not None:
             if role not in self._known_heads:
                 self._known_heads[role] = is_known(head, self._head_inputs[role], logits)
             logits = self._head_inputs[role]
@@ -133,20 +143,23 @@ class Forwards:
         heads = {role: head for role, model in models.items() if (head := find_head(model)) is not None}
         return heads if "student" in heads else {}
 
-    def was_wrong(self, student: Signals) -> bool:
+    def was_wrong(self, student: Signals, teacher: Signals | None) -> bool:
         """Whether the step must be run again with whole logits: a head was met and not understood.
 
         Args:
             student: What the student left behind.
+            teacher: What the teacher left behind, if it ran.
         """
-        unknown = [role for role, known in self._known_heads.items() if not known]
-        if not unknown or student.deferred is None:
+        signals = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+        deferred = [role for role, one in signals.items() if one.deferred is not None]
+        if not deferred or all(self._known_heads.values()):
             return False
-        warnings.warn(
-            f"The {' and the '.join(unknown)} change their logits after the last linear layer in a way that is not "
-            "known here, so whole logits are computed.",
-            stacklevel=3,
-        )
+        if unknown := [role for role in deferred if not self._known_heads[role]]:
+            warnings.warn(
+                f"The {' and the '.join(unknown)} change their logits after the last linear layer in a way that is not "
+                "known here, so whole logits are computed.",
+                stacklevel=3,
+            )
         return True
 
     def _recorder(self, role: str, model: nn.Module) -> Recorder:

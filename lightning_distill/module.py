@@ -26,17 +26,18 @@ from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import HardLabel, Loss, Objective, SoftTarget
 from lightning_distill.objectives.objective import named
 from lightning_distill.objectives.vocabulary import deferred_losses
-from lightning_distill.precision import TeacherPrecision, cast_floats, keeping_dtype, load_teacher, own_precision
+from lightning_distill.precision import TeacherPrecision, cast_floats, load_teacher, own_precision
 from lightning_distill.pretrained import export, load_pretrained
 from lightning_distill.scores import Metrics, Scores
 from lightning_distill.signals import Signals, describe
-from lightning_distill.teacher import evaluating, freeze, keep_out_of_checkpoints, tensor_names
+from lightning_distill.teacher import evaluating
+from lightning_distill.teacher_module import TeacherModule
 from lightning_distill.wrapped import compile_parts_in_place
 
 _STAGES = ("val", "test")
 
 
-class DistillationModule(AccumulatingModule):
+class DistillationModule(TeacherModule, AccumulatingModule):
     r"""Trains a student to imitate a frozen teacher.
 
     One step: the teacher's forward under ``no_grad``, the student's forward, each objective on what the two forwards
@@ -53,7 +54,8 @@ class DistillationModule(AccumulatingModule):
 
     A NaN or infinite loss stops the run before the update, see :class:`~lightning_distill.callbacks.FiniteLoss`.
 
-    The teacher is frozen, always in eval, moved and cast with the module, and in no optimizer and no checkpoint.
+    The teacher moves with the module but is no submodule of it: no optimizer, checkpoint, callback or ``apply`` reaches
+    it. It is frozen and in eval until the end of a run, and then as it was given, as is the student's mode.
 
     Args:
         teacher: The model to imitate: a module, a transformers folder, or a hub id. With None the student learns from
@@ -139,8 +141,7 @@ class DistillationModule(AccumulatingModule):
         if gradient_checkpointing:
             preflight.enable_gradient_checkpointing(self.student)
         self.teacher_precision = teacher_precision
-        self.teacher = None if teacher is None else freeze(load_teacher(teacher, teacher_precision))
-        keep_out_of_checkpoints(self)
+        self.teacher = None if teacher is None else load_teacher(teacher, teacher_precision)
         one_of("task", task, ("auto", *get_args(tasks.Task)))
         self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task
         self.tokenizer = tokenizer
@@ -242,6 +243,9 @@ class DistillationModule(AccumulatingModule):
         What answers in the teacher's place, as :class:`~lightning_distill.callbacks.TeacherCache` does, stands here.
         """
         assert self.teacher is not None
+        if any(module.training for module in self.teacher.modules()):  # outside a run
+            with evaluating(self.teacher):
+                return self.teacher_signals(batch)
         if self.teacher_precision is None:
             return self.forwards.run("teacher", self.teacher, batch)
         with own_precision(self.teacher_precision, self.device) as dtype:
@@ -294,7 +298,8 @@ class DistillationModule(AccumulatingModule):
     def configure_callbacks(self) -> list[L.Callback]:
         """A loss that is not finite stops the run before the update, unless the Trainer's own callback says else."""
         given = self.trainer.callbacks  # type: ignore[attr-defined]
-        return [] if any(isinstance(callback, FiniteLoss) for callback in given) else [FiniteLoss()]
+        own = any(isinstance(callback, FiniteLoss) for callback in given)
+        return [*super().configure_callbacks(), *([] if own else [FiniteLoss()])]
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
@@ -431,7 +436,7 @@ class DistillationModule(AccumulatingModule):
         with self.forwards.deferring(models):
             teacher = self.teacher_step(batch) if with_teacher else None
             student = self.student_step(batch)
-        if self.forwards.was_wrong(student):
+        if self.forwards.was_wrong(student, teacher):
             return self._signals(batch, with_teacher)
         for signals in (student, teacher):
             if signals is not None:
@@ -457,36 +462,12 @@ class DistillationModule(AccumulatingModule):
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 
-    def train(self, mode: bool = True) -> "DistillationModule":
-        """Set the mode of everything but the teacher, which stays in eval."""
-        super().train(mode)
-        if self.teacher is not None:
-            self.teacher.eval()
-        return self
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DistillationModule":
-        """Move, and cast all but a teacher whose precision was chosen: bf16-true would undo the choice."""
-        if self.teacher is None or self.teacher_precision is None:
-            return super()._apply(fn, recurse)
-        teacher = self.teacher
-        self._modules["teacher"] = None
-        try:
-            super()._apply(fn, recurse)
-        finally:
-            self._modules["teacher"] = teacher
-        teacher._apply(keeping_dtype(fn))
-        return self
-
-    @property
-    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
-        # Read by DDP: what every process has loaded and none changes is not sent around.
-        return [] if self.teacher is None else tensor_names(self.teacher, "teacher.")
-
     def setup(self, stage: str) -> None:
         """Refuse a Trainer that would train or save something else than is meant, and data of other classes.
 
         A CPU that emulates bfloat16 is said.
         """
+        super().setup(stage)
         if self.task not in tasks.LANGUAGE_MODELS:
             preflight.check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
         models = {"student": self.student, "teacher": self.teacher}
@@ -505,15 +486,9 @@ class DistillationModule(AccumulatingModule):
         parallel.parallelize(self.student, self.teacher, self.objectives, mesh)
 
     def on_fit_start(self) -> None:
-        """Refuse an optimizer that would divide by 0, and keep Lightning from warning that the teacher is in eval.
-
-        Where anything else is in eval, it still warns.
-        """
+        """Refuse an optimizer that would divide by 0."""
         for optimizer in self.trainer.optimizers:
             preflight.check_eps(optimizer)
-        resting = sum(not module.training for module in self.modules())
-        if self.teacher is not None and resting == sum(1 for _ in self.teacher.modules()):
-            warnings.filterwarnings("ignore", rf"Found {resting} module\(s\) in eval mode at the start of training")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tell the objectives how much of the training is done, for their schedules."""
@@ -573,9 +548,10 @@ class DistillationModule(AccumulatingModule):
         if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
             raise ValueError("Expected the training data to have at least one batch, but got none. Give it rows.")
 
-    def teardown(self, stage: str) -> None:
-        """Take every hook off the two models."""
-        super().teardown(stage)
+    def give_back(self) -> None:
+        """Put both models into the modes they were given in, and take every hook off them."""
+        super().give_back()
+        self._window.close()
         self.release_hooks()
 
     def release_hooks(self) -> None:

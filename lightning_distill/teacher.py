@@ -2,15 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import _IncompatibleKeys
 
 from lightning_distill.class_names import class_order
-
-_TEACHER = "teacher."
 
 
 def freeze(teacher: nn.Module) -> nn.Module:
@@ -57,48 +53,6 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def keep_out_of_checkpoints(module: nn.Module) -> None:
-    """Leave ``module.teacher`` out of ``module.state_dict()`` and do not ask for it when loading.
-
-    The hooks know the exact prefix they are called with, so a module that is itself wrapped (weight averaging, DDP)
-    behaves the same, and a missing student key is still an error. They are functions of this file, not closures, so
-    that the module can be copied and pickled.
-
-    Args:
-        module: The module that holds the teacher as its attribute ``teacher``.
-    """
-    module.register_state_dict_post_hook(_drop_teacher)
-    module.register_load_state_dict_pre_hook(_remember_prefix)
-    module.register_load_state_dict_post_hook(_forgive_teacher)
-
-
-def _drop_teacher(module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix + _TEACHER)]:
-        del state_dict[key]
-
-
-def _remember_prefix(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    # The post hook is not told where in the tree it is; this hook of the same call is.
-    module._teacher_prefix = prefix + _TEACHER  # type: ignore[assignment]
-
-
-def _forgive_teacher(module: nn.Module, incompatible_keys: _IncompatibleKeys) -> None:
-    prefix = module._teacher_prefix
-    assert isinstance(prefix, str)
-    missing = incompatible_keys.missing_keys
-    missing[:] = [key for key in missing if not key.startswith(prefix)]
-
-
-def tensor_names(module: nn.Module, prefix: str = "") -> list[str]:
-    """Names of all parameters and buffers, those that no state dict holds too.
-
-    Args:
-        module: The module.
-        prefix: Put before each.
-    """
-    return [prefix + name for tensors in (module.named_parameters(), module.named_buffers()) for name, _ in tensors]
 
 
 def align_labels(student_labels: dict[str, int], teacher_labels: dict[str, int]) -> torch.Tensor | None:

@@ -205,6 +205,34 @@ def test_a_model_that_changes_its_logits_in_its_own_way_is_found_out(monkeypatch
     assert module.losses(data)["soft_target"] == losses["soft_target"]
 
 
+@pytest.mark.parametrize("role", ["student", "teacher", "both"])
+def test_a_class_that_reads_the_weight_of_its_head_by_itself_has_whole_logits(
+    role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class OwnForCausalLM(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+            hidden = self.model(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+            return {"logits": nn.functional.linear(hidden, self.lm_head.weight)}
+
+    def made() -> DistillationModule:
+        teacher, student = pair("causal_lm")
+        owns = {}
+        for name, model in (("teacher", teacher), ("student", student)):
+            owns[name] = OwnForCausalLM(model.config) if role in (name, "both") else model
+            owns[name].load_state_dict(model.state_dict())
+        return DistillationModule(owns["teacher"], owns["student"])
+
+    data = batch("causal_lm")
+    whole = made().losses(data)
+    monkeypatch.setattr(vocabulary, "LARGE", 10)
+    module = made()
+    with pytest.warns(UserWarning, match="does not call its last linear layer"):
+        losses = module.losses(data)
+    for name, value in whole.items():
+        torch.testing.assert_close(losses[name], value)
+        torch.testing.assert_close(module.losses(data)[name], value)  # without a warning
+
+
 @pytest.mark.parametrize("objectives", [[HardLabel()], [SoftTarget()], [SoftTarget(), HardLabel()]], ids=len)
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("padded", ["student", "teacher"])

@@ -229,7 +229,8 @@ def _first_rows(batch: Any, count: int, device: torch.device) -> Any:
     if isinstance(batch, Mapping):
         return {key: _first_rows(value, count, device) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_first_rows(value, count, device) for value in batch)
+        values = [_first_rows(value, count, device) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a named tuple takes each
     return batch
 
 
