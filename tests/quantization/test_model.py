@@ -2,6 +2,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning as L
 import pytest
@@ -19,7 +20,7 @@ from lightning_distill.quantization import (
     save,
     sensitivity,
 )
-from lightning_distill.quantization.calibration import calibrate
+from lightning_distill.quantization.calibration import calibrate, first_batches
 from lightning_distill.quantization.mixed import layer_bytes
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
@@ -366,3 +367,20 @@ def test_plain_module_loads_into_a_model_given(tmp_path: Path) -> None:
     loaded = load(save(quantized, tmp_path / "plain"), nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)))
     inputs = torch.randn(3, 32)
     assert torch.equal(loaded(inputs), quantized(inputs))
+
+
+class Row(NamedTuple):
+    """A batch as some data sets give it."""
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_named_tuples_calibrate_as_tuples_do() -> None:
+    torch.manual_seed(0)
+    pair = torch.randn(6, 32), torch.arange(6) % 2
+    one, other = (first_batches([batch, batch], 9, torch.device("cpu")) for batch in (pair, Row(*pair)))
+    assert [type(batch) for batch in other] == [Row, Row]
+    for mine, theirs in zip(one, other, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+    assert [len(batch.labels) for batch in other] == [6, 3]
