@@ -50,9 +50,11 @@ class TeacherCache(L.Callback):
     ``"forward_kl"`` at a constant temperature can be computed of that. With ``top_k=None`` all logits are kept, and in
     float32 every loss is that without a cache.
 
-    A cache that was broken off goes on where it stopped. One of another teacher (by its weights), tokenizer or other
-    settings is refused. The room it will take is estimated from the first batch, said, and refused where the disk has
-    less.
+    The teacher's own answers are kept, in its order of classes, so a cache is good for students of any order. Any
+    number of runs and processes may fill one folder at once, each in files of its own, and a cache that was broken off
+    goes on where it stopped. Every row has a checksum; one that is damaged is asked for again. A cache of another
+    teacher (by its weights and settings), tokenizer or other settings is refused. The room it will take is estimated
+    from the first batch, said, and refused where the disk has less.
 
     Args:
         path: Folder of the cache.
@@ -64,7 +66,8 @@ class TeacherCache(L.Callback):
         ValueError: If an argument is out of its range; at the start of a fit if objectives need what a cache of these
             settings does not keep, the cache is another's, or the disk is too small; in a step if the teacher was not
             loaded (see :meth:`teacher`) and a row is not in the cache.
-        TypeError: If the module is no :class:`DistillationModule` with a teacher.
+        TypeError: If the module is no :class:`DistillationModule` with a teacher, or an input of a batch cannot be told
+            from another (see :func:`lightning_distill.row_keys.row_keys`).
 
     Example:
         >>> import tempfile, lightning as L, torch

@@ -164,6 +164,12 @@ def build_callbacks(
     if "gradient_clipping" in asked:
         callbacks.append(GradientClipping(**asked["gradient_clipping"]))
     if "teacher_cache" in asked and with_teacher:
+        path = asked["teacher_cache"]["path"]
+        if config.output_dir.resolve().is_relative_to(Path(path).resolve()):
+            raise ValueError(
+                f"Expected argument `teacher_cache.path` to be a folder of its own, but got {path!r}, which is or "
+                f"holds `output_dir`, {str(config.output_dir)!r}. Name another, such as {str(Path(path) / 'cache')!r}."
+            )
         callbacks.append(TeacherCache(**asked["teacher_cache"]))
     if config.optimizer.name == _SCHEDULE_FREE:
         callbacks.append(ScheduleFree())

@@ -402,6 +402,14 @@ def test_paths_where_no_cache_can_be_made(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["file", "full", "loop"]
 
 
+@pytest.mark.parametrize("path", ["", "runs", "runs/student", "."])
+def test_a_recipe_writes_no_cache_around_its_output(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = text_parser(None, output_dir="runs/student").parse_args([f"--teacher_cache.path={path}"])
+    with pytest.raises(ValueError, match=r"`teacher_cache\.path` to be a folder of its own, but got "):
+        build_callbacks(config, "student")
+
+
 def test_accumulation(tmp_path: Path) -> None:
     cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
     plain = fit("causal_lm", tmp_path, accumulate_grad_batches=2)
