@@ -14,6 +14,7 @@ from lightning_distill.functional.hidden_state import hidden_state_cosine, hidde
 from lightning_distill.functional.logits import combine_teachers, decoupled, logits_mse, top_k_soft_target
 from lightning_distill.functional.lr_suggestion import lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.functional.relation import relation
+from lightning_distill.functional.sharded import sharded_soft_target
 from lightning_distill.functional.soft_target import soft_target
 from lightning_distill.functional.universal_logit import universal_logit
 from lightning_distill.functional.vocabulary import linear_soft_target
@@ -42,6 +43,7 @@ __all__ = [
     "relation",
     "relational_angle",
     "relational_distance",
+    "sharded_soft_target",
     "similarity_preserving",
     "smooth_losses",
     "soft_target",

@@ -15,6 +15,7 @@ def hard_label(
     label_smoothing: float = 0.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Cross entropy with labels that are classes or probabilities; squared error with logits of width 1.
 
@@ -25,6 +26,7 @@ def hard_label(
         label_smoothing: Share of the label that is spread evenly over the classes, in [0, 1).
         mask: Bool ``[...]``, the items that count; None where all do that have a label.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
@@ -53,11 +55,11 @@ def hard_label(
                 f"of shape {list(student_logits.shape)}."
             )
         student, target = select(mask, student_logits, labels.reshape(student_logits.shape))
-        return reduce((student - target).square().mean(-1), shape, mask, reduction)
+        return reduce((student - target).square().mean(-1), shape, mask, reduction, num_items)
     if labels.is_floating_point() and labels.shape == student_logits.shape:
         student, target = select(mask, student_logits, labels)
         values = F.cross_entropy(student, target.to(student.dtype), reduction="none", label_smoothing=label_smoothing)
-        return reduce(values, shape, mask, reduction)
+        return reduce(values, shape, mask, reduction, num_items)
     if labels.is_floating_point():
         raise ValueError(
             f"Expected argument `labels` to hold classes, or a probability per class, but got {labels.dtype} of shape "
@@ -76,4 +78,4 @@ def hard_label(
     values = F.cross_entropy(
         full_precision(student_logits[mask]), labels[mask], reduction="none", label_smoothing=label_smoothing
     )
-    return reduce(values, shape, mask, reduction)
+    return reduce(values, shape, mask, reduction, num_items)

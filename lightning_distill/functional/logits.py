@@ -12,7 +12,12 @@ from lightning_distill.functional.soft_target import LOG_ZERO, check_classes, kl
 
 
 def logits_mse(
-    student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     """Mean squared difference of the logits of an item, the mean over classes.
 
@@ -21,6 +26,7 @@ def logits_mse(
         teacher_logits: Likewise.
         mask: Bool ``[...]``, the items that count; None where all do.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
@@ -38,7 +44,7 @@ def logits_mse(
     """
     check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
     student, teacher = select(mask, student_logits, teacher_logits)
-    return reduce((student - teacher).square().mean(-1), student_logits.shape[:-1], mask, reduction)
+    return reduce((student - teacher).square().mean(-1), student_logits.shape[:-1], mask, reduction, num_items)
 
 
 def decoupled(
@@ -51,6 +57,7 @@ def decoupled(
     beta: float = 8.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     r"""Decoupled distillation: KL of the target and of the non-target part, times the squared temperature.
 
@@ -67,6 +74,7 @@ def decoupled(
         beta: Weight of the non-target part.
         mask: Bool ``[...]``, the items that count; None where all do that have a label.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
@@ -100,7 +108,7 @@ def decoupled(
         # The label itself stays at log 0 and adds nothing.
         others.append((log_rest - log_other).clamp(min=LOG_ZERO))
     values = alpha * kl(binary[1], binary[0]) + beta * kl(others[1], others[0])
-    return reduce(temperature**2 * values, student_logits.shape[:-1], mask, reduction)
+    return reduce(temperature**2 * values, student_logits.shape[:-1], mask, reduction, num_items)
 
 
 def top_k_soft_target(
@@ -111,6 +119,7 @@ def top_k_soft_target(
     temperature: float = 1.0,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     r"""Forward KL on the teacher's k best classes and one more that stands for all others, times squared temperature.
 
@@ -124,6 +133,7 @@ def top_k_soft_target(
         temperature: Divides the student's logits, above 0.
         mask: Bool ``[...]``, the items that count; None where all do.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
@@ -158,7 +168,7 @@ def top_k_soft_target(
     teacher_tail = torch.log1p(-of_best).clamp(min=LOG_ZERO)
     student = torch.cat([log_q.gather(-1, classes), student_tail], -1)
     teacher = torch.cat([log_p.clamp(min=LOG_ZERO), teacher_tail], -1)
-    return reduce(temperature**2 * kl(teacher, student), student_logits.shape[:-1], mask, reduction)
+    return reduce(temperature**2 * kl(teacher, student), student_logits.shape[:-1], mask, reduction, num_items)
 
 
 Combination = Literal["logits", "probabilities"]

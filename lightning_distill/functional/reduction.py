@@ -65,7 +65,13 @@ def select(mask: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(full_precision(x[mask]) for x in tensors)
 
 
-def reduce(values: Tensor, shape: torch.Size, mask: Tensor | None, reduction: Reduction) -> Tensor:
+def reduce(
+    values: Tensor,
+    shape: torch.Size,
+    mask: Tensor | None,
+    reduction: Reduction,
+    num_items: float | Tensor | None = None,
+) -> Tensor:
     """Reduce the values of the selected items.
 
     Args:
@@ -74,6 +80,8 @@ def reduce(values: Tensor, shape: torch.Size, mask: Tensor | None, reduction: Re
         mask: Bool of that shape, or None where all count.
         reduction: ``"mean"`` over the items that count (0 where none does), ``"sum"``, or ``"none"``: all items, 0
             where they do not count.
+        num_items: What ``"mean"`` divides by in place of the number of items that count, such as that of a whole
+            accumulated batch.
 
     Returns:
         A scalar, or a tensor of ``shape``.
@@ -88,6 +96,8 @@ def reduce(values: Tensor, shape: torch.Size, mask: Tensor | None, reduction: Re
         >>> reduce(torch.tensor([1.0, 3.0]), torch.Size([3]), mask, "none").tolist()
         [1.0, 0.0, 3.0]
     """
+    if reduction == "mean" and num_items is not None:
+        return values.sum() / check_num_items(num_items)
     if reduction == "mean":
         return values.sum() / max(values.numel(), 1)
     if reduction == "sum":
@@ -97,3 +107,14 @@ def reduce(values: Tensor, shape: torch.Size, mask: Tensor | None, reduction: Re
     if mask is None:
         return values.reshape(shape)
     return values.new_zeros(shape).masked_scatter(mask, values)
+
+
+def check_num_items(num_items: float | Tensor) -> float | Tensor:
+    """The denominator itself; a number must be above 0 (a tensor is not looked at, as its device would wait).
+
+    Raises:
+        ValueError: If a number is not.
+    """
+    if not isinstance(num_items, Tensor) and not num_items > 0:
+        raise ValueError(f"Expected argument `num_items` to be above 0, but got {num_items}.")
+    return num_items

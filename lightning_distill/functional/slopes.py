@@ -119,6 +119,12 @@ def _reverse_kl(log_q: Tensor, log_p: Tensor, _: float) -> tuple[Tensor, Tensor]
     return weighted.sum(1), weighted
 
 
+def _jeffreys(log_q: Tensor, log_p: Tensor, _: float) -> tuple[Tensor, Tensor]:
+    p, weighted = log_p.exp(), log_q.exp() * (log_q - log_p)
+    values = 0.5 * (weighted.sum(1) + (p * (log_p - log_q)).sum(1))
+    return values, 0.5 * (weighted - p)
+
+
 def _js(log_q: Tensor, log_p: Tensor, beta: float) -> tuple[Tensor, Tensor]:
     log_m = mixture(log_p, log_q, beta)
     weighted = log_q.exp() * (log_q - log_m) * (1 - beta)
@@ -148,6 +154,7 @@ def _total_variation(log_q: Tensor, log_p: Tensor, _: float) -> tuple[Tensor, Te
 _SLOPES: dict[str, Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
+    "jeffreys": _jeffreys,
     "js": _js,
     "skew_forward_kl": _skew_forward_kl,
     "skew_reverse_kl": _skew_reverse_kl,

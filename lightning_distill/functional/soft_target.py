@@ -9,7 +9,9 @@ from torch import Tensor
 
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
 
-Divergence = Literal["forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation"]
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jeffreys", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation"
+]
 
 # Stands for log 0. Infinite log-probabilities would give 0 * inf = NaN where both models exclude a class; with this
 # number such a class adds exactly 0, and one that only one of them excludes adds a finite amount.
@@ -26,6 +28,7 @@ def soft_target(
     alpha: float = 0.1,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     r"""Divergence of the student's softened prediction from the teacher's, times the squared temperature.
 
@@ -34,8 +37,11 @@ def soft_target(
 
     - ``"forward_kl"``: :math:`\mathrm{KL}(p \| q) = \sum_c p_c (\log p_c - \log q_c)`;
     - ``"reverse_kl"``: :math:`\mathrm{KL}(q \| p)`;
+    - ``"jeffreys"``: :math:`\frac{1}{2} (\mathrm{KL}(p \| q) + \mathrm{KL}(q \| p))`, a symmetric KL;
     - ``"js"``: :math:`\beta \mathrm{KL}(p \| m) + (1 - \beta) \mathrm{KL}(q \| m)` with
-      :math:`m = \beta p + (1 - \beta) q`;
+      :math:`m = \beta p + (1 - \beta) q`. It vanishes with :math:`\beta` and with :math:`1 - \beta`; divided by them
+      it tends to :math:`\mathrm{KL}(p \| q)` and to :math:`\mathrm{KL}(q \| p)`, and that is what 0 and 1 stand for
+      here, as in GKD and TRL: the direction of the gradient is continuous there, its length is not;
     - ``"skew_forward_kl"``: :math:`\mathrm{KL}(p \| \alpha p + (1 - \alpha) q)`;
     - ``"skew_reverse_kl"``: :math:`\mathrm{KL}(q \| \alpha q + (1 - \alpha) p)`;
     - ``"total_variation"``: :math:`\frac{1}{2} \sum_c |p_c - q_c|`.
@@ -48,10 +54,11 @@ def soft_target(
         teacher_logits: Likewise.
         temperature: Divides both logits, above 0.
         divergence: The name of :math:`D`.
-        beta: Weight of the teacher in the mixture of ``"js"``, in (0, 1).
+        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1].
         alpha: Share that the skewed divergences mix in, in (0, 1).
         mask: Bool ``[...]``, the items that count; None where all do.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
@@ -73,18 +80,30 @@ def soft_target(
     al., "DistiLLM", 2024 (skew); Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
     2023 (total variation).
     """
-    if divergence not in _DIVERGENCES:
+    if divergence not in DIVERGENCES:
         raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
-    for name, share in (("beta", beta), ("alpha", alpha)):
-        if not 0 < share < 1:
-            raise ValueError(f"Expected argument `{name}` to be in (0, 1), but got {share}.")
+    check_shares(beta, alpha)
     check_classes(student_logits, teacher_logits, temperature)
     student, teacher = (
         log_probabilities(logits, temperature) for logits in select(mask, student_logits, teacher_logits)
     )
-    share = beta if divergence == "js" else alpha
-    values = temperature**2 * _DIVERGENCES[divergence](student, teacher, share)
-    return reduce(values, student_logits.shape[:-1], mask, reduction)
+    divergence, share = beside_limits(divergence, beta if divergence == "js" else alpha)
+    values = temperature**2 * DIVERGENCES[divergence](student, teacher, share)
+    return reduce(values, student_logits.shape[:-1], mask, reduction, num_items)
+
+
+def check_shares(beta: float, alpha: float) -> None:
+    """Refuse a ``beta`` outside [0, 1] and an ``alpha`` outside (0, 1)."""
+    if not 0 <= beta <= 1:
+        raise ValueError(f"Expected argument `beta` to be in [0, 1], but got {beta}.")
+    if not 0 < alpha < 1:
+        raise ValueError(f"Expected argument `alpha` to be in (0, 1), but got {alpha}.")
+
+
+def beside_limits(divergence: str, share: float) -> tuple[str, float]:
+    """The divergence and its share, with the names of the limits in the place of ``"js"`` with a share of 0 or 1."""
+    limits = {0.0: "forward_kl", 1.0: "reverse_kl"}
+    return (limits.get(float(share), "js") if divergence == "js" else divergence), share
 
 
 def check_classes(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
@@ -104,6 +123,11 @@ def check_classes(student_logits: Tensor, teacher_logits: Tensor, temperature: f
             "Expected argument `student_logits` to have at least 2 classes, but got 1: a softmax over one class is "
             "always 1, and the loss 0. Use `functional.logits_mse`."
         )
+    check_temperature(temperature)
+
+
+def check_temperature(temperature: float) -> None:
+    """Refuse a temperature that is not finite and above 0."""
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"Expected argument `temperature` to be finite and above 0, but got {temperature}.")
 
@@ -153,9 +177,11 @@ def _js(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
     return beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
 
 
-_DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
+#: By name, of the log-probabilities of student and teacher and the share that is mixed in; shape ``[N]``.
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
     "forward_kl": lambda student, teacher, _: kl(teacher, student),
     "reverse_kl": lambda student, teacher, _: kl(student, teacher),
+    "jeffreys": lambda student, teacher, _: 0.5 * (kl(teacher, student) + kl(student, teacher)),
     "js": _js,
     "skew_forward_kl": lambda student, teacher, alpha: kl(teacher, mixture(teacher, student, alpha)),
     "skew_reverse_kl": lambda student, teacher, alpha: kl(student, mixture(student, teacher, alpha)),

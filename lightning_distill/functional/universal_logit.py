@@ -8,7 +8,12 @@ from lightning_distill.functional.reduction import Reduction, reduce, select
 
 
 def universal_logit(
-    student_logits: Tensor, teacher_logits: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean"
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     r"""Universal logit distillation: the distance between two predictions whose classes have nothing in common.
 
@@ -22,6 +27,7 @@ def universal_logit(
         teacher_logits: Shape ``[..., D]``.
         mask: Bool ``[...]``, the items that count; None where all do.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
@@ -50,4 +56,4 @@ def universal_logit(
     )
     words = max(student.shape[-1], teacher.shape[-1])
     student, teacher = (F.pad(x, (0, words - x.shape[-1])) for x in (student, teacher))
-    return reduce((student - teacher).abs().sum(-1), student_logits.shape[:-1], mask, reduction)
+    return reduce((student - teacher).abs().sum(-1), student_logits.shape[:-1], mask, reduction, num_items)

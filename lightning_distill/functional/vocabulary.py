@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_distill.functional.hard_label import IGNORE_INDEX
 from lightning_distill.functional.projection import Projection, TopK
-from lightning_distill.functional.reduction import full_precision
+from lightning_distill.functional.reduction import check_num_items, full_precision
 from lightning_distill.functional.slopes import Options, block_losses
-from lightning_distill.functional.soft_target import Divergence
+from lightning_distill.functional.soft_target import Divergence, beside_limits, check_shares
 
 # Tokens of a chunk. A chunk must be long enough for the gradient of the weight, which every chunk reads and writes
 # once, to cost little beside the matrix products, and short enough for two chunks of logits to be small.
@@ -58,6 +58,7 @@ def linear_soft_target(
     chunk_size: int | Literal["auto"] = "auto",
     ignore_index: int = IGNORE_INDEX,
     reduction: Literal["mean", "sum"] = "mean",
+    num_items: float | Tensor | None = None,
 ) -> LinearLoss:
     r"""Soft target and hard label of a language model from hidden states, without its logits in memory.
 
@@ -74,7 +75,7 @@ def linear_soft_target(
             there is no hard label.
         temperature: Divides both logits in the soft target, above 0; the soft target is multiplied by its square.
         divergence: As in :func:`soft_target`.
-        beta: Weight of the teacher in the mixture of ``"js"``, in (0, 1).
+        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1].
         alpha: Share that the skewed divergences mix in, in (0, 1).
         soft_weight: Weight of the soft target, at least 0.
         hard_weight: Weight of the hard label, at least 0.
@@ -88,6 +89,7 @@ def linear_soft_target(
         chunk_size: Tokens of a chunk; ``"auto"``: 256 on a CPU, 1024 on an accelerator.
         ignore_index: The label of a token that does not count.
         reduction: ``"mean"`` over the tokens that count, or ``"sum"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         The loss and its two parts, float32, or float64 for float64 inputs.
@@ -130,7 +132,8 @@ def linear_soft_target(
         chunk_size=chunk_size,
     )
     if reduction == "mean":
-        count = student_hidden[..., 0].numel() if mask is None else mask.sum().clamp(min=1)
+        count: Any = student_hidden[..., 0].numel() if mask is None else mask.sum().clamp(min=1)
+        count = count if num_items is None else check_num_items(num_items)
         soft, hard = soft / count, hard / count
     return LinearLoss(soft_weight * soft + hard_weight * hard, soft.detach(), hard.detach())
 
@@ -175,6 +178,7 @@ def linear_losses(
         ValueError: If an argument is out of its range.
     """
     _check(temperature, divergence, share, label_smoothing, chunk_size, teacher)
+    divergence, share = beside_limits(divergence, share)
     items: Any = slice(None) if mask is None else mask
     student = student.take(items)
     hidden = student.hidden.flatten(0, -2)
@@ -184,6 +188,8 @@ def linear_losses(
     size = _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) if chunk_size == "auto" else chunk_size
     weighted = (float(teacher is not None) * weights[0], float(labels is not None) * weights[1])
     words = min(_shared_words(student.weight, teacher), words or len(student.weight))
+    if labels is not None:
+        _check_labels(labels, words, len(student.weight))
     sums: Tensor = _LinearLosses.apply(
         hidden, student.weight, student.bias, teacher, labels, options, weighted, words, size
     )
@@ -206,12 +212,28 @@ def _check(
         raise ValueError(f"Expected argument `divergence` to be one of {allowed}, but got {divergence!r}.")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"Expected argument `temperature` to be finite and above 0, but got {temperature}.")
-    if not 0 < share < 1:
-        raise ValueError(f"Expected arguments `beta` and `alpha` to be in (0, 1), but got {share}.")
+    if divergence == "js":
+        check_shares(share, 0.5)
+    else:
+        check_shares(0.5, share)
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
     if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f'Expected argument `chunk_size` to be "auto" or at least 1, but got {chunk_size!r}.')
+
+
+def _check_labels(labels: Tensor, words: int, own: int) -> None:
+    if not labels.numel():
+        return
+    # The device waits once; without it the gather would stop the whole program there.
+    lowest, highest = torch.stack(labels.aminmax()).tolist()
+    if lowest < 0 or highest >= words:
+        wrong = lowest if lowest < 0 else highest
+        beyond = ", which is a word of the student's that the teacher does not have" if 0 <= wrong < own else ""
+        raise ValueError(
+            f"Expected argument `labels` to be below {words}, the words that student and teacher share, but got "
+            f"{wrong}{beyond}. Give such tokens the label `ignore_index`, or leave the teacher out for them."
+        )
 
 
 class _LinearLosses(torch.autograd.Function):

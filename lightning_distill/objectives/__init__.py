@@ -16,7 +16,14 @@ from lightning_distill.objectives.features import (
     HiddenStateCosine,
     PatientHiddenState,
 )
-from lightning_distill.objectives.logits import Decoupled, HardLabel, LogitsMSE, SoftTarget, TopKSoftTarget
+from lightning_distill.objectives.logits import (
+    Decoupled,
+    HardLabel,
+    LogitsMSE,
+    ShardedSoftTarget,
+    SoftTarget,
+    TopKSoftTarget,
+)
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import CosineSchedule, LinearSchedule, StepSchedule
 from lightning_distill.objectives.universal_logit import UniversalLogit
@@ -42,6 +49,7 @@ __all__ = [
     "PatientHiddenState",
     "RelationalAngle",
     "RelationalDistance",
+    "ShardedSoftTarget",
     "SimilarityPreserving",
     "SoftTarget",
     "StepSchedule",

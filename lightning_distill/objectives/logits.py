@@ -40,9 +40,9 @@ class SoftTarget(_Softened):
 
     Args:
         temperature: Divides the logits, finite and above 0; a number or a schedule.
-        divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"js"``, ``"skew_forward_kl"``, ``"skew_reverse_kl"`` or
-            ``"total_variation"``.
-        beta: Weight of the teacher in the mixture of ``"js"``, in (0, 1).
+        divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"jeffreys"``, ``"js"``, ``"skew_forward_kl"``,
+            ``"skew_reverse_kl"`` or ``"total_variation"``.
+        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1]; 0 is the forward KL and 1 the reverse one.
         alpha: Share that the skewed divergences mix in, in (0, 1).
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
@@ -72,9 +72,10 @@ class SoftTarget(_Softened):
         super().__init__(temperature, weight, name)
         if divergence not in get_args(Divergence):
             raise self._error("divergence", f"one of {get_args(Divergence)}", divergence)
-        for argument, share in (("beta", beta), ("alpha", alpha)):
-            if not 0 < share < 1:
-                raise self._error(argument, "in (0, 1)", share)
+        if not 0 <= beta <= 1:
+            raise self._error("beta", "in [0, 1]", beta)
+        if not 0 < alpha < 1:
+            raise self._error("alpha", "in (0, 1)", alpha)
         self.divergence, self.beta, self.alpha = divergence, beta, alpha
 
     def options(self) -> dict[str, Any]:
@@ -108,6 +109,63 @@ class SoftTarget(_Softened):
                 mask=student.mask,
                 reduction="none",
             )
+        return Loss(values, student.mask)
+
+
+@typed
+class ShardedSoftTarget(SoftTarget):
+    """The soft target of logits whose classes are spread over processes.
+
+    See :func:`lightning_distill.functional.sharded_soft_target`. Each process gives the logits of its own classes.
+
+    Args:
+        temperature: As in :class:`SoftTarget`, also what follows.
+        divergence: Its name.
+        group: The process group over which the classes are spread; None for all processes.
+        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1].
+        alpha: Share that the skewed divergences mix in, in (0, 1).
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import ShardedSoftTarget
+        >>> from lightning_distill.signals import Signals
+        >>> student, teacher = Signals(torch.tensor([[0.0, 0.0]])), Signals(torch.tensor([[2.0, 0.0]]))
+        >>> round(ShardedSoftTarget(temperature=2.0)(student, teacher).mean().item(), 4)
+        0.4438
+    """
+
+    def __init__(
+        self,
+        temperature: Scheduled = 2.0,
+        divergence: Divergence = "forward_kl",
+        *,
+        group: Any = None,
+        beta: float = 0.5,
+        alpha: float = 0.1,
+        weight: Scheduled = 1.0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(temperature, divergence, beta=beta, alpha=alpha, weight=weight, name=name)
+        self.group = group
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        """Divergence per row, or per token."""
+        values = functional.sharded_soft_target(
+            student.logits,
+            teacher.logits,
+            self.group,
+            temperature=self.temperature,
+            divergence=self.divergence,
+            beta=self.beta,
+            alpha=self.alpha,
+            mask=student.mask,
+            reduction="none",
+        )
         return Loss(values, student.mask)
 
 

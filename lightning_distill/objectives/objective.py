@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.arguments import typed
+from lightning_distill.functional.reduction import check_num_items
 from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals import ModelInfo, Request, Signals, is_within, near
 
@@ -42,9 +43,9 @@ class Loss(NamedTuple):
             return torch.tensor(self.values.numel(), device=self.values.device)
         return self.mask.sum()
 
-    def mean(self) -> Tensor:
-        """Mean over the items that count, 0 where none does."""
-        return self.sum() / self.count().clamp(min=1)
+    def mean(self, num_items: float | Tensor | None = None) -> Tensor:
+        """Mean over the items that count, 0 where none does; or their sum over ``num_items``."""
+        return self.sum() / (self.count().clamp(min=1) if num_items is None else check_num_items(num_items))
 
 
 @typed

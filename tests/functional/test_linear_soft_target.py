@@ -14,7 +14,7 @@ from lightning_distill import functional
 from lightning_distill.functional.projection import Projection, TopK
 from lightning_distill.functional.vocabulary import linear_losses
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 TOKENS, WORDS, WIDTH, TEACHER_WIDTH = 23, 50, 6, 9
 
 
@@ -290,3 +290,49 @@ def test_compiled_on_cuda(divergence: Any) -> None:
     options = {"temperature": 2.0, "divergence": divergence, "hard_weight": 0.5}
     ours = functional.linear_soft_target(labels=words, chunk_size=7, **given, **options)
     assert_same(ours.loss, eager(given, words, **options), given, 1e-5)
+
+
+@pytest.mark.parametrize(("beta", "limit"), [(0.0, "forward_kl"), (1.0, "reverse_kl")])
+def test_js_at_its_ends_is_what_it_tends_to_over_its_weight(beta: float, limit: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(5, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    wanted = functional.soft_target(student, teacher, divergence=limit)
+    torch.testing.assert_close(functional.soft_target(student, teacher, divergence="js", beta=beta), wanted)
+    near = abs(beta - 1e-6)
+    inside = functional.soft_target(student, teacher, divergence="js", beta=near) / 1e-6
+    torch.testing.assert_close(inside, wanted, rtol=1e-4, atol=0)
+    weight, other = torch.randn(9, 7, dtype=torch.float64), torch.randn(9, 7, dtype=torch.float64)
+    both = [
+        functional.linear_soft_target(student, weight, teacher, other, divergence=name, beta=beta).loss
+        for name in ("js", limit)
+    ]
+    torch.testing.assert_close(*both)
+
+
+def test_a_label_that_only_the_student_knows_is_said() -> None:
+    hidden, weight = torch.randn(4, 8), torch.randn(12, 8)
+    labels = torch.tensor([0, 9, 10, -100])
+    with pytest.raises(ValueError, match=r"`labels` to be below 10.*got 10, which is a word of the student"):
+        functional.linear_soft_target(hidden, weight, hidden, weight[:10], labels, hard_weight=1.0)
+    for wrong in (12, -5):
+        with pytest.raises(ValueError, match=rf"`labels` to be below 12.*got {wrong}\."):
+            functional.linear_soft_target(hidden, weight, hidden, weight, labels.clamp(max=wrong).fill_(wrong))
+
+
+def test_an_outside_denominator_takes_the_place_of_the_count() -> None:
+    student, teacher, labels = torch.randn(4, 9), torch.randn(4, 9), torch.tensor([0, 8, -100, 3])
+    mask = labels != -100
+    for loss in (
+        lambda **options: functional.soft_target(student, teacher, mask=mask, **options),
+        lambda **options: functional.logits_mse(student, teacher, mask=mask, **options),
+        lambda **options: functional.decoupled(student, teacher, labels, **options),
+        lambda **options: functional.hard_label(student, labels, mask=mask, **options),
+        lambda **options: functional.universal_logit(student, teacher, mask=mask, **options),
+        lambda **options: functional.linear_soft_target(
+            student, torch.eye(9), teacher, torch.eye(9), labels, **options
+        )[0],
+    ):
+        torch.testing.assert_close(loss(num_items=20), loss(reduction="sum") / 20)
+        torch.testing.assert_close(loss(num_items=torch.tensor(3)), loss())
+        with pytest.raises(ValueError, match="`num_items` to be above 0, but got 0"):
+            loss(num_items=0)

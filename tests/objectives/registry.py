@@ -29,6 +29,7 @@ from lightning_distill.objectives import (
     PatientHiddenState,
     RelationalAngle,
     RelationalDistance,
+    ShardedSoftTarget,
     SimilarityPreserving,
     SoftTarget,
     TopKSoftTarget,
@@ -347,6 +348,7 @@ CASES = [
         for name, formula in {
             "forward_kl": _kl,
             "reverse_kl": lambda p, q: _kl(q, p),
+            "jeffreys": lambda p, q: (_kl(p, q) + _kl(q, p)) / 2,
             "js": lambda p, q: 0.3 * _kl(p, 0.3 * p + 0.7 * q) + 0.7 * _kl(q, 0.3 * p + 0.7 * q),
             "skew_forward_kl": lambda p, q: _kl(p, 0.2 * p + 0.8 * q),
             "skew_reverse_kl": lambda p, q: _kl(q, 0.2 * q + 0.8 * p),
@@ -360,6 +362,7 @@ CASES = [
         lambda s, t: F.mse_loss(s.logits[_items(s)], t.logits[_items(s)]),
     ),
     Case("decoupled", lambda: Decoupled(3.0), _decoupled),
+    Case("sharded", lambda: ShardedSoftTarget(2.0, "reverse_kl"), _divergence(lambda p, q: _kl(q, p), 2.0)),
     Case("top_k", lambda: TopKSoftTarget(3, 2.0), _top_k),
     Case("universal_logit", UniversalLogit, _universal_logit),
     Case("hidden_state", lambda: HiddenState("first"), _per_layer(_hidden_mse)),

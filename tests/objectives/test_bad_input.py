@@ -36,7 +36,7 @@ from lightning_distill.signals import ModelInfo, Signals
         (lambda: SoftTarget(temperature=0.0), "`temperature` of objective `soft_target`.*0.0"),
         (lambda: SoftTarget(temperature=math.inf, name="mine"), "`temperature` of objective `mine`"),
         (lambda: SoftTarget(divergence="kl"), "`divergence` of objective.*'forward_kl'"),
-        (lambda: SoftTarget(beta=1.0), "`beta`"),
+        (lambda: SoftTarget(beta=1.01), "`beta`"),
         (lambda: SoftTarget(alpha=0.0), "`alpha`"),
         (lambda: Decoupled(beta=-1.0), "`beta` of objective `decoupled`"),
         (lambda: TopKSoftTarget(0), "`k`"),
