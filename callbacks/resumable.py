@@ -140,7 +140,7 @@ class Resumable(L.Callback):
 
         Lightning's makes a collective call in the handler, which waits for ever if another process is in another.
         """
-        earlier = trainer._signal_connector._original_handlers.get(signal.SIGTERM)
+        earlier: Any = trainer._signal_connector._original_handlers.get(signal.SIGTERM)
         if callable(earlier) and not self._handlers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, earlier)
 
