@@ -1,10 +1,11 @@
 """``lightning-distill <command>``: what the library does from the shell."""
 
-import argparse
+import sys
 from collections.abc import Sequence
 
 from lightning_distill import cache_cli
 from lightning_distill.cli import one_line_errors
+from lightning_distill.parsing import FlagParser
 from lightning_distill.quantization import cli as quantization
 from lightning_distill.stops import stops
 
@@ -21,12 +22,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: Arguments; None for those of the shell.
     """
-    parser = argparse.ArgumentParser("lightning-distill", description=__doc__)
-    parser.add_argument("command", choices=COMMANDS)
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="`lightning-distill <command> --help` lists them")
-    options = parser.parse_args(argv)
-    with stops(_GO_ON[options.command]), one_line_errors(f"lightning-distill {options.command}"):
-        COMMANDS[options.command](options.arguments)
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = FlagParser(
+        "lightning-distill", description=__doc__, epilog="lightning-distill <command> --help: its flags"
+    )
+    parser.add_argument("command", choices=list(COMMANDS), help="`lightning-distill <command> --help` lists its flags")
+    command = parser.parse_args(words[:1]).command
+    with stops(_GO_ON[command]), one_line_errors(f"lightning-distill {command}"):
+        COMMANDS[command](words[1:])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """``lightning-distill quantize``: a folder in, a GPTQ folder out."""
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 import transformers
 
+from lightning_distill.arguments import integer
 from lightning_distill.folders import check_folder
+from lightning_distill.parsing import FlagParser
 from lightning_distill.pretrained import load_pretrained, load_tokenizer
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.model import LayerReport, quantize
@@ -22,17 +23,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: If the model or the data cannot be read, an option is outside its set, or ``--output`` holds what
             was not written here.
     """
-    parser = argparse.ArgumentParser("lightning-distill quantize", description="Quantise a folder by GPTQ.")
+    parser = FlagParser("lightning-distill quantize", description="Quantise a folder by GPTQ.")
     parser.add_argument("--model", required=True, help="folder of a transformers model with its tokenizer")
     parser.add_argument("--data", required=True, type=Path, help="text file; each line calibrates, up to its first tab")
-    parser.add_argument("--output", type=Path, help="folder to write; default: the model's with -gptq")
+    parser.add_argument("--output", type=Path | None, help="folder to write; default: the model's with -gptq")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--embedding-bits", type=int)
+    parser.add_argument("--embedding-bits", type=int | None)
     parser.add_argument("--num-samples", type=int, default=256)
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--batch-size", type=int, default=8)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(None if argv is None else list(argv))
+    for name in ("num_samples", "max_length", "batch_size"):
+        integer(f"--{name.replace('_', '-')}", arguments[name], 1)
     output = arguments.output or Path(f"{arguments.model.rstrip('/')}-gptq")
     check_folder(output, "--output", sources=[arguments.model])
     if not arguments.data.is_file():
