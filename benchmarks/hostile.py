@@ -28,6 +28,8 @@ import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder would be asked of the hub, with minutes of retries
+
 import hostile_inputs
 import torch
 
@@ -105,7 +107,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # a name that is no folder is asked of the hub, with minutes of retries
     torch.set_num_threads(1)
     run_once = __import__("lightning_distill.cli")  # noqa: F841  imported before the forks
     counts: dict[str, collections.Counter[str]] = {}

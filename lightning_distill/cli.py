@@ -14,6 +14,7 @@ from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from safetensors import SafetensorError
 from torch.optim import Optimizer
 
 from lightning_distill.callbacks import (
@@ -272,13 +273,29 @@ def best_checkpoint(config: Namespace, phase: str, monitor: str) -> ModelCheckpo
     )
 
 
+_INPUT_ERRORS = (
+    *(ValueError, TypeError, ImportError, OSError, MisconfigurationException, SafetensorError),
+    *(RuntimeError, LookupError, ArithmeticError, AttributeError, MemoryError),
+)
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn what is wrong with the user's input into one line on stderr and exit code 2."""
+    """Turn what is wrong with what the user gave into one line on stderr and exit code 2.
+
+    Whatever its cause: what a library says of a file or a flag that it cannot use may be an error of any kind. So it
+    stands around what is done before the training, and not around the training.
+
+    Args:
+        program: Whose error it is.
+    """
     try:
         yield
-    except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+    except _INPUT_ERRORS as error:
+        said = " ".join(str(error).split())
+        if not said or not isinstance(error, (ValueError, TypeError, ImportError, OSError, MisconfigurationException)):
+            said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        print(f"{program}: error: {said}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
