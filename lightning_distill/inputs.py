@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill import tasks
@@ -105,7 +106,7 @@ class InputCheck:
 
     def after(self) -> None:
         """Say that the model has read it."""
-        self._fresh = False
+        self._fresh = self._looking = False
 
     def _before_lookup(self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Compiled, a look would be a break of the graph; what is known by name has been looked at before.
@@ -171,6 +172,7 @@ def attend_across_documents(batch: Mapping[str, Any]) -> bool:
 
 def _check_ids(what: str, module: Any, ids: Any, advice: str) -> None:
     size = getattr(module, "num_embeddings", None)
+    ids = ids.to_local() if isinstance(ids, DTensor) else ids
     if size is None or not isinstance(ids, Tensor) or ids.is_meta or not ids.numel():
         return
     least, most = (int(value) for value in ids.aminmax())
