@@ -60,6 +60,7 @@ class LanguageRun(Run):
     def read(cls, config: Namespace) -> tuple[LanguageModelData, transformers.PreTrainedModel, dict[str, Any]]:
         """The embedded text where the flags name neither teacher nor data, else what they name."""
         path, text = config.model.teacher, config.data.text_files or config.data.hub_dataset
+        text = text or config.data.val_files or config.data.test_files  # which say themselves what is missing
         if not path and not text:
             return *_embedded(config), EMBEDDED
         if not path or not text:
@@ -215,9 +216,8 @@ def _embedded(config: Namespace) -> tuple[LanguageModelData, transformers.PreTra
     """Text of the installed packages, and an untrained small Llama for it."""
     data = LanguageModelData.embedded(
         max_rows_per_class=EMBEDDED_ROWS_PER_CLASS,
-        batch_size=config.data.batch_size,
-        max_length=EMBEDDED_LENGTH,
         seed=config.seed,
+        **{**config.data.as_dict(), "max_length": EMBEDDED_LENGTH},
     )
     tokenizer = data.tokenizer
     assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)

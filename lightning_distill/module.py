@@ -357,7 +357,8 @@ class DistillationModule(TeacherModule, AccumulatingModule):
         self._check_batch(batch)
         student, teacher = self._signals(batch, self.teacher is not None)
         losses, counts = self._reduce(student, teacher)
-        sizes = [round(count) for count in counts.tolist()]
+        # Weights of classes make fractions of them.
+        sizes: list[Any] = [int(count) if count.is_integer() else count for count in counts.tolist()]
         for (name, value), size in zip(losses.items(), sizes, strict=True):
             self.log(f"{stage}_{name}", value, batch_size=size, sync_dist=True)
         self.log(f"{stage}_loss", self.total_loss(losses), batch_size=max(sizes), sync_dist=True)

@@ -16,6 +16,7 @@ from lightning_distill.cli import make_trainer
 from lightning_distill.data import TextClassificationData
 from lightning_distill.measure import latency_ms
 from lightning_distill.module import DistillationModule
+from lightning_distill.objectives import HardLabel, Objective
 from lightning_distill.optim import LRRange, recommended_lr
 from lightning_distill.phases import Run, student_parser
 from lightning_distill.pretrained import (
@@ -71,14 +72,26 @@ class TextRun(Run):
     @classmethod
     def read(cls, config: Namespace) -> tuple[TextClassificationData, transformers.PreTrainedModel, dict[str, Any]]:
         """The embedded text where the flags name neither teacher nor data, else what they name."""
-        if config.model.teacher or config.data.train_file or config.data.hub_dataset:
+        files = ("train_file", "val_file", "test_file", "hub_dataset")
+        if config.model.teacher or any(config.data[name] for name in files):
             return *_given(config), GIVEN
         return *_embedded(config), EMBEDDED
 
     def check(self) -> None:
-        """Refuse wrong ``--gptq.*``."""
+        """Refuse wrong ``--gptq.*`` and ``--data.class_weights``."""
+        asked = self.objectives
+        if self.data.class_weights is not None and asked and not any(isinstance(one, HardLabel) for one in asked):
+            raise ValueError("--data.class_weights needs the objective HardLabel, which learns from labels")
         if self.config.gptq.bits is not None:
             self._gptq()
+
+    def module(self, teacher: Any, student: Any, objectives: list[Objective] | None) -> DistillationModule:
+        """The module of a phase, whose hard labels weigh classes as the data ask for."""
+        module = super().module(teacher, student, objectives)
+        for objective in module.objectives.values():
+            if isinstance(objective, HardLabel) and objective.class_weights is None:
+                objective.class_weights = self.data.class_weights
+        return module
 
     @property
     def metric(self) -> str:
@@ -204,7 +217,7 @@ class TextRun(Run):
 def _embedded(config: Namespace) -> tuple[TextClassificationData, transformers.PreTrainedModel]:
     """Text of the installed packages, and an untrained small BERT for it."""
     data = TextClassificationData.embedded(
-        max_rows_per_class=EMBEDDED_ROWS_PER_CLASS, batch_size=config.data.batch_size, seed=config.seed
+        max_rows_per_class=EMBEDDED_ROWS_PER_CLASS, seed=config.seed, **config.data.as_dict()
     )
     assert isinstance(data.tokenizer, transformers.PreTrainedTokenizerBase)
     bert = transformers.BertConfig(
@@ -213,7 +226,7 @@ def _embedded(config: Namespace) -> tuple[TextClassificationData, transformers.P
         num_hidden_layers=4,
         num_attention_heads=6,
         intermediate_size=768,
-        max_position_embeddings=128,
+        max_position_embeddings=max(128, data.max_length),
         pad_token_id=data.tokenizer.pad_token_id,
         id2label=data.id2label,
         label2id=data.label2id,

@@ -1,5 +1,6 @@
 """The loss on the labels of the data."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,7 @@ def hard_label(
     labels: Tensor,
     *,
     label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
@@ -24,6 +26,8 @@ def hard_label(
         labels: Shape ``[...]``, a class (integers of any width, or bool), or -100 for an item that does not count; or
             ``[..., C]``, floating point, the probability of each class. Beside a single logit, any numbers.
         label_smoothing: Share of the label that is spread evenly over the classes, in [0, 1).
+        class_weights: Floating point ``[C]``, factor of the loss of each class. Where labels are classes the mean is
+            then divided by the sum of the weights of the labels, as by :class:`torch.nn.CrossEntropyLoss`.
         mask: Bool ``[...]``, the items that count; None where all do that have a label.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
         num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
@@ -48,6 +52,13 @@ def hard_label(
     shape = student_logits.shape[:-1]
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
+    if class_weights is not None and (
+        student_logits.shape[-1] == 1 or class_weights.shape != student_logits.shape[-1:]
+    ):
+        raise ValueError(
+            f"Expected argument `class_weights` to have one weight for each of {student_logits.shape[-1]} classes, at "
+            f"least two, but got shape {list(class_weights.shape)}."
+        )
     if student_logits.shape[-1] == 1:
         if labels.numel() != student_logits.numel():
             raise ValueError(
@@ -58,7 +69,10 @@ def hard_label(
         return reduce((student - target).square().mean(-1), shape, mask, reduction, num_items)
     if labels.is_floating_point() and labels.shape == student_logits.shape:
         student, target = select(mask, student_logits, labels)
-        values = F.cross_entropy(student, target.to(student.dtype), reduction="none", label_smoothing=label_smoothing)
+        weights = None if class_weights is None else class_weights.to(student)
+        values = F.cross_entropy(
+            student, target.to(student.dtype), weights, reduction="none", label_smoothing=label_smoothing
+        )
         return reduce(values, shape, mask, reduction, num_items)
     if labels.is_floating_point():
         raise ValueError(
@@ -75,7 +89,9 @@ def hard_label(
     labels = labels.long()
     labelled = labels != IGNORE_INDEX
     mask = labelled if mask is None else mask & labelled
-    values = F.cross_entropy(
-        full_precision(student_logits[mask]), labels[mask], reduction="none", label_smoothing=label_smoothing
-    )
+    student, target = full_precision(student_logits[mask]), labels[mask]
+    weights = None if class_weights is None else class_weights.to(student)
+    values = F.cross_entropy(student, target, weights, reduction="none", label_smoothing=label_smoothing)
+    if weights is not None and reduction == "mean" and num_items is None:
+        num_items = weights[target].sum().clamp(min=torch.finfo(weights.dtype).tiny)
     return reduce(values, shape, mask, reduction, num_items)

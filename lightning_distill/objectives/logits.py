@@ -1,5 +1,7 @@
 """Objectives on the models' predictions."""
 
+import math
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import torch
@@ -313,11 +315,14 @@ class HardLabel(Objective):
 
     Args:
         label_smoothing: Share of the label that is spread evenly over the classes, in [0, 1).
+        class_weights: Factor of the loss of each class, at least 0. The mean is divided by the sum of the weights of
+            the labels, as by :class:`torch.nn.CrossEntropyLoss`; labels that are probabilities count 1 each, as there.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
     Raises:
-        ValueError: If an argument is out of its range, or a batch has no labels.
+        ValueError: If an argument is out of its range, or a batch has no labels, or the weights are not as many as the
+            classes.
 
     Example:
         >>> import torch
@@ -331,25 +336,55 @@ class HardLabel(Objective):
 
     needs_teacher, needs_labels = False, True
 
-    def __init__(self, label_smoothing: float = 0.0, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
+    def __init__(
+        self,
+        label_smoothing: float = 0.0,
+        *,
+        class_weights: Sequence[float] | None = None,
+        weight: Scheduled = 1.0,
+        name: str | None = None,
+    ) -> None:
         super().__init__(weight, name)
         if not 0 <= label_smoothing < 1:
             raise self._error("label_smoothing", "in [0, 1)", label_smoothing)
         self.label_smoothing = label_smoothing
+        self.class_weights = None if class_weights is None else [float(each) for each in class_weights]
+        if self.class_weights is not None and not (
+            all(math.isfinite(each) and each >= 0 for each in self.class_weights) and any(self.class_weights)
+        ):
+            raise self._error("class_weights", "finite and at least 0, one of them above 0", class_weights)
 
     def count(self, student: Signals, teacher: Signals) -> Tensor | None:
-        """Rows, or tokens, that have a label."""
-        return _count_labelled(self, student)
+        """Rows, or tokens, that have a label; with ``class_weights`` the sum of the weights of their labels."""
+        if self.class_weights is None or student.labels is None or student.labels.is_floating_point():
+            return _count_labelled(self, student)
+        labels, mask = _labelled(self, student)
+        return Loss(labels, mask, self._counts(labels)).count()
+
+    def _counts(self, labels: Tensor) -> Tensor:
+        """The weight of each label that is a class; of others, which count nothing, that of class 0."""
+        weights = torch.tensor(self.class_weights, device=labels.device)
+        return weights[labels.long().clamp(0, len(weights) - 1)]
 
     def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
         """Loss per row, or per token."""
         labels, mask = _labelled(self, student)
         if _are_values(student):
+            if self.class_weights is not None:
+                raise self._error("class_weights", "None where logits are values and no classes", self.class_weights)
             return Loss(functional.logits_mse(student.logits, labels.view_as(student.logits), reduction="none"), mask)
+        weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=labels.device)
+        if weights is not None and len(weights) != student.logits.shape[-1]:
+            raise self._error("class_weights", f"{student.logits.shape[-1]} weights, one a class", self.class_weights)
         values = functional.hard_label(
-            student.logits, labels, label_smoothing=self.label_smoothing, mask=mask, reduction="none"
+            student.logits,
+            labels,
+            label_smoothing=self.label_smoothing,
+            class_weights=weights,
+            mask=mask,
+            reduction="none",
         )
-        return Loss(values, mask)
+        return Loss(values, mask, None if weights is None or labels.is_floating_point() else self._counts(labels))
 
 
 def _are_values(student: Signals) -> bool:

@@ -20,6 +20,8 @@ class Loss(NamedTuple):
     Args:
         values: Float32 (float64 for float64 signals), of any shape, one per row or token.
         mask: Bool of that shape, the items that count; None where all do.
+        counts: Of that shape, what each item counts in the mean; None where each counts 1. The mean is the sum of the
+            values over the sum of these.
 
     Example:
         >>> import torch
@@ -31,6 +33,7 @@ class Loss(NamedTuple):
 
     values: Tensor
     mask: Tensor | None = None
+    counts: Tensor | None = None
 
     def sum(self) -> Tensor:
         """Sum over the items that count, a scalar."""
@@ -38,14 +41,19 @@ class Loss(NamedTuple):
 
     # A tuple has a method of this name, which nobody needs here.
     def count(self) -> Tensor:  # type: ignore[override]
-        """Number of items that count, an integer scalar."""
+        """Number of items that count, an integer scalar; the sum of ``counts`` where there are any."""
+        if self.counts is not None:
+            return Loss(self.counts, self.mask).sum()
         if self.mask is None:
             return torch.tensor(self.values.numel(), device=self.values.device)
         return self.mask.sum()
 
     def mean(self, num_items: float | Tensor | None = None) -> Tensor:
         """Mean over the items that count, 0 where none does; or their sum over ``num_items``."""
-        return self.sum() / (self.count().clamp(min=1) if num_items is None else check_num_items(num_items))
+        if num_items is not None:
+            return self.sum() / check_num_items(num_items)
+        count = self.count()
+        return self.sum() / count.clamp(min=1 if self.counts is None else torch.finfo(count.dtype).tiny)
 
 
 @typed

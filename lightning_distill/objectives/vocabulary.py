@@ -18,13 +18,18 @@ _TOKENS = 256
 def can_defer(objectives: Mapping[str, Objective]) -> bool:
     """Whether all that reads logits is one soft target, one hard label, or both, which are computed chunk by chunk.
 
+    A hard label with class weights is not.
+
     Args:
         objectives: By name.
 
     Returns:
         True if so.
     """
-    kinds = [type(objective) for objective in objectives.values() if objective.reads_logits]
+    reading = [objective for objective in objectives.values() if objective.reads_logits]
+    kinds = [type(objective) for objective in reading]
+    if any(isinstance(objective, HardLabel) and objective.class_weights is not None for objective in reading):
+        return False
     return bool(kinds) and set(kinds) <= {SoftTarget, HardLabel} and len(set(kinds)) == len(kinds)
 
 

@@ -253,3 +253,19 @@ def test_two_processes_see_each_sample_once(tmp_path: Path) -> None:
             assert set(batch) <= set(train[0][step]) | set(train[1][step])
     evaluated = [index for seen in ranks for b in seen if b[0] == -1 for index in b[1:]]
     assert sorted(evaluated) == sorted([*range(61), *range(61)])
+
+
+def test_two_processes_draw_equal_classes_as_one_does_and_resume() -> None:
+    lengths, classes = list(range(1, 21)), [0] * 17 + [1] * 3
+    one = list(BucketBatchSampler(lengths, 4, classes=classes, seed=3, num_replicas=1, rank=0))
+    ranks = [list(BucketBatchSampler(lengths, 2, classes=classes, seed=3, num_replicas=2, rank=r)) for r in (0, 1)]
+    assert [sorted(a + b) for a, b in zip(*ranks, strict=True)] == [sorted(batch) for batch in one]
+    assert sum(index >= 17 for batch in one for index in batch) == 10
+    sampler = BucketBatchSampler(lengths, 4, classes=classes, seed=3)
+    iterator = iter(sampler)
+    next(iterator), next(iterator)
+    resumed = BucketBatchSampler(lengths, 4, classes=classes, seed=3)
+    resumed.load_state_dict(sampler.state_dict())
+    assert list(resumed) == one[2:]
+    with pytest.raises(ValueError, match="`classes` to have one class per sample, 20, but got 2"):
+        BucketBatchSampler(lengths, 4, classes=[0, 1])

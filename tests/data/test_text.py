@@ -247,3 +247,133 @@ def test_hub_dataset_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert data.label_names == ["neg", "pos"]
     with pytest.raises(ValueError, match=r"reviews \(train\): no column 'sentense' \(did you mean 'sentence'\?\)"):
         TextClassificationData(hub_dataset=str(folder), text_columns="sentense").rows("train")
+
+
+def test_what_is_not_used_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "a.csv"
+    file.write_text("id,sentence,other,label\n1,good film good film,x,a\n2,good,x,b\n")
+    data = TextClassificationData(file, file, file, tokenizer=train_tokenizer(["good film"] * 3, 60), max_length=4)
+    with caplog.at_level("INFO"):
+        data.setup()
+    said = [record.message for record in caplog.records if "a.csv" in record.message]
+    assert said == [f"{file}: 1 of 2 texts are cut to 4 tokens; columns that are not used: id, other"]
+
+
+@pytest.mark.parametrize("name", ["val_file", "test_file"])
+def test_evaluation_files_need_a_training_file(name: str) -> None:
+    for more, said in (({}, "but got none"), ({"hub_dataset": "glue/sst2"}, "which has its own splits")):
+        with pytest.raises(ValueError, match=f"Expected argument `train_file` beside `{name}`.*{said}"):
+            TextClassificationData(**{name: "a.tsv"}, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("columns", "found"),
+    [("a", ["a"]), ("a,b", ["a", "b"]), ("a, b", ["a", "b"]), (["a", "b"], ["a", "b"]), (["a,b"], ["a,b"])],
+)
+def test_text_columns(columns: Any, found: list[str]) -> None:
+    assert TextClassificationData("x.tsv", text_columns=columns).text_columns == found
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(TextClassificationData, "data")
+    given = columns if isinstance(columns, str) else f"[{','.join(map(repr, columns))}]"
+    parsed = parser.parse_args([f"--data.text_columns={given}"])
+    assert parser.instantiate_classes(parsed).data.text_columns == found
+
+
+@pytest.mark.parametrize("columns", ["a,b,c", "a,", "", "a,a", "label", ["a", "label"]])
+def test_text_columns_that_cannot_be_right(columns: Any) -> None:
+    with pytest.raises(ValueError, match="Expected argument `text_columns`"):
+        TextClassificationData("x.tsv", text_columns=columns)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    datasets, parquet = pytest.importorskip("datasets"), pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+    def make(**splits: Any) -> str:
+        folder = tmp_path / f"set{len(list(tmp_path.iterdir()))}"  # a changed folder may be read from the cache
+        folder.mkdir()
+        files = "".join(f"  - split: {name}\n    path: {name}.parquet\n" for name in splits)
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n  data_files:\n{files}---\n")
+        for name, columns in splits.items():
+            parquet.write_table(datasets.Dataset.from_dict(columns).data.table, folder / f"{name}.parquet")
+        return str(folder)
+
+    yield make
+    datasets.enable_progress_bars()
+
+
+def split(name: str, labels: list[Any]) -> dict[str, list[Any]]:
+    return {"sentence": [f"{name} {i}" for i in range(len(labels))], "label": labels}
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "eval", "dev", "val", "validation_matched"])
+def test_splits_of_the_hub_of_any_name(hub: Any, name: str) -> None:
+    data = TextClassificationData(hub_dataset=hub(train=split("train", [0, 1] * 4), **{name: split(name, [0, 1])}))
+    assert [text for (text,), _ in data.rows("val")] == [f"{name} 0", f"{name} 1"]
+
+
+def test_splits_of_the_hub_that_are_not_used_are_named(hub: Any) -> None:
+    splits = {
+        "train": split("train", [0, 1] * 4),
+        "validation_matched": split("val", [0, 1]),
+        "validation_mismatched": split("other", [0, 1]),
+        "test_matched": split("test", [-1, -1]),
+        "unsupervised": split("more", [0]),
+    }
+    data = TextClassificationData(hub_dataset=hub(**splits))
+    with pytest.warns(UserWarning, match="not used: validation_mismatched, unsupervised, test_matched .*no labels"):
+        assert data.rows("test") == data.rows("val")
+
+
+def test_bad_data_sets_of_the_hub_are_one_line(hub: Any, tmp_path: Path) -> None:
+    for splits, problem in (
+        ({"validation": split("val", [0, 1])}, "there is no training split"),
+        ({"train": {"text": ["a"], "label": [0]}}, r"\(train\): no column 'sentence'"),
+        ({"train": split("train", [[0], [1]])}, r"\(train\):1: column 'label' holds \[0\], which is neither"),
+        ({"train": split("train", [b"0", b"1"])}, "'label' is of type binary"),
+    ):
+        with pytest.raises(ValueError, match=problem) as caught:
+            TextClassificationData(hub_dataset=hub(**splits)).rows("train")
+        assert str(caught.value).isprintable()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "train.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match="the data set cannot be read"):
+        TextClassificationData(hub_dataset=str(tmp_path / "broken")).rows("train")
+    with pytest.raises(ValueError, match="no such data set"):
+        TextClassificationData(hub_dataset=str(tmp_path / "nowhere")).rows("train")
+
+
+def test_class_weights(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.tsv", [("x", "few"), *[("x", "many")] * 3])
+    assert TextClassificationData(file, file).class_weights is None
+    assert TextClassificationData(file, file, class_weights="balanced").class_weights == [2.0, pytest.approx(2 / 3)]
+    assert TextClassificationData(file, file, class_weights=[1, 0.5]).class_weights == [1.0, 0.5]
+    for weights in ([1.0], [1.0] * 3):
+        with pytest.raises(ValueError, match=r"`class_weights` to have 2 weights, one for each of few, many"):
+            _ = TextClassificationData(file, file, class_weights=weights).class_weights
+    absent = TextClassificationData(file, file, label_names=["few", "many", "none"], class_weights="balanced")
+    with pytest.raises(ValueError, match="no training row is of the class 'none'"):
+        _ = absent.class_weights
+    for arguments in ({"class_weights": "balanced"}, {"balanced": True}):
+        with pytest.raises(ValueError, match=f"Expected argument `{next(iter(arguments))}` to be left out"):
+            TextClassificationData(file, task="regression", **arguments)  # type: ignore[arg-type]
+
+
+def test_balanced_draws_classes_equally(tokenizer: PreTrainedTokenizerFast) -> None:
+    rows = [(f"good {i}", "many") for i in range(90)] + [(f"bad {i}", "few") for i in range(6)]
+    data = TextClassificationData.from_rows(rows, rows, tokenizer=tokenizer, balanced=True, batch_size=8)
+    data.setup()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader: Any = data.train_dataloader()
+        loader.batch_sampler.set_epoch(epoch)
+        epochs.append([index for batch in loader.batch_sampler for index in batch])
+    assert epochs[0] == epochs[2] != epochs[1]
+    for drawn in epochs[:2]:
+        assert len(drawn) == 96
+        assert sum(index >= 90 for index in drawn) == 48
+        assert len({index for index in drawn if index < 90}) == 48  # none twice before all have been
+        assert all(drawn.count(index) == 8 for index in range(90, 96))
+    assert sum(len(batch["labels"]) for batch in data.val_dataloader()) == 96
