@@ -60,8 +60,7 @@ class LanguageRun(Run):
     def read(cls, config: Namespace) -> tuple[LanguageModelData, transformers.PreTrainedModel, dict[str, Any]]:
         """The embedded text where the flags name neither teacher nor data, else what they name."""
         path, text = config.model.teacher, config.data.text_files or config.data.hub_dataset
-        text = text or config.data.val_files or config.data.test_files  # which say themselves what is missing
-        if not path and not text:
+        if not path and not text and not config.data.val_files and not config.data.test_files:
             return *_embedded(config), EMBEDDED
         if not path or not text:
             raise ValueError(

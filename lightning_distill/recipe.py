@@ -238,8 +238,12 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
     """The user's data and teacher; the data number their classes as the teacher does."""
     path = config.model.teacher
     teacher: Any
-    if path is None or not (config.data.train_file or config.data.hub_dataset):
-        raise ValueError("--model.teacher and --data.train_file (or --data.hub_dataset) go together; one is missing")
+    given = {"--model.teacher": path, "--data.train_file": config.data.train_file or config.data.hub_dataset}
+    if missing := [flag for flag, value in given.items() if not value]:
+        raise ValueError(
+            "--model.teacher and --data.train_file (or --data.hub_dataset) go together; one is missing, for there is no "
+            f"{' and no '.join(missing)}"
+        )
     with_head = has_head(read_config(path, "--model.teacher"))
     tokenizer = load_tokenizer(path, "--model.teacher")
     arguments = config.data.as_dict() | {"tokenizer": tokenizer, "seed": config.seed}
