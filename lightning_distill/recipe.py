@@ -241,7 +241,7 @@ def _given(config: Namespace) -> tuple[TextClassificationData, transformers.PreT
     given = {"--model.teacher": path, "--data.train_file": config.data.train_file or config.data.hub_dataset}
     if missing := [flag for flag, value in given.items() if not value]:
         raise ValueError(
-            "--model.teacher and --data.train_file (or --data.hub_dataset) go together; one is missing, for there is no "
+            "--model.teacher and --data.train_file (or --data.hub_dataset) go together; one is missing: there is no "
             f"{' and no '.join(missing)}"
         )
     with_head = has_head(read_config(path, "--model.teacher"))

@@ -95,7 +95,7 @@ def _load(name: str) -> Mapping[str, Any]:
             splits: Mapping[str, Any] = datasets.load_dataset(*reading)
             return splits
         except (datasets.exceptions.DatasetsError, ArrowException, OSError, ValueError) as error:
-            broken = isinstance(error, datasets.exceptions.DatasetBuildError)
+            broken = isinstance(error, datasets.exceptions.DatasetBuildError | ArrowException)
             reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
             problem = f"the data set cannot be read ({reason})" if broken else f"no such data set ({reason})"
             if broken:
