@@ -144,7 +144,9 @@ def by_gptqmodel(folder: Path, rows: list[Tensor], bits: int, group: int, skip: 
     )
     model = GPTQModel.load(str(folder), settings, device="cpu", dtype=torch.float32)
     examples = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in rows]
-    model.quantize(examples, batch_size=8, tokenizer=transformers.AutoTokenizer.from_pretrained(folder))
+    model.quantize(
+        examples, batch_size=8, tokenizer=transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    )
     model.save(str(out))
     return load(out)
 
@@ -175,8 +177,10 @@ def quality(options: argparse.Namespace) -> None:
     rows = []
     for title, (folder, group, skip) in models.items():
         folder = folder() if callable(folder) else folder
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            folder, trust_remote_code=False, dtype=torch.float32
+        ).eval()
         calibration, held_out = windows(tokenizer, text[:split], 64), windows(tokenizer, text[split:], 32)
         data = [{"input_ids": torch.stack(calibration[i : i + 8])} for i in range(0, 64, 8)]
         rows.append({"model": title, "bits": 32, "method": "float", "error %": 0.0,
@@ -279,7 +283,7 @@ def model(options: argparse.Namespace) -> None:
     transformers.LlamaForCausalLM(config).save_pretrained(folder)
     train_tokenizer(["a few words"], vocab_size=300).save_pretrained(folder)
     rows = list(torch.randint(5, 1000, (options.samples, LENGTH)))
-    fresh = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    fresh = transformers.LlamaForCausalLM.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
     data = [{"input_ids": torch.stack(rows[i : i + 8])} for i in range(0, len(rows), 8)]
 
     def theirs() -> None:
@@ -316,8 +320,10 @@ def student(options: argparse.Namespace) -> None:
     import onnxruntime
 
     folder = options.student
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    floats = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    floats = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, trust_remote_code=False, dtype=torch.float32
+    ).eval()
 
     def read(name: str) -> list[tuple[str, int]]:
         lines = (SHARED / "data" / "sst2" / name).read_text().splitlines()[1:]

@@ -34,7 +34,7 @@ Case = tuple[nn.Module, nn.Module, Callable[[], Iterator[Batch]], dict[str, Any]
 
 def sst2(rows: int) -> Case:
     path = SHARED / "models" / "sst2-minilm-l6"
-    teacher: Any = transformers.AutoModelForSequenceClassification.from_pretrained(path)
+    teacher: Any = transformers.AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False)
     data = TextClassificationData(
         train_file=SHARED / "data" / "sst2" / "train.tsv", tokenizer=path, max_train_rows=rows, batch_size=32
     )

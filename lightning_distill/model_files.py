@@ -45,7 +45,8 @@ def read_json(file: Path) -> dict[str, Any]:
             raise FileNotFoundError("there is no such file")
         found = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"Expected {file} to hold JSON, but got: {one_line(error)}") from error
+        said = f"Expected {file.parent} to hold a readable {file.name}, but got: {one_line(error)}"
+        raise ValueError(said) from error
     if not isinstance(found, dict):
         raise ValueError(f"Expected {file} to hold a dictionary, but got a {type(found).__name__}.")
     return found

@@ -67,7 +67,9 @@ def load_teacher(teacher: nn.Module | str, precision: TeacherPrecision | None) -
         config.architectures = [type(teacher).__name__]
         config.save_pretrained(folder)
         safetensors.torch.save_model(teacher, f"{folder}/model.safetensors", metadata={"format": "pt"})
-        return _quantized(folder, precision)
+        quantized: Any = _quantized(folder, precision)
+        quantized.config._name_or_path = teacher.config._name_or_path  # not that of a folder that is gone
+        return quantized
 
 
 def is_quantized(model: nn.Module) -> bool:

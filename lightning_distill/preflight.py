@@ -213,9 +213,12 @@ def _vocabulary(path: str) -> tuple[Any, dict[int, str]] | None:
 
 
 def _local_file(path: str, name: str) -> Path | None:
-    file = transformers.utils.cached_file(
-        path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
-    )
+    try:
+        file = transformers.utils.cached_file(
+            path, name, local_files_only=True, _raise_exceptions_for_missing_entries=False
+        )
+    except OSError:  # a folder that is no longer there
+        return None
     return None if file is None else Path(file)
 
 

@@ -1,6 +1,5 @@
 """EarlyExitModel: a student whose rows leave at the layer that is sure."""
 
-import json
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from lightning_distill import preflight, tasks
 from lightning_distill.arguments import between
 from lightning_distill.class_names import class_names
 from lightning_distill.early_exit.criteria import Criterion, State, criterion_from
-from lightning_distill.early_exit.ramps import Ramps
+from lightning_distill.early_exit.ramps import CONFIG, Ramps
 from lightning_distill.early_exit.walk import (
     BatchDimensions,
     Cost,
@@ -29,6 +28,7 @@ from lightning_distill.early_exit.walk import (
 )
 from lightning_distill.exporting import source_of, write_model
 from lightning_distill.folders import writing
+from lightning_distill.model_files import BROKEN, one_line, read_json
 from lightning_distill.pretrained import load_pretrained
 from lightning_distill.quantization.checkpoint import load as load_quantized
 
@@ -104,7 +104,7 @@ class EarlyExitModel(L.LightningModule):
         self.class_names = class_names(student, "student")
         self.layers = ramps.stack(student)
         self.criterion = ramps.criterion if criterion is None else criterion
-        self.temperatures = {int(layer): float(value) for layer, value in (temperatures or {}).items()}
+        self.temperatures = {int(layer): value for layer, value in (temperatures or {}).items()}
         for layer, value in self.temperatures.items():
             between(f"temperatures[{layer}]", value, 0)
         self.thresholds = thresholds
@@ -296,20 +296,25 @@ class EarlyExitModel(L.LightningModule):
             The model, in eval mode.
 
         Raises:
-            ValueError: If the folder holds no ramps.
+            ValueError: If the folder holds no ramps, or they or the student are not whole.
         """
         folder = Path(folder)
         ramps, config = Ramps.load(folder)
         if student is None:
-            quantized = "quantization_config" in json.loads((folder / "config.json").read_text())
+            quantized = "quantization_config" in read_json(folder / "config.json")
             student = load_quantized(folder) if quantized else load_pretrained(folder, "folder")
-        return cls(
-            student,
-            ramps,
-            {int(layer): value for layer, value in config.get("thresholds", {}).items()},
-            criterion_from(config["criterion"]) if "criterion" in config else None,
-            temperatures={int(layer): value for layer, value in config.get("temperatures", {}).items()},
-        )
+        try:
+            return cls(
+                student,
+                ramps,
+                {int(layer): value for layer, value in config.get("thresholds", {}).items()},
+                criterion_from(config["criterion"]) if "criterion" in config else None,
+                temperatures={int(layer): value for layer, value in config.get("temperatures", {}).items()},
+            )
+        except BROKEN as error:
+            if isinstance(error, ValueError) and str(error).startswith("Expected"):
+                raise
+            raise ValueError(f"Expected {folder / CONFIG} to fit its student, but got: {one_line(error)}") from error
 
 
 class _Prediction:

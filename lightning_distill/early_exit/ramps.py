@@ -16,6 +16,7 @@ from lightning_distill.arguments import integer, one_of, typed
 from lightning_distill.class_names import class_names, class_order
 from lightning_distill.early_exit.criteria import Confidence, Criterion, criterion_from
 from lightning_distill.initialization import Policy, initialize
+from lightning_distill.model_files import BROKEN, Tensors, one_line, read_json
 from lightning_distill.signals import describe, find_layers, get_submodule
 
 RampKind = Literal["auto", "linear", "pooler", "attention"]
@@ -196,18 +197,32 @@ class Ramps(nn.ModuleDict):
             The ramps, in eval mode, and all of ``early_exit.json``.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are none, or they are not whole.
         """
-        try:
-            config = json.loads((folder / CONFIG).read_text())
-            weights = safetensors.torch.load_file(folder / WEIGHTS)
-        except FileNotFoundError as error:
+        if not (folder / CONFIG).exists() or not (folder / WEIGHTS).exists():
             raise ValueError(
                 f"Expected argument `folder` to hold a student with ramps, but {folder} has no {CONFIG} or no "
                 f"{WEIGHTS}. Train the student with the callback EarlyExit and export it, or save an EarlyExitModel."
-            ) from error
-        ramps = cls(**config["ramps"])
-        ramps.load_state_dict(weights)
+            )
+        config, stored = read_json(folder / CONFIG), Tensors()
+        stored.add(folder / WEIGHTS)
+        described = config.get("ramps")
+        count = len(stored.shapes)  # each ramp has some tensors
+        if (
+            not isinstance(described, dict)
+            or not isinstance(exits := described.get("exits"), list)
+            or len(exits) > count
+        ):
+            raise ValueError(f"Expected {folder / CONFIG} to describe the {count} tensors of ramps in {WEIGHTS}.")
+        try:
+            with torch.device("meta"):
+                shapes = {name: tuple(tensor.shape) for name, tensor in cls(**config["ramps"]).state_dict().items()}
+            if shapes != stored.shapes:
+                raise ValueError(f"the ramps it describes are not those in {WEIGHTS}")
+            ramps = cls(**config["ramps"])
+            ramps.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+        except BROKEN as error:
+            raise ValueError(f"Expected {folder / CONFIG} to describe ramps, but got: {one_line(error)}") from error
         return ramps.eval(), config
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:

@@ -15,6 +15,19 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_distill.exporting import describe, source_of, without_ramps
 from lightning_distill.folders import check_folder, writing
+from lightning_distill.model_files import (
+    BROKEN,
+    INDEX,
+    WEIGHTS,
+    Tensors,
+    check_config,
+    check_size,
+    on_meta,
+    one_line,
+    read_json,
+    weight_files,
+)
+from lightning_distill.pretrained import class_of
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
 from lightning_distill.quantization.packing import pack, unpack_zeros
@@ -148,14 +161,21 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"Expected argument `folder` to hold a readable config.json, but got {folder}: {error}"
-        ) from error
+        return _load(folder, model)
+    except BROKEN as error:
+        said = one_line(error)
+        if isinstance(error, ValueError) and said.startswith("Expected"):
+            raise
+        raise ValueError(f"Expected argument `folder` to hold a GPTQ checkpoint, but got {folder}: {said}") from error
+
+
+def _load(folder: Path, model: nn.Module | None) -> nn.Module:
+    config = check_config(folder / "config.json")
     described = config.get("quantization_config")
     if not described and (folder / "quantize_config.json").exists():
-        described = {"quant_method": "gptq", **json.loads((folder / "quantize_config.json").read_text())}
+        described = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
+    if described is not None and not isinstance(described, dict):
+        raise ValueError(f"Expected {folder / 'config.json'} to hold a dictionary as `quantization_config`.")
     method = (described or {}).get("quant_method")
     version = (described or {}).get("checkpoint_format", "gptq")
     if method != "gptq" or version not in ("gptq", "gptq_v2"):
@@ -163,10 +183,17 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
             f"Expected argument `folder` to hold a GPTQ checkpoint (`gptq` or `gptq_v2`), but {folder} says "
             f"quant_method={method!r}, checkpoint_format={version!r}."
         )
+    named = any(os.path.lexists(folder / file) for file in (WEIGHTS, INDEX))
+    others = sorted(set(folder.glob("*.safetensors")) - {folder / "ramps.safetensors"})  # other tools name them freely
+    files = weight_files(folder) if named or not others else others
+    stored = Tensors()
+    for file in files:
+        stored.add(file)
+    check_config(folder / "config.json", stored)
     state: dict[str, Tensor] = {}
-    for path in sorted(set(folder.glob("*.safetensors")) - {folder / "ramps.safetensors"}):
-        state.update(safetensors.torch.load_file(path))
-    model = _build(folder, config) if model is None else model
+    for file in files:
+        state.update(safetensors.torch.load_file(file))
+    model = _build(folder, config, stored) if model is None else model
     separate_experts(model, {key.partition(".experts.")[0] + ".experts" for key in state if ".experts.0." in key})
     names = [key.removesuffix(".qweight") for key in state if key.endswith(".qweight")]
     names += _tied(model, names, state)
@@ -191,7 +218,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
     return model.eval()
 
 
-def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
+def _build(folder: Path, config: dict[str, Any], stored: Tensors) -> nn.Module:
     if "class_path" in config:
         module, _, name = config["class_path"].rpartition(".")
         try:
@@ -201,18 +228,22 @@ def _build(folder: Path, config: dict[str, Any]) -> nn.Module:
             if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
                 raise ImportError("it is no nn.Module that was imported; import its module before")
             built: nn.Module = kind(**config["init_args"])
-        except (ImportError, AttributeError, TypeError) as error:
+        except BROKEN as error:
             raise ValueError(
-                f"Expected config.json to say how to build {config['class_path']}, but it failed: {error}. Pass a "
-                "float model of the same shape as `model`."
+                f"Expected {folder / 'config.json'} to say how to build {config['class_path']}, but it failed: "
+                f"{one_line(error)}. Pass a float model of the same shape as `model`."
             ) from error
         return built
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(settings, "quantization_config"):
         del settings.quantization_config
-    architecture: Any = getattr(transformers, (settings.architectures or [""])[0], None)
-    if architecture is None:
-        raise ValueError(f"Expected config.json to name a class of transformers, but got {settings.architectures}.")
+    architecture = class_of(settings)
+    if architecture is None or not isinstance(settings, architecture.config_class):
+        raise ValueError(
+            f"Expected {folder / 'config.json'} to name a class of transformers, but got {settings.architectures}."
+        )
+    # Two bits are the fewest: sixteen numbers in one.
+    check_size(on_meta(architecture, settings, folder / "config.json"), 16 * stored.elements, folder)
     model: nn.Module = architecture(settings)
     return model
 
@@ -239,7 +270,14 @@ def _empty_linear(module: nn.Module, name: str, state: dict[str, Tensor], versio
     rows, columns = module.weight.shape
     in_features, out_features = (rows, columns) if isinstance(module, Conv1D) else (columns, rows)
     bits = state[f"{name}.qweight"].shape[0] * 32 // in_features
-    g_idx = state[f"{name}.g_idx"]
+    g_idx, scales = state[f"{name}.g_idx"], state[f"{name}.scales"]
+    for key in ("qweight", "qzeros", "g_idx"):
+        if state[f"{name}.{key}"].is_floating_point():
+            raise ValueError(f"Expected `{name}.{key}` to hold whole numbers, but got {state[f'{name}.{key}'].dtype}.")
+    if len(g_idx) != in_features or not bool(((g_idx >= 0) & (g_idx < len(scales))).all()):
+        raise ValueError(
+            f"Expected `{name}.g_idx` to number the group of each of {in_features} inputs, from 0 to {len(scales) - 1}."
+        )
     group_size = int((g_idx == g_idx[0]).sum())
     if version == "gptq_v2":
         zeros = unpack_zeros(state[f"{name}.qzeros"], bits, version=2)

@@ -16,24 +16,29 @@ DEEP = b'{"a":' * 100_000 + b"1" + b"}" * 100_000
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
-def _bytes(name: str, content: bytes) -> Callable[[Path], None]:
+def change_bytes(name: str, content: bytes) -> Callable[[Path], None]:
+    """Another content of a file."""
     return lambda folder: void((folder / name).write_bytes(content))
 
 
-def _cut(name: str, share: float) -> Callable[[Path], None]:
-    def cut(folder: Path) -> None:
+def cut(name: str, share: float) -> Callable[[Path], None]:
+    """A share of a file, from its beginning."""
+
+    def shorten(folder: Path) -> None:
         content = (folder / name).read_bytes()
         (folder / name).write_bytes(content[: int(len(content) * share)])
 
-    return cut
+    return shorten
 
 
-def _gone(*names: str) -> Callable[[Path], None]:
-    def gone(folder: Path) -> None:
+def gone(*names: str) -> Callable[[Path], None]:
+    """Files removed."""
+
+    def remove(folder: Path) -> None:
         for name in names:
             (folder / name).unlink()
 
-    return gone
+    return remove
 
 
 def _replaced(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
@@ -44,7 +49,9 @@ def _replaced(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
     return replaced
 
 
-def _json(name: str, **changes: Any) -> Callable[[Path], None]:
+def change_json(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Other values in a file of JSON."""
+
     def change(folder: Path) -> None:
         content = json.loads((folder / name).read_text())
         (folder / name).write_text(json.dumps({**content, **changes}))
@@ -52,11 +59,14 @@ def _json(name: str, **changes: Any) -> Callable[[Path], None]:
     return change
 
 
-def _config(**changes: Any) -> Callable[[Path], None]:
-    return _json("config.json", **changes)
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    """Other values in config.json."""
+    return change_json("config.json", **changes)
 
 
-def _tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+def change_tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callable[[Path], None]:
+    """Other tensors in model.safetensors."""
+
     def changed(folder: Path) -> None:
         tensors = safetensors.torch.load_file(folder / WEIGHTS)
         safetensors.torch.save_file(change(tensors), folder / WEIGHTS, {"format": "pt"})
@@ -66,7 +76,7 @@ def _tensors(change: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> Callab
 
 def _header(header: dict[str, Any] | bytes, data: bytes = b"") -> Callable[[Path], None]:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
-    return _bytes(WEIGHTS, len(text).to_bytes(8, "little") + text + data)
+    return change_bytes(WEIGHTS, len(text).to_bytes(8, "little") + text + data)
 
 
 def _index(weight_map: Callable[[Path, list[str]], Any]) -> Callable[[Path], None]:
@@ -108,19 +118,21 @@ def void(_: object) -> None:
 
 
 WEIGHT_FILES: dict[str, Callable[[Path], None]] = {
-    "no weights": _gone(WEIGHTS),
-    "empty weights": _bytes(WEIGHTS, b""),
-    "three bytes of weights": _bytes(WEIGHTS, b"\1\2\3"),
-    "weights cut in their header": _cut(WEIGHTS, 0.01),
-    "weights cut in their data": _cut(WEIGHTS, 0.9),
+    "no weights": gone(WEIGHTS),
+    "empty weights": change_bytes(WEIGHTS, b""),
+    "three bytes of weights": change_bytes(WEIGHTS, b"\1\2\3"),
+    "weights cut in their header": cut(WEIGHTS, 0.01),
+    "weights cut in their data": cut(WEIGHTS, 0.9),
     "weights with more behind them": lambda folder: void(
         (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes() + b"more")
     ),
-    "weights of random bytes": _bytes(WEIGHTS, bytes(range(256)) * 40),
-    "a pointer of git lfs": _bytes(WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"),
-    "a page of html": _bytes(WEIGHTS, b"<!doctype html><title>404</title>"),
-    "a pickle under another name": _bytes(WEIGHTS, pickle.dumps({"a": 1})),
-    "a header of 2**63 bytes": _bytes(WEIGHTS, b"\xff" * 7 + b"\x7f{}"),
+    "weights of random bytes": change_bytes(WEIGHTS, bytes(range(256)) * 40),
+    "a pointer of git lfs": change_bytes(
+        WEIGHTS, b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9\n"
+    ),
+    "a page of html": change_bytes(WEIGHTS, b"<!doctype html><title>404</title>"),
+    "a pickle under another name": change_bytes(WEIGHTS, pickle.dumps({"a": 1})),
+    "a header of 2**63 bytes": change_bytes(WEIGHTS, b"\xff" * 7 + b"\x7f{}"),
     "a header that is no json": _header(b"{not json}"),
     "a header that is too deep": _header(DEEP),
     "a header that is a list": _header(b"[1]"),
@@ -134,22 +146,24 @@ WEIGHT_FILES: dict[str, Callable[[Path], None]] = {
     "a link to nowhere": _replaced(WEIGHTS, lambda path: path.symlink_to("nowhere")),
     "a link to itself": _replaced(WEIGHTS, lambda path: path.symlink_to(path)),
     "pickled weights alone": _replaced(WEIGHTS, lambda path: torch.save({}, path.with_name("pytorch_model.bin"))),
-    "no tensors": _tensors(lambda tensors: {}),
-    "a layer less": _tensors(lambda tensors: {k: v for k, v in tensors.items() if ".layer.1." not in k}),
-    "a tensor less": _tensors(lambda tensors: dict(list(tensors.items())[1:])),
-    "a head less": _tensors(lambda tensors: {k: v for k, v in tensors.items() if "classifier" not in k}),
-    "an embedding less": _tensors(lambda tensors: {k: v for k, v in tensors.items() if "word_emb" not in k}),
-    "a layer more": _tensors(
+    "no tensors": change_tensors(lambda tensors: {}),
+    "a layer less": change_tensors(lambda tensors: {k: v for k, v in tensors.items() if ".layer.1." not in k}),
+    "a tensor less": change_tensors(lambda tensors: dict(list(tensors.items())[1:])),
+    "a head less": change_tensors(lambda tensors: {k: v for k, v in tensors.items() if "classifier" not in k}),
+    "an embedding less": change_tensors(lambda tensors: {k: v for k, v in tensors.items() if "word_emb" not in k}),
+    "a layer more": change_tensors(
         lambda tensors: {**tensors, **{k.replace("r.1.", "r.2."): v.clone() for k, v in tensors.items() if "r.1." in k}}
     ),
-    "a tensor more": _tensors(lambda tensors: {**tensors, "surprise": torch.ones(2)}),
-    "another shape": _tensors(lambda tensors: {k: v[..., :3].clone() if v.ndim > 1 else v for k, v in tensors.items()}),
-    "another shape of the head": _tensors(
+    "a tensor more": change_tensors(lambda tensors: {**tensors, "surprise": torch.ones(2)}),
+    "another shape": change_tensors(
+        lambda tensors: {k: v[..., :3].clone() if v.ndim > 1 else v for k, v in tensors.items()}
+    ),
+    "another shape of the head": change_tensors(
         lambda tensors: {k: v[:1].clone() if "classifier" in k else v for k, v in tensors.items()}
     ),
-    "scalars": _tensors(lambda tensors: {k: torch.tensor(1.0) for k in tensors}),
-    "other names": _tensors(lambda tensors: {k.replace("bert.", "model."): v for k, v in tensors.items()}),
-    "whole numbers": _tensors(lambda tensors: {k: (v * 100).to(torch.int8) for k, v in tensors.items()}),
+    "scalars": change_tensors(lambda tensors: {k: torch.tensor(1.0) for k in tensors}),
+    "other names": change_tensors(lambda tensors: {k.replace("bert.", "model."): v for k, v in tensors.items()}),
+    "whole numbers": change_tensors(lambda tensors: {k: (v * 100).to(torch.int8) for k, v in tensors.items()}),
     "an index that is cut": _index(lambda folder, names: json.dumps(_map(names)).encode()[:99]),
     "an index that is a list": _index(lambda folder, names: [1]),
     "an index that is too deep": _index(lambda folder, names: DEEP),
@@ -169,97 +183,97 @@ WEIGHT_FILES: dict[str, Callable[[Path], None]] = {
     "an index that leaves a tensor out": _index(
         lambda folder, names: {"metadata": {}, "weight_map": dict.fromkeys(names[::2], "0.safetensors")}
     ),
-    "a shard that is cut": _shard(_cut("0.safetensors", 0.5)),
-    "a shard that is empty": _shard(_bytes("1.safetensors", b"")),
+    "a shard that is cut": _shard(cut("0.safetensors", 0.5)),
+    "a shard that is empty": _shard(change_bytes("1.safetensors", b"")),
 }
 CONFIGS: dict[str, Callable[[Path], None]] = {
-    "no config": _gone("config.json"),
-    "an empty config": _bytes("config.json", b""),
-    "a config that is cut": _cut("config.json", 0.5),
-    "a config that is too deep": _bytes("config.json", DEEP),
-    "a config of lists that is too deep": _bytes("config.json", b"[" * 100_000),
-    "a config of random bytes": _bytes("config.json", bytes(range(256))),
+    "no config": gone("config.json"),
+    "an empty config": change_bytes("config.json", b""),
+    "a config that is cut": cut("config.json", 0.5),
+    "a config that is too deep": change_bytes("config.json", DEEP),
+    "a config of lists that is too deep": change_bytes("config.json", b"[" * 100_000),
+    "a config of random bytes": change_bytes("config.json", bytes(range(256))),
     "a config in UTF-16": lambda folder: void(
         (folder / "config.json").write_bytes((folder / "config.json").read_text().encode("utf-16"))
     ),
-    "a config that is null": _bytes("config.json", b"null"),
-    "a config that is a list": _bytes("config.json", b"[]"),
-    "a config that is {}": _bytes("config.json", b"{}"),
+    "a config that is null": change_bytes("config.json", b"null"),
+    "a config that is a list": change_bytes("config.json", b"[]"),
+    "a config that is {}": change_bytes("config.json", b"{}"),
     "a config that is a folder": _replaced("config.json", Path.mkdir),
     "a config that is a pipe": _replaced("config.json", os.mkfifo),
     "a config that is a link to itself": _replaced("config.json", lambda path: path.symlink_to(path)),
-    "no architecture": _config(architectures=None),
-    "architectures that are a number": _config(architectures=3),
-    "architectures that are a string": _config(architectures="BertForSequenceClassification"),
-    "architectures in lists": _config(architectures=[["BertForSequenceClassification"]]),
-    "an architecture that nobody knows": _config(architectures=["MineForSequenceClassification"]),
-    "an architecture that is a function": _config(architectures=["pipeline"]),
-    "an architecture that finds others": _config(architectures=["AutoModelForSequenceClassification"]),
-    "an architecture of another model": _config(architectures=["LlamaForCausalLM"]),
-    "an architecture with another head": _config(architectures=["BertForMaskedLM"]),
-    "code of its own": _config(auto_map={"AutoConfig": "mine.Config"}, model_type="mine"),
-    "a kind of model that nobody knows": _config(model_type="mine"),
-    "a kind of model that is a number": _config(model_type=3),
-    "a kind of model that is another": _config(model_type="llama"),
-    "10**9 layers": _config(num_hidden_layers=10**9),
-    "-1 layers": _config(num_hidden_layers=-1),
-    "a layer more than there are": _config(num_hidden_layers=3),
-    "a layer less than there are": _config(num_hidden_layers=1),
-    "layers that are a string": _config(num_hidden_layers="two"),
-    "layers that are null": _config(num_hidden_layers=None),
-    "half a layer": _config(num_hidden_layers=1.5),
-    "a width of 10**6": _config(hidden_size=10**6),
-    "a width of 10**12": _config(hidden_size=10**12),
-    "a width of 10**400": _config(hidden_size=10**400),
-    "a width of 0": _config(hidden_size=0),
-    "a width of -16": _config(hidden_size=-16),
-    "a width of NaN": _config(hidden_size=float("nan")),
-    "no heads": _config(num_attention_heads=0),
-    "heads that do not divide": _config(num_attention_heads=3),
-    "10**9 heads": _config(num_attention_heads=10**9),
-    "10**12 words": _config(vocab_size=10**12),
-    "a word more than there are": _config(vocab_size=81),
-    "10**9 classes": _config(num_labels=10**9),
-    "a class more than there are": _config(id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}),
-    "10**12 positions": _config(max_position_embeddings=10**12),
-    "an inner width of 10**9": _config(intermediate_size=10**9),
-    "an activation that nobody knows": _config(hidden_act="mine"),
-    "an activation that is a number": _config(hidden_act=3),
-    "classes that are a list": _config(id2label=["a", "b"]),
-    "classes that are a number": _config(id2label=7),
-    "classes with names for numbers": _config(id2label={"a": "a", "b": "b"}),
-    "a type that is none": _config(dtype="object"),
-    "quantised by a list": _config(quantization_config=[1]),
-    "quantised by GPTQ, and is not": _config(quantization_config={"quant_method": "gptq", "bits": 4}),
-    "weights in a file elsewhere": _config(transformers_weights="../outside.safetensors"),
-    "weights in a pickle by name": _config(transformers_weights="pytorch_model.bin"),
-    "attention from the hub": _config(attn_implementation="somebody/kernel"),
-    "attention from the hub, deeper": _config(_attn_implementation={"": "somebody/kernel"}),
-    "an adapter beside it": _bytes("adapter_config.json", b'{"base_model_name_or_path": "../elsewhere"}'),
+    "no architecture": change_config(architectures=None),
+    "architectures that are a number": change_config(architectures=3),
+    "architectures that are a string": change_config(architectures="BertForSequenceClassification"),
+    "architectures in lists": change_config(architectures=[["BertForSequenceClassification"]]),
+    "an architecture that nobody knows": change_config(architectures=["MineForSequenceClassification"]),
+    "an architecture that is a function": change_config(architectures=["pipeline"]),
+    "an architecture that finds others": change_config(architectures=["AutoModelForSequenceClassification"]),
+    "an architecture of another model": change_config(architectures=["LlamaForCausalLM"]),
+    "an architecture with another head": change_config(architectures=["BertForMaskedLM"]),
+    "code of its own": change_config(auto_map={"AutoConfig": "mine.Config"}, model_type="mine"),
+    "a kind of model that nobody knows": change_config(model_type="mine"),
+    "a kind of model that is a number": change_config(model_type=3),
+    "a kind of model that is another": change_config(model_type="llama"),
+    "10**9 layers": change_config(num_hidden_layers=10**9),
+    "-1 layers": change_config(num_hidden_layers=-1),
+    "a layer more than there are": change_config(num_hidden_layers=3),
+    "a layer less than there are": change_config(num_hidden_layers=1),
+    "layers that are a string": change_config(num_hidden_layers="two"),
+    "layers that are null": change_config(num_hidden_layers=None),
+    "half a layer": change_config(num_hidden_layers=1.5),
+    "a width of 10**6": change_config(hidden_size=10**6),
+    "a width of 10**12": change_config(hidden_size=10**12),
+    "a width of 10**400": change_config(hidden_size=10**400),
+    "a width of 0": change_config(hidden_size=0),
+    "a width of -16": change_config(hidden_size=-16),
+    "a width of NaN": change_config(hidden_size=float("nan")),
+    "no heads": change_config(num_attention_heads=0),
+    "heads that do not divide": change_config(num_attention_heads=3),
+    "10**9 heads": change_config(num_attention_heads=10**9),
+    "10**12 words": change_config(vocab_size=10**12),
+    "a word more than there are": change_config(vocab_size=81),
+    "10**9 classes": change_config(num_labels=10**9),
+    "a class more than there are": change_config(id2label={0: "a", 1: "b", 2: "c"}, label2id={"a": 0, "b": 1, "c": 2}),
+    "10**12 positions": change_config(max_position_embeddings=10**12),
+    "an inner width of 10**9": change_config(intermediate_size=10**9),
+    "an activation that nobody knows": change_config(hidden_act="mine"),
+    "an activation that is a number": change_config(hidden_act=3),
+    "classes that are a list": change_config(id2label=["a", "b"]),
+    "classes that are a number": change_config(id2label=7),
+    "classes with names for numbers": change_config(id2label={"a": "a", "b": "b"}),
+    "a type that is none": change_config(dtype="object"),
+    "quantised by a list": change_config(quantization_config=[1]),
+    "quantised by GPTQ, and is not": change_config(quantization_config={"quant_method": "gptq", "bits": 4}),
+    "weights in a file elsewhere": change_config(transformers_weights="../outside.safetensors"),
+    "weights in a pickle by name": change_config(transformers_weights="pytorch_model.bin"),
+    "attention from the hub": change_config(attn_implementation="somebody/kernel"),
+    "attention from the hub, deeper": change_config(_attn_implementation={"": "somebody/kernel"}),
+    "an adapter beside it": change_bytes("adapter_config.json", b'{"base_model_name_or_path": "../elsewhere"}'),
     "an adapter alone": lambda folder: (
-        _gone("config.json")(folder),
-        _bytes("adapter_config.json", b'{"base_model_name_or_path": "../elsewhere"}')(folder),
+        gone("config.json")(folder),
+        change_bytes("adapter_config.json", b'{"base_model_name_or_path": "../elsewhere"}')(folder),
     )[0],
-    "generation settings that are too deep": _bytes("generation_config.json", DEEP),
-    "generation settings that are cut": _bytes("generation_config.json", b'{"a"'),
-    "generation settings that are a list": _bytes("generation_config.json", b"[1]"),
+    "generation settings that are too deep": change_bytes("generation_config.json", DEEP),
+    "generation settings that are cut": change_bytes("generation_config.json", b'{"a"'),
+    "generation settings that are a list": change_bytes("generation_config.json", b"[1]"),
 }
 TOKENIZERS: dict[str, Callable[[Path], None]] = {
-    "no tokenizer": _gone("tokenizer.json", "tokenizer_config.json"),
-    "no words": _gone("tokenizer.json"),
-    "a tokenizer that is cut": _cut("tokenizer.json", 0.7),
-    "a tokenizer that is empty": _bytes("tokenizer.json", b""),
-    "a tokenizer that is {}": _bytes("tokenizer.json", b"{}"),
-    "a tokenizer that is a list": _bytes("tokenizer.json", b"[]"),
-    "a tokenizer that is too deep": _bytes("tokenizer.json", DEEP),
-    "a tokenizer without a model": _json("tokenizer.json", model=None),
-    "a tokenizer of another kind": _json("tokenizer.json", model={"type": "Mine"}),
-    "a tokenizer with a normalizer nobody knows": _json("tokenizer.json", normalizer={"type": "Mine"}),
+    "no tokenizer": gone("tokenizer.json", "tokenizer_config.json"),
+    "no words": gone("tokenizer.json"),
+    "a tokenizer that is cut": cut("tokenizer.json", 0.7),
+    "a tokenizer that is empty": change_bytes("tokenizer.json", b""),
+    "a tokenizer that is {}": change_bytes("tokenizer.json", b"{}"),
+    "a tokenizer that is a list": change_bytes("tokenizer.json", b"[]"),
+    "a tokenizer that is too deep": change_bytes("tokenizer.json", DEEP),
+    "a tokenizer without a model": change_json("tokenizer.json", model=None),
+    "a tokenizer of another kind": change_json("tokenizer.json", model={"type": "Mine"}),
+    "a tokenizer with a normalizer nobody knows": change_json("tokenizer.json", normalizer={"type": "Mine"}),
     "a tokenizer that is a folder": _replaced("tokenizer.json", Path.mkdir),
-    "settings that are cut": _cut("tokenizer_config.json", 0.5),
-    "settings that are too deep": _bytes("tokenizer_config.json", DEEP),
-    "settings that are a list": _bytes("tokenizer_config.json", b"[]"),
-    "words beyond the model": _json(
+    "settings that are cut": cut("tokenizer_config.json", 0.5),
+    "settings that are too deep": change_bytes("tokenizer_config.json", DEEP),
+    "settings that are a list": change_bytes("tokenizer_config.json", b"[]"),
+    "words beyond the model": change_json(
         "tokenizer.json",
         added_tokens=[
             {"id": 90, "content": "[NEW]", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,

@@ -70,13 +70,13 @@ def test_a_student_of_ones_own(main: Any, files: list[str], tmp_path: Path, caps
 
 
 def test_a_teacher_whose_classes_have_no_names(main: Any, files: list[str], tmp_path: Path, capsys: Any) -> None:
-    bert(layers=4, max_position_embeddings=64).save_pretrained(tmp_path / "teacher")
+    bert(layers=4, vocab_size=80, max_position_embeddings=64).save_pretrained(tmp_path / "teacher")
     for file in tmp_path.glob("*.tsv"):
         file.write_text(file.read_text().replace("\t0\n", "\tnegative\n").replace("\t1\n", "\tpositive\n"))
     said = refusal(main, files, capsys)
     assert "does not name the teacher's classes, so the labels ['negative', 'positive'] of the data" in said
     names = {"id2label": {0: "negative", 1: "positive"}}
-    bert(layers=4, max_position_embeddings=64, **names).save_pretrained(tmp_path / "teacher")
+    bert(layers=4, vocab_size=80, max_position_embeddings=64, **names).save_pretrained(tmp_path / "teacher")
     said = refusal(main, [*files, "--data.label_names=[positive,negative]"], capsys)
     assert "--data.label_names has the classes ['positive', 'negative'], and --model.teacher ['negative'" in said
 
