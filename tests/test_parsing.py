@@ -1,11 +1,11 @@
 """Errors of the command line: one line that names the flag, what it may be and what came."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
-from lightning_distill.objectives import AttentionRelation
+from lightning_distill.arguments import typed
 from lightning_distill.recipe import text_parser
 
 
@@ -66,7 +66,18 @@ def test_objectives_are_named_without_brackets(flags: list[str], names: list[str
     assert made.seed == 3
 
 
-def test_a_list_of_an_argument_says_of_what() -> None:
-    relations: Any = AttentionRelation
-    with pytest.raises(TypeError, match=r"`\w+` to be a list of .*, but got \[\[\('a', 'b'\)\]\]"):
-        relations([[("a", "b")]])
+@typed
+def _takes(pairs: list[tuple[int, int]], kinds: tuple[Literal["qq", "kk"], ...] = ()) -> None:
+    """A function of two lists."""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"pairs": ["a"]}, "`pairs` to be a list of a list of a whole number, but got"),
+        ({"pairs": [], "kinds": 3}, "`kinds` to be a list of 'qq' or 'kk', but got 3"),
+    ],
+)
+def test_a_list_of_an_argument_says_of_what(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        _takes(**arguments)
