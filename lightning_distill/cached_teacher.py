@@ -20,8 +20,10 @@ _NEVER = {"auto_map", "attn_implementation", "_attn_implementation", "quantizati
 # The most of what takes room even without weights, by a word in its name.
 _MOST = {"layer": 4096, "depth": 4096, "expert": 4096, "label": 10**6, "position": 2**24}
 # Whatever transformers does with settings that nobody would choose.
-_BAD_CONFIG = (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError)
-_BAD_CONFIG += (RuntimeError, TypeError, ValueError, StrictDataclassError)
+_BAD_CONFIG: tuple[type[Exception], ...] = (
+    *(ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, MemoryError, OSError, RuntimeError),
+    *(TypeError, ValueError, StrictDataclassError),
+)
 
 
 def save_teacher(teacher: nn.Module, folder: Path) -> None:
@@ -65,7 +67,7 @@ def _plan(values: dict[str, Any]) -> Any:
     kind, architecture = values.get("model_type"), values.get("architectures")
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
     name = architecture[0] if isinstance(architecture, list) and architecture else None
-    model = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
+    model: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
     fits = known and isinstance(model, type) and issubclass(model, transformers.PreTrainedModel)
     if not fits or model.config_class is not CONFIG_MAPPING[kind]:
         raise ValueError(f"transformers has no model {name!r} of type {kind!r}")
