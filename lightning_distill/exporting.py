@@ -147,7 +147,8 @@ def _merged(model: nn.Module) -> nn.Module:
             f"Expected an adapter that can be merged into its base to export, but got a {type(model).__name__} with "
             f"{type(model.active_peft_config).__name__}. Save it with `save_pretrained`, beside its base."
         )
-    merged: nn.Module = copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    copied: Any = copy.deepcopy(model)
+    merged: nn.Module = copied.merge_and_unload(safe_merge=True)
     return merged
 
 

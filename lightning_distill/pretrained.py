@@ -100,7 +100,7 @@ def load_with_new_head(path: str, name: str, **config: Any) -> nn.Module:
     earlier = read_config(path, name)
     try:
         settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, problem_type=None, **config)
-        architecture = transformers.AutoModelForSequenceClassification._model_mapping[type(settings)]
+        architecture: Any = transformers.AutoModelForSequenceClassification._model_mapping[type(settings)]
     except BROKEN as error:
         raise ValueError(_refusal(path, name, one_line(error))) from error
     prefix = f"{architecture.base_model_prefix}."
@@ -153,8 +153,8 @@ def _load(
         numbers = {key: kind for key, kind in stored.dtypes.items() if not kind.startswith(("F16", "F32", "F64", "BF"))}
         floats = {key for key, parameter in loaded.named_parameters() if parameter.is_floating_point()}
         if whole := floats & set(numbers):
-            said = f"its {WEIGHTS} holds {some(whole)} as {numbers[min(whole)]} without their scales"
-            raise ValueError(_refusal(path, name, said, "a model in floating point"))
+            holds = f"its {WEIGHTS} holds {some(whole)} as {numbers[min(whole)]} without their scales"
+            raise ValueError(_refusal(path, name, holds, "a model in floating point"))
     return loaded, missing
 
 
