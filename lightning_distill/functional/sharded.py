@@ -69,12 +69,12 @@ def sharded_soft_target(
     check_shares(beta, alpha)
     check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
     check_temperature(temperature)
-    divergence_, share = beside_limits(divergence, beta if divergence == "js" else alpha)
+    formula, share = beside_limits(divergence, beta if divergence == "js" else alpha)
     student, teacher = (
         _log_probabilities(logits / temperature, group) for logits in select(mask, student_logits, teacher_logits)
     )
     # Each divergence is a sum over classes.
-    values = temperature**2 * _summed(DIVERGENCES[divergence_](student, teacher, share), group)
+    values = temperature**2 * _summed(DIVERGENCES[formula](student, teacher, share), group)
     return reduce(values, student_logits.shape[:-1], mask, reduction, num_items)
 
 

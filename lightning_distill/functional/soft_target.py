@@ -87,8 +87,8 @@ def soft_target(
     student, teacher = (
         log_probabilities(logits, temperature) for logits in select(mask, student_logits, teacher_logits)
     )
-    divergence, share = beside_limits(divergence, beta if divergence == "js" else alpha)
-    values = temperature**2 * DIVERGENCES[divergence](student, teacher, share)
+    formula, share = beside_limits(divergence, beta if divergence == "js" else alpha)
+    values = temperature**2 * DIVERGENCES[formula](student, teacher, share)
     return reduce(values, student_logits.shape[:-1], mask, reduction, num_items)
 
 
