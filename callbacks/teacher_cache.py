@@ -391,13 +391,14 @@ class TeacherCache(L.Callback):
             found.logits = _spread(arrays["logits"].float(), frame.mask, shape)
         else:
             log_probs = _spread(arrays["log_probs"].float(), frame.mask, shape)
+            classes = arrays["classes"].long()  # in int32 there is no 2**31
             most = self._classes or getattr(getattr(self._module.student, "config", None), "vocab_size", None) or 2**31
-            if arrays["classes"].numel() and not 0 <= arrays["classes"].min() <= arrays["classes"].max() < most:
+            if classes.numel() and not 0 <= classes.min() <= classes.max() < most:
                 raise ValueError(
                     f"Expected the cache at {self.path} to hold classes from 0 to {most - 1}, but got others. Delete "
                     "the folder and fill it again."
                 )
-            classes = _spread(arrays["classes"].long(), frame.mask, shape)
+            classes = _spread(classes, frame.mask, shape)
             found.top_k = {t: TopK(log_probs[..., i, :], classes) for i, t in enumerate(self._temperatures)}
         hidden_shape = torch.Size([len(keys), -1])
         found.hidden_states = {

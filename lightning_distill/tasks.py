@@ -257,6 +257,11 @@ def targets(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
             "dimension of the logits."
         )
     if labels.is_floating_point():
+        if logits.shape[-1] > 2 / torch.finfo(labels.dtype).eps:
+            raise ValueError(
+                f"Expected the labels of {task} to tell {logits.shape[-1]} classes apart, but got {labels.dtype}, "
+                "which cannot. Give whole numbers, which no `precision` of the Trainer casts."
+            )
         whole = labels == labels.round()
         if look and not bool(whole.all()):
             raise ValueError(

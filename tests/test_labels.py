@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import BinaryAUROC, MulticlassAccuracy, MulticlassF1Score
 
 from lightning_distill import DistillationModule
-from lightning_distill.callbacks import EarlyExit
+from lightning_distill.callbacks import GPTQ, EarlyExit, TeacherCache
 from lightning_distill.early_exit import Confidence, EarlyExitModel, Entropy, Margin, Patience, calibrate, make_ramps
 from lightning_distill.objectives import Decoupled, HardLabel, LogitsMSE, SoftTarget, TopKSoftTarget
 from tests.helpers.models import batch, bert, llama
@@ -213,6 +213,12 @@ def test_labels_that_are_no_classes_are_refused(labels: Tensor, message: str) ->
             DistillationModule(None, student).losses(given)
 
 
+def test_classes_that_a_float_cannot_tell_apart_are_refused() -> None:
+    for dtype, classes in ((torch.bfloat16, 300), (torch.float16, 3000)):
+        with pytest.raises(ValueError, match=f"to tell {classes} classes apart, but got {dtype}"):
+            DistillationModule(None, linear(4, classes)).losses((points(), torch.zeros(6, dtype=dtype)))
+
+
 @pytest.mark.parametrize("labels", [["a", "b"], "ab", b"ab", [b"a", b"b"], [0, None], {"x": 1}, np.array(["a", "b"])])
 def test_labels_that_are_no_numbers_are_refused(labels: Any) -> None:
     for given in ((points(2), labels), {"input": points(2), "label": labels}):
@@ -382,6 +388,18 @@ def test_batches_that_are_mappings_for_a_plain_module(key: str, tmp_path: Path) 
     torch.testing.assert_close(module({"image": x, key: y}), student(x))
     with pytest.raises(ValueError, match=r"inputs \['input'\] of `Sequential.forward`, but got the keys \['a', 'b', "):
         module.losses({"a": x, "b": x, key: y})
+
+
+def test_callbacks_read_mappings_for_a_plain_module(tmp_path: Path) -> None:
+    make = lambda: nn.Sequential(nn.Linear(4, 32), nn.Linear(32, 32), nn.Linear(32, 1))  # noqa: E731
+    rows = [{"image": x, "label": torch.tensor(1.0)} for x in points(64)]
+    callbacks = [
+        TeacherCache(str(tmp_path / "cache"), top_k=1),
+        GPTQ(8, group_size=32, include=["1"], folder=str(tmp_path / "gptq")),
+    ]
+    run = trainer(callbacks=callbacks, log_every_n_steps=1)
+    run.fit(DistillationModule(make(), make()), DataLoader(rows, 32), DataLoader(rows, 32))
+    assert run.callback_metrics["val_agreement"].isfinite()
 
 
 def test_several_loaders_are_scored_apart() -> None:

@@ -1,6 +1,5 @@
 """Calibration in one forward per batch: each is suspended at a layer until that layer is quantised."""
 
-import inspect
 import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,22 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_distill import tasks
+
 Forward = Callable[[nn.Module, Any], Any]
 _CROSS = re.compile(r"(encoder_attn|EncDecAttention|crossattention|cross_attention).*\.(k|v|key|value|k_proj|v_proj)$")
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call a model on a batch: a mapping of its inputs (other keys are left out), a pair, or one tensor."""
-    if not isinstance(batch, Mapping):
-        return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
-    accepted = inspect.signature(model.forward).parameters
-    everything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in accepted.values())
-    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    inputs = {
-        key: value
-        for key, value in batch.items()
-        if (key in accepted or everything) and (key != "labels" or encoder_decoder)
-    }
+    if not isinstance(batch, Mapping) or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return tasks.call_model(model, batch)
+    # Here the decoder reads the labels.
+    accepted = tasks.accepted(model)
+    inputs = {key: value for key, value in batch.items() if key in accepted}
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     return model(**inputs)
