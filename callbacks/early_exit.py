@@ -303,6 +303,7 @@ class EarlyExit(L.Callback):
                 raise RuntimeError(f"Expected `training_step` to call the {who} itself, for its logits; it did not.")
         losses = []
         right: Tensor | None
+        what: Any
         for layer, (logits, gate) in self._answers.items():
             logits, labels, mask = tasks.align(task, logits, batch)
             if self.training == "self_distill":

@@ -56,7 +56,7 @@ class AccumulatingModule(L.LightningModule):
         # DDP averages gradients over ranks, so the mean over all items needs the mean count as its denominator.
         if self._trainer is None or self.trainer.world_size == 1 or not self.trainer.training:
             return counts
-        reduced: Tensor = self.trainer.strategy.reduce(counts, reduce_op="mean")  # type: ignore[assignment]
+        reduced: Tensor = self.trainer.strategy.reduce(counts, reduce_op="mean")
         return reduced
 
     # -- hooks -------------------------------------------------------------------------------------------------------

@@ -218,6 +218,7 @@ class SignalStore:
                     self._copies.pop(key, None)
                     damaged += 1
                     continue
+                assert found is not None  # a copy is left
                 left = memoryview(found)
                 for name, count, size in zip(self.fields, copies[0].counts, self._item_bytes, strict=True):
                     kind, shape = self.fields[name]

@@ -64,7 +64,8 @@ def cached_teacher(folder: str | os.PathLike[str]) -> nn.Module:
 
 def _plan(values: dict[str, Any]) -> Any:
     """The config that a file's values describe, if transformers itself knows it and the model it names."""
-    kind, architecture = values.get("model_type"), values.get("architectures")
+    kind: Any = values.get("model_type")
+    architecture = values.get("architectures")
     known = isinstance(kind, str) and kind in CONFIG_MAPPING
     name = architecture[0] if isinstance(architecture, list) and architecture else None
     model: Any = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None

@@ -77,6 +77,7 @@ def row_keys(batch: Any, mask: Tensor | None, padding: int | None = None) -> lis
         for leaf in [*leaves, *whole] if length is None else leaves:
             content = leaf.content[row] if leaf.of_rows else leaf.content
             if length is not None and leaf.name in _OF_TOKENS and leaf.of_rows:
+                assert attention_mask is not None  # it is what says the length
                 content = content[:length] if content.shape[:1] == attention_mask.shape[1:] else content
             _add(digest, leaf.name + leaf.kind, content)
         _add(digest, "items", "all" if items is None else items.astype(np.int64))

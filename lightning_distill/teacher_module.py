@@ -50,7 +50,7 @@ class TeacherModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Freeze the teacher again if an earlier run has given it back."""
-        self._student_as_given = _state(self.student)
+        self._student_as_given = _state(self.student)  # type: ignore[arg-type]
         if self.teacher is not None:
             freeze(self.teacher)
             if isinstance(self.trainer.strategy, FSDPStrategy):
@@ -70,7 +70,7 @@ class TeacherModule(L.LightningModule):
         if self.teacher is not None and self._teacher_as_given is not None:
             _restore(self.teacher, self._teacher_as_given, gradients=True)
         if (given := vars(self).pop("_student_as_given", None)) is not None:
-            _restore(self.student, given, gradients=False)
+            _restore(self.student, given, gradients=False)  # type: ignore[arg-type]
 
 
 class _GiveBack(L.Callback):

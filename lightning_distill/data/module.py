@@ -52,7 +52,8 @@ class TextData(L.LightningDataModule):
             )
         if isinstance(self.tokenizer, str | Path):
             self.tokenizer = load_tokenizer(self.tokenizer, "tokenizer")
-        return self.tokenizer
+        tokenizer: Any = self.tokenizer
+        return tokenizer
 
     def _loader(self, split: Split, shuffle: bool) -> DataLoader:
         dataset = self._datasets[split]
