@@ -193,6 +193,8 @@ def test_paths_are_hyper_parameters_and_objects_are_not(tmp_path: Path) -> None:
         "task": "auto",
         "teacher_precision": None,
         "gradient_checkpointing": False,
+        "lr_scheduler_interval": "epoch",
+        "lr_scheduler_monitor": None,
     }
     assert module.student.dtype == torch.float32
     assert module.student.training
