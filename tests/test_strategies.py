@@ -341,7 +341,8 @@ def test_the_teacher_is_in_parts_without_gradients_or_whole(
     for role, (local, whole, wanted, had) in two[f"{name} {model} {accumulate} here"].items():
         # Uneven rows are rounded up, and norms are whole under tensor parallelism.
         assert local == whole if name.startswith("ddp") else local < 0.6 * whole
-        assert (wanted, had) == ((True, True) if role == "student" else (False, False))
+        # After the run the teacher's parameters are as they were given, and none ever had a gradient.
+        assert (wanted, had) == (True, role == "student")
 
 
 @pytest.mark.forks

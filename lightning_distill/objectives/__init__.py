@@ -20,7 +20,6 @@ from lightning_distill.objectives.logits import (
     Decoupled,
     HardLabel,
     LogitsMSE,
-    ShardedSoftTarget,
     SoftTarget,
     TopKSoftTarget,
 )
@@ -49,7 +48,6 @@ __all__ = [
     "PatientHiddenState",
     "RelationalAngle",
     "RelationalDistance",
-    "ShardedSoftTarget",
     "SimilarityPreserving",
     "SoftTarget",
     "StepSchedule",

@@ -115,63 +115,6 @@ class SoftTarget(_Softened):
 
 
 @typed
-class ShardedSoftTarget(SoftTarget):
-    """The soft target of logits whose classes are spread over processes.
-
-    See :func:`lightning_distill.functional.sharded_soft_target`. Each process gives the logits of its own classes.
-
-    Args:
-        temperature: As in :class:`SoftTarget`, also what follows.
-        divergence: Its name.
-        group: The process group over which the classes are spread; None for all processes.
-        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1].
-        alpha: Share that the skewed divergences mix in, in (0, 1).
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
-
-    Raises:
-        ValueError: If an argument is out of its range.
-
-    Example:
-        >>> import torch
-        >>> from lightning_distill.objectives import ShardedSoftTarget
-        >>> from lightning_distill.signals import Signals
-        >>> student, teacher = Signals(torch.tensor([[0.0, 0.0]])), Signals(torch.tensor([[2.0, 0.0]]))
-        >>> round(ShardedSoftTarget(temperature=2.0)(student, teacher).mean().item(), 4)
-        0.4438
-    """
-
-    def __init__(
-        self,
-        temperature: Scheduled = 2.0,
-        divergence: Divergence = "forward_kl",
-        *,
-        group: Any = None,
-        beta: float = 0.5,
-        alpha: float = 0.1,
-        weight: Scheduled = 1.0,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(temperature, divergence, beta=beta, alpha=alpha, weight=weight, name=name)
-        self.group = group
-
-    def forward(self, student: Signals, teacher: Signals) -> Loss:
-        """Divergence per row, or per token."""
-        values = functional.sharded_soft_target(
-            student.logits,
-            teacher.logits,
-            self.group,
-            temperature=self.temperature,
-            divergence=self.divergence,
-            beta=self.beta,
-            alpha=self.alpha,
-            mask=student.mask,
-            reduction="none",
-        )
-        return Loss(values, student.mask)
-
-
-@typed
 class TopKSoftTarget(_Softened):
     """The teacher's k best classes and its tail's mass, see :func:`lightning_distill.functional.top_k_soft_target`.
 
