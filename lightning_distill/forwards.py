@@ -40,7 +40,7 @@ def before(task: tasks.Task, batch: Any) -> Signals:
     real = tasks.token_mask(batch)
     if real is None and ids is not None:
         real = torch.ones_like(ids, dtype=torch.bool)
-    return Signals(logits, labels, mask, real, regression=task == "regression")
+    return Signals(logits, labels, mask, real, regression=task == "regression", offsets=tasks.offsets(batch))
 
 
 class Forwards:
@@ -116,7 +116,9 @@ class Forwards:
             deferred, logits = Deferred(head, logits, self.shared_words), logits[..., :0]
         elif self.shared_words is not None:
             logits = logits[..., : self.shared_words]
-        signals = Signals(logits, labels, mask, tasks.token_mask(batch), deferred=deferred, **captured)
+        signals = Signals(
+            logits, labels, mask, tasks.token_mask(batch), deferred=deferred, offsets=tasks.offsets(batch), **captured
+        )
         if (decoder := find_decoder(model)) is not None:
             signals.decoder, signals.decoder_token_mask = decoder, tasks.decoder_token_mask(batch)
         return signals

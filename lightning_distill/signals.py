@@ -78,6 +78,8 @@ class Signals:
             width 0.
         deferred: Logits over a large vocabulary that were not computed; those above then have width 0.
         regression: Whether the logits are real values, each with a label of its own, and no classes.
+        offsets: Integer ``[B, T, 2]``, where in the text each token of the input begins and ends; None where the batch
+            does not say.
     """
 
     logits: Tensor
@@ -93,6 +95,7 @@ class Signals:
     top_k: dict[float, "TopK"] = field(default_factory=dict)
     deferred: "Deferred | None" = None
     regression: bool = False
+    offsets: Tensor | None = None
 
     def real_tokens(self, key: int | str | None) -> Tensor | None:
         """Bool mask of the tokens that a layer, or the module at a path, reads; None where all are real."""

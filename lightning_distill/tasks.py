@@ -300,6 +300,12 @@ def token_mask(batch: Any) -> Tensor | None:
     return None if mask is None else mask.bool()
 
 
+def offsets(batch: Any) -> Tensor | None:
+    """Where in the text each token of a batch begins and ends ``[B, T, 2]``, or None where it does not say."""
+    found = batch.get("offset_mapping") if isinstance(batch, Mapping) else None
+    return None if found is None else torch.as_tensor(found)
+
+
 def decoder_token_mask(batch: Any) -> Tensor | None:
     """Bool mask ``[B, T]`` of the real tokens that the decoder of an encoder-decoder reads; None where nothing says."""
     if not isinstance(batch, Mapping):

@@ -15,8 +15,9 @@ from lightning_distill.functional.logits import combine_teachers, decoupled, log
 from lightning_distill.functional.lr_suggestion import lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.functional.relation import relation
 from lightning_distill.functional.sharded import sharded_soft_target
+from lightning_distill.functional.shared_spans import shared_spans
 from lightning_distill.functional.soft_target import soft_target
-from lightning_distill.functional.universal_logit import universal_logit
+from lightning_distill.functional.universal_logit import matched_words, merged_universal_logit, universal_logit
 from lightning_distill.functional.vocabulary import linear_soft_target
 
 __all__ = [
@@ -37,6 +38,8 @@ __all__ = [
     "logits_mse",
     "lr_suggestion",
     "margin",
+    "matched_words",
+    "merged_universal_logit",
     "neuron_selectivity",
     "normalized_entropy",
     "normalized_mse",
@@ -44,6 +47,7 @@ __all__ = [
     "relational_angle",
     "relational_distance",
     "sharded_soft_target",
+    "shared_spans",
     "similarity_preserving",
     "smooth_losses",
     "soft_target",

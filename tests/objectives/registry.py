@@ -190,11 +190,13 @@ def _top_k(student: Signals, teacher: Signals, k: int = 3, temperature: float = 
     return temperature**2 * _mean(values)
 
 
-def _universal_logit(student: Signals, teacher: Signals) -> Tensor:
+def _universal_logit(student: Signals, teacher: Signals, matched: int = 0) -> Tensor:
+    """The first words matched, with weight 2, and the others sorted, with weight 0.5 (of all: 1)."""
     values = []
     for s, t in zip(student.logits[_items(student)], teacher.logits[_items(student)], strict=True):
         q, p = torch.softmax(s, -1), torch.softmax(t, -1)
-        values.append(F.l1_loss(q[q.argsort()], p[p.argsort()], reduction="sum"))
+        rest = F.l1_loss(q[matched:].sort().values, p[matched:].sort().values, reduction="sum")
+        values.append(2 * (q - p)[:matched].abs().sum() + 0.5 * rest if matched else rest)
     return _mean(values)
 
 
@@ -363,6 +365,11 @@ CASES = [
     Case("decoupled", lambda: Decoupled(3.0), _decoupled),
     Case("top_k", lambda: TopKSoftTarget(3, 2.0), _top_k),
     Case("universal_logit", UniversalLogit, _universal_logit),
+    Case(
+        "universal_logit_matched",
+        lambda: UniversalLogit([(0, 0), (1, 1), (2, 2)], matched_weight=2.0, unmatched_weight=0.5),
+        lambda s, t: _universal_logit(s, t, 3),
+    ),
     Case("hidden_state", lambda: HiddenState("first"), _per_layer(_hidden_mse)),
     Case("embedding", lambda: HiddenState(None, embedding=True), _per_layer(_hidden_mse, range(-1, 0))),
     Case("hidden_and_embedding", lambda: HiddenState(embedding=True), _per_layer(_hidden_mse, range(-1, DEPTH))),

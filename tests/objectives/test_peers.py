@@ -223,3 +223,28 @@ def test_textbrewer_nst_changes_when_a_mask_that_masks_nothing_is_given() -> Non
     everything = torch.ones(2, 4, dtype=torch.bool)
     ours = functional.neuron_selectivity(student, teacher)
     torch.testing.assert_close(functional.neuron_selectivity(student, teacher, mask=everything), ours)
+
+
+def test_trl_gold_stretches_and_their_probabilities() -> None:
+    gold = peer("trl.experimental.gold.gold_trainer").ULDLoss
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        ends = [torch.cat([torch.randperm(20, generator=generator)[:size].sort().values + 1]) for size in (9, 13)]
+        ends = [torch.cat([one[one < 21], torch.tensor([21])]) for one in ends]
+        offsets = [torch.stack([torch.cat([one.new_zeros(1), one[:-1]]), one], -1) for one in ends]
+        theirs = gold._align_by_byte_offsets(*(one.tolist() for one in offsets))
+        spans = functional.shared_spans(*(one[None] for one in offsets))
+        for own, groups in zip(spans, theirs, strict=True):
+            assert [(own[0] == number).nonzero()[:, 0].tolist() for number in range(len(groups))] == groups
+        # The entry of the first piece in their merged prediction is what the pieces have together.
+        logits, labels = torch.randn(len(ends[0]), 7, generator=generator), torch.arange(len(ends[0])) % 7
+        merger = types.SimpleNamespace(token_merge_strategy="observed")
+        merged = gold._merge_probabilities_with_alignment_groups(merger, logits.softmax(-1), theirs[0], labels)
+        together = torch.stack([merged[i, labels[group[0]]] for i, group in enumerate(theirs[0])])
+        other = torch.full((1, len(ends[1]), 7), -1e9)
+        other[..., 0] = 0
+        # A teacher to whom the text is impossible: the direct part of the loss is the student's probability.
+        ours = functional.merged_universal_logit(
+            logits[None], other, labels[None], torch.ones_like(ends[1])[None], *spans, unmatched_weight=0.0
+        )
+        torch.testing.assert_close(ours, together.mean())
