@@ -229,8 +229,8 @@ def test_trl_gold_stretches_and_their_probabilities() -> None:
     gold = peer("trl.experimental.gold.gold_trainer").ULDLoss
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        ends = [torch.cat([torch.randperm(20, generator=generator)[:size].sort().values + 1]) for size in (9, 13)]
-        ends = [torch.cat([one[one < 21], torch.tensor([21])]) for one in ends]
+        ends = [torch.randperm(20, generator=generator)[:size].sort().values + 1 for size in (9, 13)]
+        ends = [torch.cat([one, torch.tensor([21])]) for one in ends]
         offsets = [torch.stack([torch.cat([one.new_zeros(1), one[:-1]]), one], -1) for one in ends]
         theirs = gold._align_by_byte_offsets(*(one.tolist() for one in offsets))
         spans = functional.shared_spans(*(one[None] for one in offsets))
