@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule, functional, vocabulary
 from lightning_distill.callbacks import TeacherCache
-from lightning_distill.objectives import Decoupled, HardLabel, HiddenState, Objective, SoftTarget
+from lightning_distill.objectives import Decoupled, HardLabel, HiddenState, LogitsCosine, Objective, SoftTarget
 from tests.helpers.models import SMALL, batch, bert, llama
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -94,6 +94,17 @@ def test_losses_gradients_and_logs_are_those_of_whole_logits(
     # The head was asked for one token by the model and for the two losses after it, and never for a batch.
     assert set(deferred["widths"]) == {1}
     assert min(whole["widths"]) > 1
+
+
+def test_the_cosine_of_logits_that_were_not_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def both() -> list[Objective]:
+        return [LogitsCosine(weight=0.7), HardLabel(weight=0.3)]
+
+    whole = fit("softcap", tmp_path, words=16_000, monkeypatch=monkeypatch, objectives=both)
+    deferred = fit("softcap", tmp_path, words=10, monkeypatch=monkeypatch, objectives=both)
+    assert "train_logits_cosine" in whole["logs"]
+    assert_same(whole, deferred)
+    assert set(deferred["widths"]) == {1}
 
 
 @pytest.mark.parametrize("settings", [{"accumulate_grad_batches": 3}, {"precision": "bf16-mixed"}])

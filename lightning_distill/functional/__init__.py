@@ -11,7 +11,14 @@ from lightning_distill.functional.early_exit import agreement_run, confidence, m
 from lightning_distill.functional.features import attention_transfer, flow, neuron_selectivity, normalized_mse
 from lightning_distill.functional.hard_label import IGNORE_INDEX, hard_label
 from lightning_distill.functional.hidden_state import hidden_state_cosine, hidden_state_mse
-from lightning_distill.functional.logits import combine_teachers, decoupled, logits_mse, top_k_soft_target
+from lightning_distill.functional.linear_cosine import linear_cosine
+from lightning_distill.functional.logits import (
+    combine_teachers,
+    decoupled,
+    logits_cosine,
+    logits_mse,
+    top_k_soft_target,
+)
 from lightning_distill.functional.lr_suggestion import lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.functional.relation import relation
 from lightning_distill.functional.sharded import sharded_soft_target
@@ -34,7 +41,9 @@ __all__ = [
     "hard_label",
     "hidden_state_cosine",
     "hidden_state_mse",
+    "linear_cosine",
     "linear_soft_target",
+    "logits_cosine",
     "logits_mse",
     "lr_suggestion",
     "margin",

@@ -4,6 +4,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from lightning_distill.functional.binary import two_logits
 from lightning_distill.functional.hard_label import IGNORE_INDEX
@@ -45,6 +46,43 @@ def logits_mse(
     check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
     student, teacher = select(mask, student_logits, teacher_logits)
     return reduce((student - teacher).square().mean(-1), student_logits.shape[:-1], mask, reduction, num_items)
+
+
+def logits_cosine(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
+) -> Tensor:
+    """One minus the cosine of the angle between the logits of an item, in [0, 2].
+
+    The size of the logits does not matter, and so no temperature; what is added to all logits of an item does.
+
+    Args:
+        student_logits: Shape ``[..., C]``.
+        teacher_logits: Likewise.
+        mask: Bool ``[...]``, the items that count; None where all do.
+        reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
+
+    Returns:
+        A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 logits.
+
+    Raises:
+        ValueError: If shapes differ.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill import functional
+        >>> functional.logits_cosine(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0]])).item()
+        1.0
+    """
+    check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
+    student, teacher = select(mask, student_logits, teacher_logits)
+    values = 1 - cosine_similarity(student, teacher, dim=-1)
+    return reduce(values, student_logits.shape[:-1], mask, reduction, num_items)
 
 
 def decoupled(

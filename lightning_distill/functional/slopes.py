@@ -49,9 +49,14 @@ def block_losses(
     capped = None if softcap is None else torch.tanh(logits / softcap)
     logits = logits if capped is None or softcap is None else softcap * capped
     values, slopes = [raw.new_zeros(()), raw.new_zeros(())], []
-    log_q = log_probabilities(logits, temperature)
+    # The cosine alone asks for no probabilities.
+    log_q = raw if options.divergence == "cosine" and labels is None else log_probabilities(logits, temperature)
     if teacher is not None:
-        soft, slope = _soft(log_q, teacher, options, with_slope)
+        if options.divergence == "cosine":
+            assert isinstance(teacher, Tensor)
+            soft, slope = _cosine(logits, teacher)
+        else:
+            soft, slope = _soft(log_q, teacher, options, with_slope)
         values[0] = temperature**2 * soft.sum()
         if with_slope:
             slopes.append(slope.mul_(weights[0] * temperature))
@@ -79,6 +84,15 @@ def _hard(log_q: Tensor, labels: Tensor, smoothing: float, with_slope: bool) -> 
     slope = log_q.exp()
     slope = slope.sub_(smoothing / slope.shape[1]) if smoothing else slope
     return values, slope.scatter_add_(1, labels[:, None], slope.new_full((len(labels), 1), smoothing - 1))
+
+
+def _cosine(logits: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """One minus the cosine per token, and its slope at the logits."""
+    # As torch does: a norm of 0 has no direction.
+    size, of_teacher = (x.norm(dim=1, keepdim=True).clamp(min=1e-8) for x in (logits, teacher))
+    direction, wanted = logits / size, teacher / of_teacher
+    cosine = torch.linalg.vecdot(direction, wanted)
+    return 1 - cosine, direction.mul_(cosine[:, None]).sub_(wanted).div_(size)
 
 
 def _soft(log_q: Tensor, teacher: Tensor | TopK, options: Options, with_slope: bool) -> tuple[Tensor, Tensor]:

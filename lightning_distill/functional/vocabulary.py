@@ -114,6 +114,8 @@ def linear_soft_target(
             "Expected arguments `student_hidden` and `teacher_hidden` to have the same tokens, but got shapes "
             f"{list(student_hidden.shape)} and {list(teacher_hidden.shape)}."
         )
+    if divergence not in get_args(Divergence):
+        raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
     if labels is None and hard_weight:
         raise ValueError("Expected argument `labels` to be given with a `hard_weight` above 0, but got None.")
     if reduction not in ("mean", "sum"):
@@ -163,7 +165,7 @@ def linear_losses(
         labels: Integer ``[...]``, or None for no hard label. A token that counts must have one.
         mask: Bool ``[...]``, the tokens that count; None where all do.
         temperature: Divides both logits, above 0.
-        divergence: Name of the divergence; with k best words, ``"forward_kl"`` alone.
+        divergence: Name of the divergence, or ``"cosine"``; with k best words, ``"forward_kl"`` alone.
         share: The divergence's ``beta`` or ``alpha``, in (0, 1).
         label_smoothing: In [0, 1).
         weights: Of soft target and hard label in the total.
@@ -207,7 +209,7 @@ def _flat(teacher: Projection | TopK | Tensor) -> Projection | TopK | Tensor:
 def _check(
     temperature: float, divergence: str, share: float, label_smoothing: float, chunk_size: object, teacher: object
 ) -> None:
-    allowed = get_args(Divergence) if not isinstance(teacher, TopK) else ("forward_kl",)
+    allowed = (*get_args(Divergence), "cosine") if not isinstance(teacher, TopK) else ("forward_kl",)
     if divergence not in allowed:
         raise ValueError(f"Expected argument `divergence` to be one of {allowed}, but got {divergence!r}.")
     if not (temperature > 0 and math.isfinite(temperature)):

@@ -23,6 +23,7 @@ from lightning_distill.objectives.logits import (
     SoftTarget,
     TopKSoftTarget,
 )
+from lightning_distill.objectives.logits_cosine import LogitsCosine
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import CosineSchedule, LinearSchedule, StepSchedule
 from lightning_distill.objectives.universal_logit import UniversalLogit
@@ -41,6 +42,7 @@ __all__ = [
     "HiddenState",
     "HiddenStateCosine",
     "LinearSchedule",
+    "LogitsCosine",
     "LogitsMSE",
     "Loss",
     "NeuronSelectivity",

@@ -8,6 +8,7 @@ from torch import Tensor
 from lightning_distill.functional.projection import Projection, TopK
 from lightning_distill.functional.vocabulary import linear_losses
 from lightning_distill.objectives.logits import HardLabel, SoftTarget, require_labels
+from lightning_distill.objectives.logits_cosine import LogitsCosine
 from lightning_distill.objectives.objective import Objective
 from lightning_distill.signals import Signals
 
@@ -16,7 +17,7 @@ _TOKENS = 256
 
 
 def can_defer(objectives: Mapping[str, Objective]) -> bool:
-    """Whether all that reads logits is one soft target, one hard label, or both, which are computed chunk by chunk.
+    """Whether all that reads logits is computed chunk by chunk: one soft target or cosine, one hard label, or both.
 
     A hard label with class weights is not.
 
@@ -30,13 +31,14 @@ def can_defer(objectives: Mapping[str, Objective]) -> bool:
     kinds = [type(objective) for objective in reading]
     if any(isinstance(objective, HardLabel) and objective.class_weights is not None for objective in reading):
         return False
-    return bool(kinds) and set(kinds) <= {SoftTarget, HardLabel} and len(set(kinds)) == len(kinds)
+    alone = kinds.count(HardLabel) <= 1 and len(kinds) - kinds.count(HardLabel) <= 1
+    return bool(kinds) and alone and set(kinds) <= {SoftTarget, LogitsCosine, HardLabel}
 
 
 def deferred_losses(
     objectives: Mapping[str, Objective], student: Signals, teacher: Signals | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Soft target and hard label of a student whose logits were not computed.
+    """Soft target (or cosine) and hard label of a student whose logits were not computed.
 
     Args:
         objectives: By name, see :func:`can_defer`.
@@ -49,7 +51,7 @@ def deferred_losses(
     Raises:
         ValueError: If a hard label has no labels.
     """
-    soft = next(((name, o) for name, o in objectives.items() if isinstance(o, SoftTarget)), None)
+    soft = next(((name, o) for name, o in objectives.items() if isinstance(o, SoftTarget | LogitsCosine)), None)
     hard = next(((name, o) for name, o in objectives.items() if isinstance(o, HardLabel)), None)
     labels = student.labels
     if hard is not None and soft is None:
@@ -58,7 +60,9 @@ def deferred_losses(
     target: Projection | TopK | Tensor | None = None
     if soft is not None:
         assert teacher is not None
-        target = teacher.top_k[soft[1].temperature] if teacher.top_k else teacher.logits
+        target = teacher.logits
+        if teacher.top_k and isinstance(soft[1], SoftTarget):
+            target = teacher.top_k[soft[1].temperature]
         if teacher.deferred is not None:
             target = teacher.deferred.head.projection(teacher.deferred.hidden)
 

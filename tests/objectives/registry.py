@@ -23,6 +23,7 @@ from lightning_distill.objectives import (
     HardLabel,
     HiddenState,
     HiddenStateCosine,
+    LogitsCosine,
     LogitsMSE,
     NeuronSelectivity,
     Objective,
@@ -361,6 +362,13 @@ CASES = [
         "logits_mse",
         LogitsMSE,
         lambda s, t: F.mse_loss(s.logits[_items(s)], t.logits[_items(s)]),
+    ),
+    Case(
+        "logits_cosine",
+        LogitsCosine,
+        lambda s, t: F.cosine_embedding_loss(
+            s.logits[_items(s)], t.logits[_items(s)], torch.ones(int(_items(s).sum()), dtype=torch.float64)
+        ),
     ),
     Case("decoupled", lambda: Decoupled(3.0), _decoupled),
     Case("top_k", lambda: TopKSoftTarget(3, 2.0), _top_k),

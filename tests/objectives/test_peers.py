@@ -110,6 +110,13 @@ def test_liger_takes_the_padding_of_the_larger_vocabulary_for_words() -> None:
     assert (ours - theirs).abs() > 0.09
 
 
+def test_liger_fused_linear_cosine() -> None:
+    loss = peer("liger_kernel.chunked_loss.cosine_similarity_loss").LigerFusedLinearCosineSimilarityLoss
+    models, labels = linear()
+    theirs = loss(0.0, 1.0, 1.0, compiled=False, chunk_size=4)(*models, labels)
+    assert_same_gradients(functional.linear_cosine(*models, mask=labels != -100, chunk_size=5), theirs, models)
+
+
 @pytest.mark.parametrize(("beta", "divergence"), [(0.0, "forward_kl"), (0.3, "js"), (1.0, "reverse_kl")])
 def test_trl_chunked_divergence(beta: float, divergence: Any) -> None:
     chunked = peer("trl.trainer.distillation_trainer")._chunked_divergence_loss
