@@ -7,7 +7,12 @@ from lightning_distill.functional.reduction import Reduction, check_same_shape, 
 
 
 def hidden_state_mse(
-    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     r"""Mean squared difference of two hidden states, :math:`\frac{1}{D} \lVert h_s - h_t \rVert^2` of a token.
 
@@ -16,6 +21,7 @@ def hidden_state_mse(
         teacher: Likewise.
         mask: Bool ``[...]``, the tokens that count; None where all do.
         reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 states.
@@ -34,11 +40,16 @@ def hidden_state_mse(
     """
     check_same_shape(student, teacher, "student", "teacher")
     s, t = select(mask, student, teacher)
-    return reduce((s - t).square().mean(-1), student.shape[:-1], mask, reduction)
+    return reduce((s - t).square().mean(-1), student.shape[:-1], mask, reduction, num_items)
 
 
 def hidden_state_cosine(
-    student: Tensor, teacher: Tensor, *, mask: Tensor | None = None, reduction: Reduction = "mean"
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    mask: Tensor | None = None,
+    reduction: Reduction = "mean",
+    num_items: float | Tensor | None = None,
 ) -> Tensor:
     r"""One minus the cosine of the angle between two hidden states, in [0, 2], of a token.
 
@@ -47,6 +58,7 @@ def hidden_state_cosine(
         teacher: Likewise.
         mask: Bool ``[...]``, the tokens that count; None where all do.
         reduction: ``"mean"`` over the tokens that count, ``"sum"``, or ``"none"``.
+        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
 
     Returns:
         A scalar, or shape ``[...]`` with ``reduction="none"``; float32, or float64 for float64 states.
@@ -64,4 +76,4 @@ def hidden_state_cosine(
     """
     check_same_shape(student, teacher, "student", "teacher")
     s, t = select(mask, student, teacher)
-    return reduce(1 - F.cosine_similarity(s, t, dim=-1), student.shape[:-1], mask, reduction)
+    return reduce(1 - F.cosine_similarity(s, t, dim=-1), student.shape[:-1], mask, reduction, num_items)

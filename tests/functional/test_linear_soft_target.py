@@ -325,6 +325,9 @@ def test_an_outside_denominator_takes_the_place_of_the_count() -> None:
     for loss in (
         lambda **options: functional.soft_target(student, teacher, mask=mask, **options),
         lambda **options: functional.logits_mse(student, teacher, mask=mask, **options),
+        lambda **options: functional.logits_cosine(student, teacher, mask=mask, **options),
+        lambda **options: functional.hidden_state_mse(student, teacher, mask=mask, **options),
+        lambda **options: functional.hidden_state_cosine(student, teacher, mask=mask, **options),
         lambda **options: functional.decoupled(student, teacher, labels, **options),
         lambda **options: functional.hard_label(student, labels, mask=mask, **options),
         lambda **options: functional.universal_logit(student, teacher, mask=mask, **options),

@@ -169,6 +169,22 @@ def test_a_stretch_of_one_token_each_is_a_matched_word() -> None:
     torch.testing.assert_close(ours, (student.softmax(-1) - teacher.softmax(-1)).abs().sum(-1).mean())
 
 
+def test_a_stretch_whose_first_piece_is_not_predicted_counts_nothing() -> None:
+    # A causal model of three tokens has two answers; the first stretch is its first two tokens and one of the
+    # teacher's, which begins with a token of no text.
+    offsets = torch.tensor([[[0, 1], [1, 2], [2, 4]]]), torch.tensor([[[0, 0], [0, 2], [2, 4]]])
+    labels = torch.zeros(1, 2, dtype=torch.long)
+    student, teacher = (Signals(torch.randn(1, 2, words), labels) for words in (5, 7))
+    student.offsets, teacher.offsets = offsets
+    loss = UniversalLogit()(student, teacher)
+    assert loss.mask is not None
+    assert loss.mask.tolist() == [[False, True]]
+    assert loss.count() == UniversalLogit().count(student, teacher) == 1
+    student.offsets = offsets[0][:, :1]
+    with pytest.raises(ValueError, match="one pair of offsets per token of the input, but got 1 for 2 labels"):
+        UniversalLogit()(student, teacher)
+
+
 def test_from_the_batch_to_the_loss_and_through_accumulation(tmp_path: Path) -> None:
     torch.manual_seed(0)
     own, other = both()
