@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill import parallel, precision, preflight, tasks
 from lightning_distill.accumulation import AccumulatingModule
+from lightning_distill.adapters import AdapterCheckpoints
 from lightning_distill.arguments import one_of
 from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
@@ -37,7 +38,7 @@ from lightning_distill.wrapped import compile_parts_in_place
 _STAGES = ("val", "test")
 
 
-class DistillationModule(TeacherModule, AccumulatingModule):
+class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
     r"""Trains a student to imitate a frozen teacher.
 
     One step: the teacher's forward under ``no_grad``, the student's forward, each objective on what the two forwards
@@ -55,7 +56,8 @@ class DistillationModule(TeacherModule, AccumulatingModule):
     A NaN or infinite loss stops the run before the update, see :class:`~lightning_distill.callbacks.FiniteLoss`.
 
     The teacher moves with the module but is no submodule of it: no optimizer, checkpoint, callback or ``apply`` reaches
-    it. It is frozen and in eval until the end of a run, and then as it was given, as is the student's mode.
+    it. It is frozen and in eval until the end of a run, and then as it was given, as is the student's mode. Nor does a
+    checkpoint hold the frozen base of a student with adapters (peft): give the student with its base to load it.
 
     Args:
         teacher: The model to imitate: a module, a transformers folder, or a hub id. With None the student learns from
