@@ -28,6 +28,7 @@ from lightning_distill.cache_description import shortly
 from lightning_distill.class_names import class_names
 from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import SoftTarget
+from lightning_distill.precision import computing_precision
 from lightning_distill.row_keys import count_rows, first_tensor
 from lightning_distill.signals import Signals
 from lightning_distill.wrapped import inside
@@ -53,8 +54,8 @@ class TeacherCache(L.Callback):
     The teacher's own answers are kept, in its order of classes, so a cache is good for students of any order. Any
     number of runs and processes may fill one folder at once, each in files of its own, and a cache that was broken off
     goes on where it stopped. Every row has a checksum; one that is damaged is asked for again. A cache of another
-    teacher (by its weights and settings), tokenizer or other settings is refused. The room it will take is estimated
-    from the first batch, said, and refused where the disk has less.
+    teacher (by its weights and settings), tokenizer, precision or other settings is refused. The room it will take is
+    estimated from the first batch, said, and refused where the disk has less.
 
     Args:
         path: Folder of the cache.
@@ -129,10 +130,11 @@ class TeacherCache(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Stand between the module and its teacher."""
-        self.attach(pl_module, trainer.global_rank)
+        with trainer.precision_plugin.forward_context():
+            self.attach(pl_module, trainer.global_rank)
 
     def attach(self, module: Any, rank: int = 0) -> None:
-        """Stand between a module and its teacher.
+        """Stand between a module and its teacher; to be called in the precision of the steps.
 
         Args:
             module: A :class:`DistillationModule` with a teacher.
@@ -314,6 +316,7 @@ class TeacherCache(L.Callback):
         return {
             "tokenizer": tokenizer_fingerprint(module.tokenizer),
             "task": module.task,
+            "precision": computing_precision(module.teacher_precision),
             "top_k": None if self._whole else self.top_k,
             "dtype": self.dtype,
             "temperatures": [] if self._whole else list(self._temperatures),

@@ -34,7 +34,8 @@ class _Fill(L.LightningModule):
     def on_validation_start(self) -> None:
         """Stand between the module and its teacher."""
         self.module.tokenizer = getattr(self.data, "tokenizer", None)
-        self.cache.attach(self.module, self.global_rank)
+        with self.trainer.precision_plugin.forward_context():
+            self.cache.attach(self.module, self.global_rank)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Write what is not there yet."""

@@ -180,6 +180,27 @@ def own_precision(precision: TeacherPrecision, device: torch.device) -> Iterator
         torch.set_default_dtype(default)
 
 
+def computing_precision(teacher_precision: TeacherPrecision | None) -> str:
+    """What a teacher would compute in, were it asked here: its own precision, that of autocast, or the default type.
+
+    Args:
+        teacher_precision: What :func:`load_teacher` was called with.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.precision import computing_precision
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     computing_precision(None), computing_precision("32")
+        ('bfloat16', 'float32')
+    """
+    if teacher_precision is not None and teacher_precision not in _DTYPES:
+        return teacher_precision
+    kinds = ("cuda", "cpu", "mps", "xpu")
+    cast = [torch.get_autocast_dtype(kind) for kind in kinds if torch.is_autocast_enabled(kind)]
+    own = None if teacher_precision is None else _DTYPES[teacher_precision]
+    return str(own or [*cast, torch.get_default_dtype()][0]).removeprefix("torch.")
+
+
 def cast_floats(batch: Any, dtype: torch.dtype) -> Any:
     """A batch whose floating-point tensors have another type; the others, and the structure, stay.
 

@@ -523,6 +523,28 @@ def test_a_cache_of_something_else_is_refused(tmp_path: Path) -> None:
             losses(**change)
 
 
+def test_a_cache_of_another_precision_is_refused_and_both_are_named(tmp_path: Path) -> None:
+    cache = lambda: TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")  # noqa: E731
+    fit("classification", tmp_path, cache(), precision="bf16-mixed", max_epochs=1)
+    again = cache()
+    fit("classification", tmp_path, again, precision="bf16-mixed", max_epochs=1)
+    assert again.misses == 0
+    refused = cache()
+    with pytest.raises(ValueError, match=r"Expected argument `path`.*`precision` is bfloat16 and not float32"):
+        fit("classification", tmp_path, refused, max_epochs=1)
+    assert refused.hits == refused.misses == 0
+
+    # A precision of the teacher's own keeps that of the Trainer out.
+    own, student = pair("classification")
+    for precision in ("32-true", "bf16-mixed"):
+        module = DistillationModule(own, student, soft(), teacher_precision="32")
+        filled = TeacherCache(tmp_path / "own", top_k=None, dtype="float32")
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+        run = L.Trainer(max_epochs=1, precision=precision, callbacks=[filled], enable_checkpointing=False, **quiet)  # type: ignore[arg-type]
+        run.fit(module, datamodule=Shuffled("classification"))
+        assert (filled.misses == 0) == (precision == "bf16-mixed")
+
+
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
