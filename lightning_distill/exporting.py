@@ -41,8 +41,9 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
 
     Raises:
         ValueError: If the folder holds anything else, or is the one that the model was loaded from; if the class of a
-            transformers model would not take its weights (parametrised, pruned or replaced layers); if an adapter
-            cannot be merged; or if a hyper-parameter is no JSON. Nothing is written then.
+            transformers model would not take its weights (parametrised, pruned or replaced layers); if weights are
+            torchao's, from ``quantize_int8``; if an adapter cannot be merged; or if a hyper-parameter is no JSON.
+            Nothing is written then.
 
     Example:
         >>> import tempfile
@@ -86,6 +87,7 @@ def write_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
 
 def write_floats(model: nn.Module, folder: Path) -> None:
     """Write a model that has nothing around it, in it or beside it."""
+    check_floats(model)
     if isinstance(model, transformers.PreTrainedModel):
         _check_loads(model)
         model.save_pretrained(folder)
@@ -94,6 +96,24 @@ def write_floats(model: nn.Module, folder: Path) -> None:
     described = json.dumps(describe(model), indent=2)
     safetensors.torch.save_model(model, str(folder / "model.safetensors"))
     (folder / "config.json").write_text(described + "\n")
+
+
+def check_floats(model: nn.Module) -> None:
+    """Refuse weights that are tensors of another library's own, such as torchao's, which no file here can hold.
+
+    Args:
+        model: The model to write.
+
+    Raises:
+        ValueError: If it has such weights.
+    """
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "__tensor_flatten__"):
+            raise ValueError(
+                f"Expected argument `model` to have weights in floating point, but got a {type(parameter).__name__} in "
+                f"`{name}`. Export the model before `quantize_int8` and quantise what is loaded again; or give the "
+                "float model to `quantization.quantize`, whose folders load everywhere, or to `export_onnx_int8`."
+            )
 
 
 def describe(model: nn.Module) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from lightning_distill.arguments import one_of, typed
+from lightning_distill.exporting import check_floats
 from lightning_distill.model_files import on_meta
 from lightning_distill.pretrained import architecture_of, load_whole, read_config
 from lightning_distill.quantization.model import EXCLUDE, matches
@@ -155,12 +157,13 @@ def export_onnx_int8(model: nn.Module, batch: Any, path: str | os.PathLike[str])
     Args:
         model: A float model, transformers' or any other.
         batch: An example: a mapping of the inputs, a pair whose first item is the input, or the input itself.
-        path: File to write.
+        path: File to write, whole or not at all; one that was written here before is replaced.
 
     Returns:
         The path.
 
     Raises:
+        ValueError: If there is anything else at the path, or the model is no float model.
         ModuleNotFoundError: If onnx or onnxruntime are not installed.
 
     Example:
@@ -175,6 +178,8 @@ def export_onnx_int8(model: nn.Module, batch: Any, path: str | os.PathLike[str])
     # Token ids, masks and the like are [rows, tokens].
     shapes = tuple({0: free} if value.is_floating_point() else {0: free, 1: free} for value in inputs.values())
     path = Path(path)
+    _check_replaceable(path)
+    check_floats(model)
     path.parent.mkdir(parents=True, exist_ok=True)
     wrapped = _Logits(copy.deepcopy(model).cpu(), list(inputs) if isinstance(batch, Mapping) else None).eval()
     arguments = tuple(value.cpu() for value in inputs.values())
@@ -184,8 +189,31 @@ def export_onnx_int8(model: nn.Module, batch: Any, path: str | os.PathLike[str])
             wrapped, arguments, plain, dynamo=True, verbose=False, input_names=list(inputs), output_names=["logits"],
             dynamic_shapes=(shapes,), external_data=False,
         )  # fmt: skip
-        quantization.quantize_dynamic(plain, path, weight_type=quantization.QuantType.QInt8, per_channel=True)
+        # Beside it, for a rename within a disk; what a kill leaves of it, the next one writes over.
+        draft = path.with_name(f".{path.name}.tmp")
+        try:
+            quantization.quantize_dynamic(plain, draft, weight_type=quantization.QuantType.QInt8, per_channel=True)
+            draft.replace(path)
+        finally:
+            draft.unlink(missing_ok=True)
     return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to write over what onnxruntime's quantiser did not write, such as the float model."""
+    if not os.path.lexists(path):
+        return
+    producer = None
+    if path.is_file() and not path.is_symlink():
+        onnx, protobuf = _require("onnx", "onnx"), _require("google.protobuf.message", "onnx")
+        with suppress(OSError, protobuf.DecodeError):
+            producer = onnx.load(path, format="protobuf", load_external_data=False).producer_name
+    if producer != "onnx.quantize":
+        found = f"an ONNX model of {producer!r}" if producer else "something else"
+        raise ValueError(
+            f"Expected argument `path` to be a new file, or one that `export_onnx_int8` wrote, but got {path}, "
+            f"which is {found}. Name another file."
+        )
 
 
 class _Logits(nn.Module):

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule
+from lightning_distill.pretrained import export
 from lightning_distill.quantization import export_onnx_int8, load_in_4bit, load_in_8bit, quantize_int8
 from tests.quantization.test_model import batches, bert, distilbert, llama, logits
 
@@ -50,6 +51,21 @@ def test_torchao_int8_answers_nearly_the_same(build) -> None:
     assert all(type(m.weight) is nn.Parameter for m in model.modules() if isinstance(m, nn.Linear))
     with pytest.raises(ValueError, match="leaves none"):
         quantize_int8(model, exclude=("*",))
+
+
+@needs_torchao
+def test_what_torchao_has_quantised_is_no_file(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    for model in (bert(), plain):
+        quantized = quantize_int8(model, exclude=())
+        for student in (quantized, torch.compile(quantized, backend="eager")):
+            with pytest.raises(ValueError, match=r"Expected argument `model` .*Int8Tensor in `.*weight`.*before"):
+                export(student, tmp_path / "student")
+        with pytest.raises(ValueError, match="Int8Tensor"):
+            export_onnx_int8(quantized, torch.ones(2, 64), tmp_path / "student.onnx")
+    with pytest.raises(ValueError, match="Int8Tensor"):
+        DistillationModule(None, quantize_int8(plain)).export(tmp_path / "student")
+    assert not list(tmp_path.iterdir())
 
 
 @needs_bitsandbytes
@@ -101,6 +117,34 @@ def test_onnxruntime_answers_nearly_the_same_for_other_sizes(build, tmp_path: Pa
     kinds = [node.op_type for node in onnx.load(path).graph.node]
     linears = sum(isinstance(module, nn.Linear) for module in model.modules())
     assert kinds.count("MatMulInteger") == linears
+
+
+@needs_onnx
+def test_onnx_is_written_whole_and_over_nothing_else(tmp_path: Path) -> None:
+    model, example = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval(), torch.randn(2, 8)
+    path, plain, text = (tmp_path / name for name in ("int8.onnx", "float.onnx", "thesis.txt"))
+    export_onnx_int8(model, example, path)
+    first = path.read_bytes()
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    export_onnx_int8(model, example, path)
+    assert path.read_bytes() != first
+    assert [file.name for file in tmp_path.iterdir()] == ["int8.onnx"]
+
+    torch.onnx.export(model, (example,), plain, dynamo=True, verbose=False, external_data=False)
+    text.write_text("years of work")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(path)
+    there = {file: file.read_bytes() for file in (path, plain, text)}
+    for file in (plain, text, tmp_path / "folder", tmp_path / "link"):
+        with pytest.raises(ValueError, match="Expected argument `path` to be a new file"):
+            export_onnx_int8(model, example, file)
+    assert there == {file: file.read_bytes() for file in there}
+
+    with pytest.raises(RuntimeError):  # of a graph that cannot be made
+        export_onnx_int8(nn.Sequential(nn.Linear(3, 3)), example, path)
+    assert path.read_bytes() == there[path]
+    assert not list(tmp_path.glob(".*"))
 
 
 @pytest.mark.parametrize(
