@@ -8,7 +8,13 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelPruning, ModelSummary, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    ModelPruning,
+    ModelSummary,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.utilities.model_summary import summarize
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -216,3 +222,55 @@ def test_signals_of_a_forward_that_failed_are_forgotten() -> None:
 
 def test_a_summary_beside_it(tmp_path: Path) -> None:
     trainer(tmp_path, ModelSummary(-1), max_epochs=1).fit(module(), DATA)
+
+
+class WithBackbone(DistillationModule):
+    @property
+    def backbone(self) -> nn.Module:
+        return self.student[:4]  # type: ignore[index, no-any-return, operator]
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # theirs
+def test_a_backbone_that_is_unfrozen_is_the_students(tmp_path: Path) -> None:
+    teacher = net()
+    teacher[4].requires_grad_(False)
+    before = everything(teacher)
+    made = WithBackbone(teacher, net(), optimizer=lambda parameters: torch.optim.SGD(parameters, 0.1))
+    start = {name: value.clone() for name, value in made.student.state_dict().items()}
+    frozen = trainer(tmp_path, BackboneFinetuning(unfreeze_backbone_at_epoch=9, verbose=False), max_epochs=2)
+    frozen.fit(made, DATA)
+    assert torch.equal(made.student.state_dict()["0.weight"], start["0.weight"])
+    assert not torch.equal(made.student.state_dict()["4.weight"], start["4.weight"])
+    assert_as_it_was(teacher, before)
+    trainer(tmp_path, BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False)).fit(made, DATA)
+    assert not torch.equal(made.student.state_dict()["0.weight"], start["0.weight"])
+    assert_as_it_was(teacher, before)
+
+
+@pytest.mark.filterwarnings("ignore:.*")  # theirs
+@pytest.mark.parametrize("when", ["before a run", "in a run"])
+def test_quantisation_aware_training_of_torch_does_not_reach_it(when: str, tmp_path: Path) -> None:
+    teacher = net()
+    before = everything(teacher)
+    made = module(teacher)
+
+    class Prepare(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+            pl_module.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")  # type: ignore[assignment]
+            pl_module.train()
+            torch.ao.quantization.prepare_qat(pl_module, inplace=True)
+
+    run = trainer(tmp_path, *([Prepare()] if when == "in a run" else []))
+    if when == "before a run":
+        Prepare().on_fit_start(run, made)
+    run.fit(made, DATA)
+    assert any("FakeQuantize" in type(part).__name__ for part in made.student.modules())
+    assert_as_it_was(teacher, before)
+    made.student.eval()
+    converted = torch.ao.quantization.convert(made, inplace=False)
+    assert any("quantized" in type(part).__module__ for part in converted.student.modules())  # type: ignore[union-attr]
+    assert_as_it_was(teacher, before)
+    dynamic = torch.ao.quantization.quantize_dynamic(module(teacher), {nn.Linear}, inplace=True)
+    assert "quantized" in type(dynamic.student[4]).__module__
+    dynamic.give_back()
+    assert_as_it_was(teacher, before)
