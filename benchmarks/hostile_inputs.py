@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import hostile_data
 
+from tests.helpers.hostile import CONFIGS as MODEL_CONFIGS
+from tests.helpers.hostile import TOKENIZERS, WEIGHT_FILES, hostile
 from tests.helpers.models import bert
 from tests.helpers.text import write_sentiment, write_tokenizer
 
@@ -347,4 +349,29 @@ def commands(given: Given) -> Iterator[Attempt]:
             yield Attempt(f"{command}, {name}", lambda folder, w=words: w, f"lightning-distill {command}")
 
 
-KINDS: dict[str, Callable[[Given], Iterator[Attempt]]] = {"flags": flags, "data": data, "commands": commands}
+def models(given: Given) -> Iterator[Attempt]:
+    """A damaged or harmful folder as a recipe's teacher, as its student, and as what ``quantize`` is to read."""
+    for name, make in {**WEIGHT_FILES, **MODEL_CONFIGS, **TOKENIZERS}.items():
+        for role in ("teacher", "student"):
+
+            def train(folder: Path, make: Callable[[Path], None] = make, role: str = role) -> list[str]:
+                bad = hostile(given.teacher, make, folder / "mine")
+                return [*given.flags(folder / "out"), f"--model.{role}={bad}"]
+
+            yield Attempt(f"{name}, as {role}", train)
+
+        def quantize(folder: Path, make: Callable[[Path], None] = make) -> list[str]:
+            bad = hostile(given.teacher, make, folder / "mine")
+            (folder / "lines.txt").write_text("a warm film\na dull one\n")
+            words = [f"--model={bad}", f"--data={folder / 'lines.txt'}", f"--output={folder / 'out'}"]
+            return [*words, "--group-size=-1"]
+
+        yield Attempt(f"{name}, to quantise", quantize, "lightning-distill quantize", "out/config.json")
+
+
+KINDS: dict[str, Callable[[Given], Iterator[Attempt]]] = {
+    "flags": flags,
+    "data": data,
+    "commands": commands,
+    "models": models,
+}
