@@ -219,9 +219,11 @@ def targets(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
     look = labels.device.type == "cpu"
     if look and labels.is_floating_point() and not bool(labels.isfinite().all()):
         place = int((~labels.isfinite()).flatten().nonzero()[0])
+        # In regression -100 is a value like any other.
+        other = "." if task == "regression" else f", or give it the class {IGNORE_INDEX}, which counts nothing."
         raise ValueError(
             f"Expected the labels of a batch to be finite, but got {labels.flatten()[place].item()} as label {place}. "
-            f"Leave the row out, or give it the class {IGNORE_INDEX}, which counts nothing."
+            f"Leave the row out{other}"
         )
     if not logits.shape[-1] and labels.numel() != items.numel():
         return labels.float()  # beside logits that were not computed there is nothing to compare
@@ -360,7 +362,9 @@ def flatten(task: Task, logits: Tensor, labels: Tensor, mask: Tensor | None) -> 
 def has_label(task: Task, batch: Any) -> bool:
     """Whether anything in the batch has a label; a causal model's own input is one."""
     labels = labels_of(batch)
-    return task == "causal_lm" if labels is None else bool(torch.any(labels != IGNORE_INDEX))
+    if labels is None:
+        return task == "causal_lm"
+    return task == "regression" or bool(torch.any(labels != IGNORE_INDEX))
 
 
 def has_real_item(batch: Any) -> bool:

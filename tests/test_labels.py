@@ -19,6 +19,7 @@ from lightning_distill import DistillationModule
 from lightning_distill.callbacks import GPTQ, EarlyExit, TeacherCache
 from lightning_distill.early_exit import Confidence, EarlyExitModel, Entropy, Margin, Patience, calibrate, make_ramps
 from lightning_distill.objectives import Decoupled, HardLabel, LogitsMSE, SoftTarget, TopKSoftTarget
+from lightning_distill.tasks import has_label
 from tests.helpers.models import batch, bert, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
@@ -287,13 +288,14 @@ def test_real_values_of_a_plain_module() -> None:
     ints = DistillationModule(None, linear(4, 1), task="regression").losses((x, torch.arange(6)))["hard_label"]
     torch.testing.assert_close(ints, F.mse_loss(linear(4, 1)(x)[:, 0], torch.arange(6.0)))
     for labels, message in (
-        (torch.full((6, 2), float("nan")), "to be finite"),
+        (torch.full((6, 2), float("nan")), r"to be finite.* Leave the row out\.$"),
         (torch.ones(6, 2, dtype=torch.bool), "numbers, but got torch.bool"),
         (torch.ones(6), r"to be \[6, 2\] numbers"),
         (torch.ones(4, 3), r"to be \[6, 2\] numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             module.losses((x, labels))
+    assert has_label("regression", (x, torch.full((6, 2), -100.0)))
     for objective in (TopKSoftTarget(), Decoupled()):
         with pytest.raises(ValueError, match="objectives on real values in regression"):
             DistillationModule(linear(4, 2), linear(4, 2, 1), [objective], task="regression")
