@@ -20,7 +20,7 @@ def frozen_base(model: nn.Module) -> dict[str, nn.Parameter]:
         model: A peft model, a transformers model with ``add_adapter``, or any other.
 
     Returns:
-        Them by name, those with several names by each; none where the model has no adapters.
+        Them by name, those with several names by each; none where the model has no adapters, or is sharded (FSDP2).
 
     Example:
         >>> from torch import nn
@@ -32,7 +32,12 @@ def frozen_base(model: nn.Module) -> dict[str, nn.Parameter]:
     if not layers:
         return {}
     named = model.named_parameters(remove_duplicate=False)
-    return {name: found for name, found in named if not found.requires_grad and _is_of_base(name, layers)}
+    return {
+        name: found
+        for name, found in named
+        # Lightning loads a whole file into sharded weights by itself, and asks for a key of each.
+        if not (found.requires_grad or isinstance(found, DTensor)) and _is_of_base(name, layers)
+    }
 
 
 def _layers_of_peft(model: nn.Module) -> set[str]:
@@ -116,8 +121,8 @@ def _known_by(model: nn.Module) -> dict[str, list[float]]:
 
 
 def _samples(parameter: Tensor) -> list[float] | None:
-    """A few values from all over a weight; None of one that is in parts, or quantised."""
-    if isinstance(parameter, DTensor) or not parameter.is_floating_point() or parameter.is_meta:
+    """A few values from all over a weight; None of one that is quantised."""
+    if not parameter.is_floating_point() or parameter.is_meta:
         return None
     flat = parameter.detach().flatten()
     values: list[float] = flat[:: max(1, len(flat) // _SAMPLES)].tolist()
