@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors.torch
@@ -13,6 +14,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from lightning_distill.class_names import class_names, class_order, names_of_config
 from lightning_distill.exporting import describe, source_of, without_ramps
 from lightning_distill.folders import check_folder, writing
 from lightning_distill.model_files import (
@@ -193,7 +195,15 @@ def _load(folder: Path, model: nn.Module | None) -> nn.Module:
     state: dict[str, Tensor] = {}
     for file in files:
         state.update(safetensors.torch.load_file(file))
-    model = _build(folder, config, stored) if model is None else model
+    if model is None:
+        model = _build(folder, config, stored)
+    else:
+        own, names_there = class_names(model, "model"), names_of_config(SimpleNamespace(**config), str(folder))
+        if own and names_there and class_order(own, names_there, "model", str(folder)) is not None:
+            raise ValueError(
+                f"Expected argument `model` to have the classes of {folder} in their order, {names_there}, but got "
+                f"{own}. Give it the `id2label` of the folder's config.json."
+            )
     separate_experts(model, {key.partition(".experts.")[0] + ".experts" for key in state if ".experts.0." in key})
     names = [key.removesuffix(".qweight") for key in state if key.endswith(".qweight")]
     names += _tied(model, names, state)
