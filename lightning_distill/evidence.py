@@ -143,7 +143,8 @@ class Outcome:
         """
         items, value = int(scores["test_num_items"]), scores[f"test_{metric}"]
         counted = metric == "accuracy" and items > 0 and math.isfinite(value)
-        return cls(items, bool(scores.get("test_one_answer", 0)), wilson_interval(value, items) if counted else None)
+        one_answer = items > 1 and bool(scores.get("test_one_answer", 0))
+        return cls(items, one_answer, wilson_interval(value, items) if counted else None)
 
 
 def remarks(tested: Mapping[str, Outcome], values: Mapping[str, Any], metric: str) -> list[str]:
