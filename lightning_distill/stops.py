@@ -69,7 +69,7 @@ def stops(hint: str) -> Iterator[None]:
         >>> with stops("the same command"):
         ...     raise KeyboardInterrupt
         Traceback (most recent call last):
-        SystemExit: 130
+        lightning_distill.stops.Stopped: 130
     """
     received: list[int] = []
 

@@ -39,7 +39,7 @@ def trained(folder: Path, *flags: str) -> Any:
     ("flags", "wanted"),
     [
         (["StepLR", "step_size=1"], 0.001),
-        (["ExponentialLR", "gamma=0.5", "lr_scheduler_interval=step"], 0.1 * 0.5**6),
+        (["torch.optim.lr_scheduler.ExponentialLR", "gamma=0.5", "lr_scheduler_interval=step"], 0.1 * 0.5**6),
         (["OneCycleLR", "max_lr=0.1", "total_steps=7", "lr_scheduler_interval=step"], 4e-7),
         (
             [

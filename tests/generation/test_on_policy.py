@@ -272,15 +272,16 @@ def test_vocabularies_that_differ_and_rows_that_are_too_long(tmp_path: Path) -> 
         fit(short, tmp_path)
 
 
-def test_a_batch_in_which_every_label_is_masked_is_refused(tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:A batch of the train data has no label")
+def test_data_in_which_every_label_is_masked_are_refused(tmp_path: Path) -> None:
     class Masked(Data):
         def __init__(self) -> None:
             super().__init__()
             self.rows = [Document(row.ids, len(row.ids)) for row in self.rows]
 
-    with pytest.raises(ValueError, match="to have a real token"):
+    with pytest.raises(ValueError, match="label"):
         L.Trainer(
-            accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1, default_root_dir=tmp_path,
+            accelerator="cpu", logger=False, enable_checkpointing=False, max_epochs=1, default_root_dir=tmp_path,
             enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
         ).fit(module(on_policy=0.0), datamodule=Masked())  # fmt: skip
 

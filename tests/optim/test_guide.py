@@ -27,7 +27,7 @@ def run(guide: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str
 def test_optimization(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = run("optimization.md", tmp_path, monkeypatch)
     assert names["optimizer"].param_groups[0]["momentum"] == 0.9
-    assert names["low"] == 1e-3
+    assert names["low"] == 6e-5
     trainer = names["L"].Trainer(max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(names["Model"]())
     assert trainer.lr_scheduler_configs[0].interval == "step"
