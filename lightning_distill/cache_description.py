@@ -5,6 +5,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -175,6 +176,8 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
         elif not os.access(nearest, os.W_OK | os.X_OK):
             wrong = f"{nearest} cannot be written"
         else:
+            with tempfile.TemporaryDirectory(prefix=".", dir=nearest):
+                pass  # a file system may refuse what its rights allow
             names = [file.name for file in path.iterdir()] if nearest == path else []
             others = sorted(name for name in names if not name.startswith((".", FILE)))
             wrong = f"it holds other files, such as {others[0]!r}" if others else None

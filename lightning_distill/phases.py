@@ -4,6 +4,7 @@ import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning as L
@@ -170,6 +171,8 @@ class Run:
             ValueError: If one does.
         """
         sources = [path for path in (config.model.teacher, config.model.student) if path is not None]
+        if Path().resolve().is_relative_to(config.output_dir.resolve()):
+            raise ValueError(f"--output_dir {config.output_dir} is the working folder or holds it; name one in it")
         for name in cls.folders(config):
             check_folder(config.output_dir / name, "--output_dir", sources=sources)
 

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Before transformers is imported: a name that is no folder would be asked of the hub, with minutes of retries.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 
