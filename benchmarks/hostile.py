@@ -97,24 +97,6 @@ def ask(attempt: hostile_inputs.Attempt, folder: Path, seconds: float) -> Answer
     return Answer("refused" if said.count("\n") == 0 and "error:" in said else "wordy", said)
 
 
-WORDS = {
-    "flags": "a recipe with one flag more, or a file of flags",
-    "data": "a recipe with another file of training, validation or test data",
-    "commands": "`lightning-distill quantize` and `cache` with a flag more",
-    "models": "other folders as teacher, as student and for `quantize`",
-}
-
-
-def table(found: dict[str, Any]) -> str:
-    """The table of docs/reliability.md for the results of a run."""
-    rows = ["| what | tried | taken, and right | one line and exit code 2 | anything else |", "|---|---|---|---|---|"]
-    for kind, what in WORDS.items():
-        if (counts := found.get(kind)) is not None:
-            taken, refused = (counts.get(answer, 0) for answer in ("right", "refused"))
-            rows.append(f"| {what} | {counts['tried']} | {taken} | {refused} | {counts['tried'] - taken - refused} |")
-    return "\n".join(rows)
-
-
 def main() -> None:
     """Try them all."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -153,7 +135,6 @@ def main() -> None:
 
         found |= {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
         options.output.write_text(json.dumps(found, indent=2) + "\n")
-        print(table(found))
     bad = sum(count[answer] for count in counts.values() for answer in ("traceback", "hangs", "late", "wordy"))
     raise SystemExit(bool(bad))
 

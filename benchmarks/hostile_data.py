@@ -222,7 +222,7 @@ def _inputs() -> Iterator[tuple[str, str, Any]]:
         "halves": [0.5] * 16,
         "dates": pyarrow.array(labels, "date32"),
         "times": pyarrow.array(labels, pyarrow.timestamp("s")),
-        "decimals": pyarrow.array(labels).cast(pyarrow.decimal128(12, 2)),
+        "decimals": pyarrow.array(labels).cast(pyarrow.decimal128(21, 2)),
         "categories": pyarrow.array(list(map(str, labels))).dictionary_encode(),
         "all null": pyarrow.nulls(16),
     }.items():
