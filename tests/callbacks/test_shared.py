@@ -93,11 +93,11 @@ def test_mixed_precision_trains_as_full_precision_does(
 ) -> None:
     full, mixed = row.module(), row.module()
     start = {name: weight.detach().clone() for name, weight in full.named_parameters() if weight.requires_grad}
-    trainer(tmp_path / "full", row.build(tmp_path)).fit(full)
+    trainer(tmp_path / "full", row.build(tmp_path / "of_full")).fit(full)
     # As a plugin, because the Trainer turns 16-mixed into bf16-mixed on a CPU.
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if precision == "16-mixed" else None
     plugin = MixedPrecision(precision, "cpu", scaler)
-    trainer(tmp_path / "mixed", row.build(tmp_path), plugins=plugin).fit(mixed)
+    trainer(tmp_path / "mixed", row.build(tmp_path / "of_mixed"), plugins=plugin).fit(mixed)
     for (name, wanted), got in zip(full.named_parameters(), mixed.parameters(), strict=True):
         # A callback may add parameters; those that there were must have moved.
         assert name not in start or not torch.equal(start.pop(name), got)
