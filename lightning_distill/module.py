@@ -143,6 +143,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         if gradient_checkpointing:
             preflight.enable_gradient_checkpointing(self.student)
         self.teacher_precision = teacher_precision
+        self.teacher_is_given = not isinstance(teacher, str)
         self.teacher = None if teacher is None else load_teacher(teacher, teacher_precision)
         one_of("task", task, ("auto", *get_args(tasks.Task)))
         self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task

@@ -4,8 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lightning_distill.precision import TeacherPrecision, keeping_dtype
 from lightning_distill.teacher import freeze
@@ -17,13 +19,18 @@ class TeacherModule(L.LightningModule):
     ``module.teacher`` is no submodule, so nothing that walks the module meets it: no optimizer, no checkpoint, no
     broadcast of DDP, no callback that prunes, averages or resets what it finds, no ``apply``, ``train`` or
     ``requires_grad_``. It moves with the module all the same. From being set to the end of a run, or its failure, it
-    is frozen and in eval; then it is as it was given, and so is the student.
+    is frozen and in eval; then it is as it was given, and so are the modes of the student.
+
+    A precision that casts weights (``bf16-true``) rounds them for the run. The weights of a module that was handed over
+    are kept meanwhile, which takes their memory; those of a folder or hub id are nobody's but the run's.
     """
 
     #: The model that is imitated, or None.
     teacher: nn.Module | None
     #: The dtype of the teacher where it is its own, which a cast of the module leaves alone.
     teacher_precision: TeacherPrecision | None = None
+    #: Whether the teacher is an object of the user's, who may go on with it.
+    teacher_is_given = True
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "teacher":
@@ -31,6 +38,7 @@ class TeacherModule(L.LightningModule):
             return
         vars(self)[name] = value
         self._teacher_as_given = None if value is None else _state(value)
+        self._exact: dict[str, Tensor] = {}  # what a cast has rounded, by name
         if value is not None:
             freeze(value)
 
@@ -38,7 +46,10 @@ class TeacherModule(L.LightningModule):
         super()._apply(fn, recurse)
         if (teacher := vars(self).get("teacher")) is not None:
             # bf16-true would undo the choice of a precision.
-            teacher._apply(fn if self.teacher_precision is None else keeping_dtype(fn))
+            fn = fn if self.teacher_precision is None else keeping_dtype(fn)
+            if self.teacher_is_given:
+                self._exact = _changed(teacher, fn) | self._exact
+            teacher._apply(fn)
         return self
 
     def train(self, mode: bool = True) -> "TeacherModule":
@@ -66,8 +77,10 @@ class TeacherModule(L.LightningModule):
         self.give_back()
 
     def give_back(self) -> None:
-        """Put both models into the modes they were given in, and let the teacher's parameters ask for gradients."""
+        """Put both models into the modes they were given in; the teacher's weights and who asks for gradients, too."""
         if self.teacher is not None and self._teacher_as_given is not None:
+            _put_back(self.teacher, self._exact)
+            self._exact = {}
             _restore(self.teacher, self._teacher_as_given, gradients=True)
         if (given := vars(self).pop("_student_as_given", None)) is not None:
             _restore(self.student, given, gradients=False)  # type: ignore[arg-type]
@@ -95,3 +108,25 @@ def _restore(model: nn.Module, state: _State, *, gradients: bool) -> None:
     if gradients:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(grads.get(name, False))
+
+
+def _changed(model: nn.Module, fn: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The parameters and buffers that a function gives another type, as they are; of sharded ones none are whole."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    # Asked of an empty tensor: the question is the type alone.
+    return {
+        name: tensor.data
+        for name, tensor in tensors.items()
+        if not isinstance(tensor, DTensor)
+        and fn(torch.empty(0, dtype=tensor.dtype, device=tensor.device)).dtype != tensor.dtype
+    }
+
+
+def _put_back(model: nn.Module, exact: dict[str, Tensor]) -> None:
+    for name, value in exact.items():
+        place, _, leaf = name.rpartition(".")
+        part = model.get_submodule(place)
+        if leaf in part._buffers:
+            part._buffers[leaf] = value
+        elif not isinstance(getattr(part, leaf), DTensor):
+            getattr(part, leaf).data = value

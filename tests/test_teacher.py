@@ -220,8 +220,43 @@ def test_signals_of_a_forward_that_failed_are_forgotten() -> None:
     assert made.losses((X, None)).keys() == {"soft_target", "hidden_state"}
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true"])
+def test_a_precision_that_casts_weights_gives_the_teacher_back_as_it_was(precision: Any, tmp_path: Path) -> None:
+    teacher = net()
+    before = everything(teacher)
+    seen = []
+
+    class Look(L.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append({tensor.dtype for tensor in pl_module.teacher.parameters()})
+
+    made = DistillationModule(
+        teacher, net(), optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3, eps=1e-4)
+    )
+    for _ in range(2):  # a second run casts it again
+        trainer(tmp_path, Look(), precision=precision, max_epochs=1).fit(made, DATA)
+        assert_as_it_was(teacher, before)
+        assert {value.dtype for value in teacher.parameters()} == {torch.float32}
+    wanted = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}[precision]
+    assert len(seen) == 8
+    assert all(dtypes == {wanted} for dtypes in seen)
+
+
+def test_the_weights_of_a_folder_are_not_kept(tmp_path: Path) -> None:
+    for name in ("teacher", "student"):
+        bert().save_pretrained(tmp_path / name)
+    made = DistillationModule(str(tmp_path / "teacher"), str(tmp_path / "student"))
+    made.to(torch.bfloat16)
+    assert not made._exact
+    assert DistillationModule(bert(), bert()).to(torch.bfloat16)._exact
+
+
 def test_a_summary_beside_it(tmp_path: Path) -> None:
-    trainer(tmp_path, ModelSummary(-1), max_epochs=1).fit(module(), DATA)
+    made = module()
+    trainer(tmp_path, ModelSummary(-1), max_epochs=1).fit(made, DATA)
+    said = str(summarize(made, max_depth=-1))
+    assert "student.0" in said
+    assert "teacher" not in said
 
 
 class WithBackbone(DistillationModule):

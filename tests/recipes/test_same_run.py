@@ -88,8 +88,10 @@ def test_a_file_of_flags_counts_by_its_values(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flag", ["data.num_workers=2", "trainer.enable_progress_bar=false", "trainer.logger=true"])
 def test_what_may_be_another(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begin([f"--output_dir={tmp_path / 'out'}"])
+    noted = (tmp_path / "out" / "run.json").read_text()
     monkeypatch.chdir(tmp_path)
     begin(["--output_dir=out", f"--{flag}", "--resume"])
+    assert (tmp_path / "out" / "run.json").read_text() == noted
 
 
 def test_earlier_checkpoints_are_kept_each_time(tmp_path: Path, capsys: Any) -> None:
