@@ -29,9 +29,9 @@ from lightning_distill.callbacks import EarlyExit
 from lightning_distill.data import TextClassificationData
 from lightning_distill.early_exit import Confidence, EarlyExitModel, Entropy, Patience
 from lightning_distill.measure import throughput
+from lightning_distill.models.calling import call_model
+from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.objectives import SoftTarget
-from lightning_distill.pretrained import load_pretrained
-from lightning_distill.tasks import call_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 BATCHES = {1: 150, 8: 30, 32: 15}  # batches timed, by size

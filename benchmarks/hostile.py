@@ -108,7 +108,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    run_once = __import__("lightning_distill.cli")  # noqa: F841  imported before the forks
+    run_once = __import__("lightning_distill.cli.trainer")  # noqa: F841  imported before the forks
     counts: dict[str, collections.Counter[str]] = {}
     with tempfile.TemporaryDirectory() as root:
         given = hostile_inputs.Given(Path(root) / "given")
@@ -131,7 +131,7 @@ def main() -> None:
             print(f"{kind}: {sum(count.values())} tried, {dict(count)}", flush=True)
     found: dict[str, Any] = {kind: {"tried": sum(count.values()), **count} for kind, count in counts.items()}
     if options.output:
-        from lightning_distill.report import versions
+        from lightning_distill.cli.report import versions
 
         found |= {"command": " ".join(["python", *sys.argv]), "date": time.strftime("%Y-%m-%d"), "versions": versions()}
         options.output.write_text(json.dumps(found, indent=2) + "\n")

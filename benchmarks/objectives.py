@@ -24,8 +24,11 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lightning_distill import student_from_teacher, tasks
+from lightning_distill import student_from_teacher
 from lightning_distill.data import BucketBatchSampler, TextClassificationData
+from lightning_distill.models.batch import token_mask
+from lightning_distill.models.calling import call_model, logits_of
+from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.objectives import (
     AttentionMap,
     AttentionRelation,
@@ -34,8 +37,9 @@ from lightning_distill.objectives import (
     Objective,
     SoftTarget,
 )
-from lightning_distill.pretrained import load_pretrained
-from lightning_distill.signals import Recorder, Request, Signals, describe
+from lightning_distill.signals.description import describe
+from lightning_distill.signals.recorder import Recorder
+from lightning_distill.signals.signals import Request, Signals
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 STUDENTS = {
@@ -106,15 +110,15 @@ class Racer:
 def signals(model: nn.Module, recorder: Recorder, batch: dict[str, Tensor]) -> Signals:
     # As `--trainer.precision bf16-mixed` does; the objectives compute in float32 themselves.
     with torch.autocast("cpu", torch.bfloat16):
-        logits = tasks.logits_of(tasks.call_model(model, batch))
-    return Signals(logits, batch["labels"], None, tasks.token_mask(batch), **recorder.take())
+        logits = logits_of(call_model(model, batch))
+    return Signals(logits, batch["labels"], None, token_mask(batch), **recorder.take())
 
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, data: TextClassificationData) -> float:
     model.eval()
     right = [
-        (tasks.logits_of(tasks.call_model(model, batch)).argmax(-1) == batch["labels"]).sum().item()
+        (logits_of(call_model(model, batch)).argmax(-1) == batch["labels"]).sum().item()
         for batch in data.test_dataloader()
     ]
     return 100 * sum(right) / len(data.rows("test"))

@@ -22,7 +22,9 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_distill import functional
 from lightning_distill.objectives import AttentionMap
-from lightning_distill.signals import Recorder, Signals, describe
+from lightning_distill.signals.description import describe
+from lightning_distill.signals.recorder import Recorder
+from lightning_distill.signals.signals import Signals
 
 PAIRS = [(1, 2), (2, 5)]
 

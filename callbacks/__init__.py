@@ -7,7 +7,6 @@ if __name__ != "lightning_distill.callbacks":
     )
 
 from lightning_distill.callbacks.early_exit import EarlyExit
-from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gptq import GPTQ
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.callbacks.init_policy import InitPolicy
@@ -16,6 +15,7 @@ from lightning_distill.callbacks.lr_finder import LRFinder
 from lightning_distill.callbacks.resumable import Resumable
 from lightning_distill.callbacks.schedule_free import ScheduleFree
 from lightning_distill.callbacks.teacher_cache import TeacherCache
+from lightning_distill.training.finite_loss import FiniteLoss
 
 __all__ = [
     "GPTQ",

@@ -13,17 +13,20 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill import tasks
-from lightning_distill.accumulation import AccumulatingModule
 from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.early_exit.criteria import Criterion
 from lightning_distill.early_exit.ramps import Exits, RampKind, Ramps, find_stack, make_ramps
 from lightning_distill.early_exit.walk import first_tensor
-from lightning_distill.forwards import before
 from lightning_distill.functional import hard_label, soft_target
-from lightning_distill.initialization import Policy
-from lightning_distill.learning_rates import scale_peak_lrs
+from lightning_distill.models.batch import IGNORE_INDEX, batch_of, token_mask
+from lightning_distill.models.calling import logits_of
+from lightning_distill.models.heads import Task
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
-from lightning_distill.signals import get_submodule
+from lightning_distill.optim.peak_lr import scale_peak_lrs
+from lightning_distill.signals.description import get_submodule
+from lightning_distill.step.accumulation import AccumulatingModule
+from lightning_distill.step.forwards import before
+from lightning_distill.students.initialization import Policy
 
 Training = Literal["joint", "two_stage", "alternate", "self_distill"]
 LossWeights = Literal["uniform", "depth"] | Callable[[int, int], float]
@@ -63,7 +66,7 @@ class EarlyExit(L.Callback):
         teacher_weight: Share of each :math:`L_i` that is learned from the teacher of a ``DistillationModule``.
         temperature: Of soft targets.
         lr: Learning rate of the ramps; None for that of the first group.
-        init: How their weights are drawn, see :func:`lightning_distill.initialization.initialize`.
+        init: How their weights are drawn, see :func:`lightning_distill.students.initialization.initialize`.
         seed: Seed of that.
         student: Path of the student in the LightningModule, ``""`` for the module itself; None finds it.
         layers: Path of the stack of layers in the student; None finds that of a transformers model.
@@ -97,7 +100,7 @@ class EarlyExit(L.Callback):
         seed: int = 0,
         student: str | None = None,
         layers: str | None = None,
-        task: tasks.Task | Literal["auto"] = "auto",
+        task: Task | Literal["auto"] = "auto",
         widths: int | Sequence[int] | None = None,
         num_outputs: int | None = None,
     ) -> None:
@@ -235,11 +238,11 @@ class EarlyExit(L.Callback):
 
     def _answer(self, ramps: Ramps, layer: int, module: nn.Module, args: Any, output: Any) -> None:
         if self._batch is not None:
-            self._answers[layer] = ramps.ask(layer, first_tensor(output), tasks.token_mask(self._batch))
+            self._answers[layer] = ramps.ask(layer, first_tensor(output), token_mask(self._batch))
 
     def _keep_logits(self, who: str, module: nn.Module, args: Any, output: Any) -> None:
         if self._batch is not None and not isinstance(module, L.LightningModule):
-            self._logits[who] = tasks.logits_of(output).detach()
+            self._logits[who] = logits_of(output).detach()
 
     def _tie(self, module: nn.Module, args: Any, output: Any) -> Any:
         # FSDP2 learns from the gradient of a module's output that backward has come to it. With the backbone frozen the
@@ -321,7 +324,7 @@ class EarlyExit(L.Callback):
             if gate is not None and right is not None:
                 right = right.argmax(-1) if right.is_floating_point() else right
                 correct = (logits.argmax(-1) == right).float()
-                counts = right != tasks.IGNORE_INDEX if mask is None else mask & (right != tasks.IGNORE_INDEX)
+                counts = right != IGNORE_INDEX if mask is None else mask & (right != IGNORE_INDEX)
                 wrong = F.binary_cross_entropy_with_logits(gate[counts].float(), correct[counts], reduction="sum")
                 loss = loss + mean(wrong / counts.sum().clamp(min=1), what)
             losses.append(self._weight(layer, depth) * loss)
@@ -389,7 +392,7 @@ class EarlyExit(L.Callback):
         self._frozen = []
 
 
-def _of_labels(task: tasks.Task, logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
+def _of_labels(task: Task, logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
     """How far logits are from the labels, 0 where there are none."""
     if labels is None:
         return logits.flatten()[:0].float().sum()
@@ -398,14 +401,14 @@ def _of_labels(task: tasks.Task, logits: Tensor, labels: Tensor | None, mask: Te
     return hard_label(logits, labels, mask=mask)
 
 
-def _count(task: tasks.Task, objective: Objective, batch: Any) -> Tensor:
-    signals = before(task, tasks.batch_of("student", batch))
+def _count(task: Task, objective: Objective, batch: Any) -> Tensor:
+    signals = before(task, batch_of("student", batch))
     count = objective.count(signals, signals)
     assert count is not None
     return count
 
 
-def _towards(task: tasks.Task, logits: Tensor, target: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
+def _towards(task: Task, logits: Tensor, target: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     """How far logits are from soft targets; in regression the squared error."""
     if task == "regression":
         return F.mse_loss(logits.float(), target.float())

@@ -18,8 +18,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lightning_distill.arguments import between, finite, one_of, typed
-from lightning_distill.exporting import export, source_of
-from lightning_distill.folders import check_folder, writing
+from lightning_distill.models.exporting import export, source_of
+from lightning_distill.models.folders import check_folder, writing
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.finished import remove_layers
 from lightning_distill.quantization.linear import QuantLinear

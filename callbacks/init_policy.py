@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.arguments import between, one_of, typed
-from lightning_distill.following_activation import LAYERS, following_activations
-from lightning_distill.initialization import Initialized, Policy, Residual, initialize, materialize, whole
-from lightning_distill.layer_map import Layers
-from lightning_distill.new_parameters import new_parameters
-from lightning_distill.pretrained import load_pretrained
-from lightning_distill.student import copy_from_teacher
+from lightning_distill.models.pretrained import load_pretrained
+from lightning_distill.students.activations import LAYERS, following_activations
+from lightning_distill.students.from_teacher import copy_from_teacher
+from lightning_distill.students.initialization import Initialized, Policy, Residual, initialize, materialize, whole
+from lightning_distill.students.layer_map import Layers
+from lightning_distill.students.untouched import new_parameters
 
 
 @typed
@@ -39,7 +39,7 @@ class InitPolicy(L.Callback):
     ``"auto"`` takes Xavier where tanh or sigmoid follows a layer (with gain), He for ReLU and leaky ReLU (with its
     slope), LeCun for SELU, the truncated normal of transformers for GELU and SiLU, Xavier with gain 1 where another
     layer or the end follows, and He when unsure. Biases become zero, norms one, padding rows zero; tied weights are
-    drawn once. ``"from_teacher"`` copies from the teacher as :func:`~lightning_distill.student.student_from_teacher`
+    drawn once. ``"from_teacher"`` copies from the teacher as :func:`~lightning_distill.students.student_from_teacher`
     does (layers by the map, width by slices, heads kept whole), and takes ``"auto"`` for what has no teacher.
 
     ``init_policy.png`` shows how large the output of each layer and the gradient at it are, in the first batch that is
@@ -47,17 +47,17 @@ class InitPolicy(L.Callback):
 
     Args:
         policy: ``"auto"``, ``"from_teacher"``, or one rule for all layers, see
-            :func:`lightning_distill.initialization.init_weight_`.
+            :func:`lightning_distill.students.initialization.init_weight_`.
         only: ``"new"`` leaves alone what was loaded, copied, trained or frozen, see
-            :func:`lightning_distill.new_parameters.new_parameters`; ``"all"`` touches every trainable parameter; or
+            :func:`lightning_distill.students.untouched.new_parameters`; ``"all"`` touches every trainable parameter; or
             patterns on names of modules, such as ``["student.classifier*"]``.
         residual: scaling by depth, ``"gpt2"`` or ``"deepnorm"``, see
-            :func:`lightning_distill.initialization.initialize`.
+            :func:`lightning_distill.students.initialization.initialize`.
         std: standard deviation for embeddings and the truncated normal; None takes the ``initializer_range`` of the
             transformers config around, or 0.02.
         teacher: for ``"from_teacher"``: a model, folder or hub id; None takes the module's own ``teacher``.
         layers: for ``"from_teacher"``: which of the teacher's layers, see
-            :func:`lightning_distill.layer_map.layer_map`.
+            :func:`lightning_distill.students.layer_map.layer_map`.
         seed: seed of the random numbers.
         output_dir: folder of audit and picture; by default the Trainer's ``default_root_dir``.
 

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_distill.arguments import integer, typed
-from lightning_distill.stops import SIGNALS, Stopped, end_children, remember, stopped_by
+from lightning_distill.training.stops import SIGNALS, Stopped, end_children, remember, stopped_by
 
 _LOG = logging.getLogger("lightning.pytorch.utilities.rank_zero")  # of rank_zero_info
 _METRICS = "last_metrics"  # key of the checkpoint

@@ -13,7 +13,18 @@ from torch import Tensor, nn
 
 from lightning_distill import tasks
 from lightning_distill.arguments import between, one_of, typed
-from lightning_distill.cache import (
+from lightning_distill.functional.projection import TopK
+from lightning_distill.models.batch import LABEL_KEYS, batch_of, labels_of, token_mask
+from lightning_distill.models.calling import gives_logits, taken_names
+from lightning_distill.models.class_names import class_names
+from lightning_distill.models.heads import LANGUAGE_MODELS, TOKEN_TASKS
+from lightning_distill.models.wrapped import inside
+from lightning_distill.objectives import SoftTarget
+from lightning_distill.signals.signals import Signals
+from lightning_distill.teachers.description import shortly
+from lightning_distill.teachers.precision import computing_precision
+from lightning_distill.teachers.row_keys import count_rows, first_tensor
+from lightning_distill.teachers.store import (
     DamagedRows,
     SignalStore,
     cached_teacher,
@@ -24,14 +35,6 @@ from lightning_distill.cache import (
     stored_fields,
     tokenizer_fingerprint,
 )
-from lightning_distill.cache_description import shortly
-from lightning_distill.class_names import class_names
-from lightning_distill.functional.projection import TopK
-from lightning_distill.objectives import SoftTarget
-from lightning_distill.precision import computing_precision
-from lightning_distill.row_keys import count_rows, first_tensor
-from lightning_distill.signals import Signals
-from lightning_distill.wrapped import inside
 
 Kept = Literal["logits", "hidden_states"]
 DType = Literal["float16", "float32"]
@@ -68,7 +71,7 @@ class TeacherCache(L.Callback):
             settings does not keep, the cache is another's, or the disk is too small; in a step if the teacher was not
             loaded (see :meth:`teacher`) and a row is not in the cache.
         TypeError: If the module is no :class:`DistillationModule` with a teacher, or an input of a batch cannot be told
-            from another (see :func:`lightning_distill.row_keys.row_keys`).
+            from another (see :func:`lightning_distill.teachers.row_keys.row_keys`).
 
     Example:
         >>> import tempfile, lightning as L, torch
@@ -252,22 +255,22 @@ class TeacherCache(L.Callback):
 
     def _frame(self, batch: Any) -> Signals:
         """Signals of a batch without anything of a model: its labels, its masks and the shape of its logits."""
-        batch, task = tasks.batch_of("teacher", batch), self._module.task
+        batch, task = batch_of("teacher", batch), self._module.task
         shape: tuple[int, ...] = (count_rows(batch),)
-        if task in tasks.TOKEN_TASKS:
-            labels = tasks.labels_of(batch)
+        if task in TOKEN_TASKS:
+            labels = labels_of(batch)
             of_tokens = labels if labels is not None and labels.ndim > 1 else first_tensor(batch)
             assert of_tokens is not None
             shape = tuple(of_tokens.shape[:2])
         logits, labels, mask = tasks.align(task, torch.empty(*shape, 0, device=self._module.device), batch)
-        return Signals(logits, labels, mask, tasks.token_mask(batch))
+        return Signals(logits, labels, mask, token_mask(batch))
 
     def _keys(self, batch: Any, frame: Signals) -> list[bytes]:
-        batch, teacher = tasks.batch_of("teacher", batch), inside(self._module.teacher)
+        batch, teacher = batch_of("teacher", batch), inside(self._module.teacher)
         if isinstance(batch, Mapping) and self._place == "teacher_signals":
             # What it does not take cannot change its answer; a plain module may call its one input otherwise. One that
             # takes no mask reads the padding too.
-            kept = {*(tasks.taken_names(teacher, batch) or batch), *tasks.LABEL_KEYS}
+            kept = {*(taken_names(teacher, batch) or batch), *LABEL_KEYS}
             batch = {name: value for name, value in batch.items() if name in kept}
         return row_keys(batch, frame.mask, getattr(getattr(teacher, "config", None), "pad_token_id", None))
 
@@ -357,7 +360,7 @@ class TeacherCache(L.Callback):
     def _classes(self) -> int | None:
         """Number of classes, where the student's config says it; a vocabulary may be padded."""
         config = getattr(self._module.student, "config", None)
-        if self._module.task in tasks.LANGUAGE_MODELS or not tasks.gives_logits(self._module.teacher):
+        if self._module.task in LANGUAGE_MODELS or not gives_logits(self._module.teacher):
             return None
         known = getattr(config, "num_labels", None)
         # One logit of a classifier is kept as two, see `tasks.align`.

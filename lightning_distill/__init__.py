@@ -1,8 +1,8 @@
 """Knowledge distillation, quantisation and early exit for PyTorch Lightning."""
 
-from lightning_distill.checkpoint import AtomicCheckpointIO, newest_checkpoint
 from lightning_distill.module import DistillationModule
-from lightning_distill.student import student_from_teacher
+from lightning_distill.students.from_teacher import student_from_teacher
+from lightning_distill.training.checkpoint import AtomicCheckpointIO, newest_checkpoint
 
 __version__ = "0.1.0"
 

@@ -3,11 +3,11 @@
 import sys
 from collections.abc import Sequence
 
-from lightning_distill import cache_cli
-from lightning_distill.cli import one_line_errors
-from lightning_distill.parsing import FlagParser
-from lightning_distill.quantization import cli as quantization
-from lightning_distill.stops import stops
+from lightning_distill.cli import cache as cache_cli
+from lightning_distill.cli import quantize as quantization
+from lightning_distill.cli.parser import FlagParser
+from lightning_distill.cli.trainer import one_line_errors
+from lightning_distill.training.stops import stops
 
 COMMANDS = {"cache": cache_cli.main, "quantize": quantization.main}
 _GO_ON = {

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
-from lightning_distill.exporting import write_model
-from lightning_distill.tasks import call_model
+from lightning_distill.models.calling import call_model
+from lightning_distill.models.exporting import write_model
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -31,7 +31,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def count_bytes(model: nn.Module) -> int:
-    """Bytes of the safetensors files that :func:`lightning_distill.pretrained.export` writes for a model."""
+    """Bytes of the safetensors files that :func:`lightning_distill.models.pretrained.export` writes for a model."""
     with tempfile.TemporaryDirectory() as folder:
         write_model(model, Path(folder))
         return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))

@@ -14,26 +14,32 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_distill import parallel, precision, preflight, tasks
-from lightning_distill.accumulation import AccumulatingModule
-from lightning_distill.adapters import AdapterCheckpoints
+from lightning_distill import tasks
 from lightning_distill.arguments import one_of
-from lightning_distill.callbacks.finite_loss import FiniteLoss
 from lightning_distill.callbacks.gradient_clipping import GradientClipping
-from lightning_distill.counting import Counted
-from lightning_distill.forwards import Forwards, before
 from lightning_distill.functional.clipping import gradient_of, group_tensors, total_norm
 from lightning_distill.functional.projection import TopK
+from lightning_distill.models.batch import batch_of, labels_of
+from lightning_distill.models.calling import call_model, evaluating, logits_of
+from lightning_distill.models.heads import LANGUAGE_MODELS, Task
+from lightning_distill.models.pretrained import export, load_pretrained
+from lightning_distill.models.wrapped import compile_parts_in_place
 from lightning_distill.objectives import HardLabel, Loss, Objective, SoftTarget
+from lightning_distill.objectives.deferred import deferred_losses
 from lightning_distill.objectives.objective import named
-from lightning_distill.objectives.vocabulary import deferred_losses
-from lightning_distill.precision import TeacherPrecision, cast_floats, load_teacher, own_precision
-from lightning_distill.pretrained import export, load_pretrained
-from lightning_distill.scores import Metrics, Scores
-from lightning_distill.signals import Signals, describe
-from lightning_distill.teacher import evaluating
-from lightning_distill.teacher_module import TeacherModule
-from lightning_distill.wrapped import compile_parts_in_place
+from lightning_distill.signals.description import describe
+from lightning_distill.signals.signals import Signals
+from lightning_distill.step import checks as preflight
+from lightning_distill.step.accumulation import AccumulatingModule
+from lightning_distill.step.counting import Counted
+from lightning_distill.step.forwards import Forwards, before
+from lightning_distill.tasks.scores import Metrics, Scores
+from lightning_distill.teachers import precision
+from lightning_distill.teachers.holder import TeacherModule
+from lightning_distill.teachers.precision import TeacherPrecision, cast_floats, load_teacher, own_precision
+from lightning_distill.training import parallel
+from lightning_distill.training.adapters import AdapterCheckpoints
+from lightning_distill.training.finite_loss import FiniteLoss
 
 _STAGES = ("val", "test")
 
@@ -117,7 +123,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         student: nn.Module | str,
         objectives: list[Objective] | dict[str, Objective] | None = None,
         *,
-        task: tasks.Task | Literal["auto"] = "auto",
+        task: Task | Literal["auto"] = "auto",
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
         lr_scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau | dict] | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
@@ -145,8 +151,8 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         self.teacher_precision = teacher_precision
         self.teacher_is_given = not isinstance(teacher, str)
         self.teacher = None if teacher is None else load_teacher(teacher, teacher_precision)
-        one_of("task", task, ("auto", *get_args(tasks.Task)))
-        self.task: tasks.Task = tasks.infer_task(self.student) if task == "auto" else task
+        one_of("task", task, ("auto", *get_args(Task)))
+        self.task: Task = tasks.infer_task(self.student) if task == "auto" else task
         self.tokenizer = tokenizer
         one_of("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -213,7 +219,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
                 own_inputs=self._own_teacher_inputs,
             )
             self._own_teacher_inputs |= any_vocabulary and preflight.other_tokenizers(self.student, self.teacher)
-            if self.task in tasks.LANGUAGE_MODELS and not any_vocabulary:
+            if self.task in LANGUAGE_MODELS and not any_vocabulary:
                 shared_words = preflight.shared_words(self.student, self.teacher)
             self._same_answers = not any_vocabulary and not headless
             student_info, teacher_info = describe(self.student), describe(self.teacher)
@@ -308,9 +314,9 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
 
     def forward(self, batch: Any) -> Tensor:
         """Logits of the student for a batch, as the student gives them."""
-        batch = tasks.batch_of("student", batch)
+        batch = batch_of("student", batch)
         self.forwards.look("student", self.student, batch)
-        return tasks.logits_of(tasks.call_model(self.student, batch))
+        return logits_of(call_model(self.student, batch))
 
     def losses(self, batch: Any) -> dict[str, Tensor]:
         """Each objective's loss on a batch, by name, unweighted: the mean over what counts, over all ranks."""
@@ -337,7 +343,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         """How much of a batch counts for each objective, shape ``[objectives]``."""
         objectives = self._each_objective().values()
         if not self._has_own_steps and all(objective.counts_ahead for objective in objectives):
-            student, teacher = (before(self.task, tasks.batch_of(role, batch)) for role in ("student", "teacher"))
+            student, teacher = (before(self.task, batch_of(role, batch)) for role in ("student", "teacher"))
             counts = [objective.count(student, teacher) for objective in objectives]
             if not any(count is None for count in counts):
                 return torch.stack(counts)  # type: ignore[arg-type]
@@ -400,12 +406,12 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         """
         stage = self.trainer.state.stage
         where = stage.value if stage else ""
-        labels = tasks.labels_of(batch)
+        labels = labels_of(batch)
         if labels is None or labels.device.type == "cpu" or where not in self._checked:
             self._warn_of_no_label(batch, where)
         if where in self._checked and not (labels is not None and labels.device.type == "cpu"):
             return
-        field = "vocab_size" if self.task in tasks.LANGUAGE_MODELS else "num_labels"
+        field = "vocab_size" if self.task in LANGUAGE_MODELS else "num_labels"
         config, name = getattr(self.student, "config", None), f"a batch of the {where} data"
         # What the config of a body says of classes is a default that nobody chose.
         num_classes = None if "student" in self.forwards.headless else getattr(config, field, None)
@@ -416,7 +422,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
 
     def _warn_of_no_label(self, batch: Any, where: str) -> None:
         needy = [name for name, objective in self._each_objective().items() if objective.needs_labels]
-        if self.task in tasks.LANGUAGE_MODELS:
+        if self.task in LANGUAGE_MODELS:
             needy = list(self._each_objective())
         if needy and not self._has_warned and not tasks.has_label(self.task, batch):
             self._has_warned = True
@@ -436,7 +442,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         if not self._has_own_steps:
             models = {"student": self.student} | ({"teacher": self.teacher} if with_teacher else {})
             # Before the teacher runs, so that what the student cannot read is said first.
-            self.forwards.look("student", self.student, tasks.batch_of("student", batch))
+            self.forwards.look("student", self.student, batch_of("student", batch))
         with self.forwards.deferring(models):
             teacher = self.teacher_step(batch) if with_teacher else None
             student = self.student_step(batch)
@@ -472,7 +478,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         A CPU that emulates bfloat16 is said.
         """
         super().setup(stage)
-        if self.task not in tasks.LANGUAGE_MODELS:
+        if self.task not in LANGUAGE_MODELS:
             preflight.check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
         models = {"student": self.student, "teacher": self.teacher}
         precision.warn_of_slow_bf16(str(self.trainer.precision), models, self.trainer.strategy.root_device)
@@ -533,7 +539,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         super().lr_scheduler_step(scheduler, metric)
 
     def on_train_epoch_end(self) -> None:
-        """Refuse training data without a label; see :class:`lightning_distill.counting.Counted`."""
+        """Refuse training data without a label; see :class:`lightning_distill.step.counting.Counted`."""
         self._counted.check("train", lambda counts: counts)
 
     def on_validation_epoch_end(self) -> None:
@@ -563,7 +569,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         self.forwards.release_hooks()
 
     def export(self, folder: str | os.PathLike[str]) -> Path:
-        """Write the student where others load it: see :func:`lightning_distill.pretrained.export`.
+        """Write the student where others load it: see :func:`lightning_distill.models.pretrained.export`.
 
         Raises:
             ValueError: If this process has only a part of the student.

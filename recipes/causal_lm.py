@@ -16,8 +16,8 @@ python recipes/causal_lm.py --generation.on_policy 0.5
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 """
 
-from lightning_distill.cli import run_command
-from lightning_distill.language_recipe import LanguageRun, language_parser
+from lightning_distill.cli.language_run import LanguageRun, language_parser
+from lightning_distill.cli.trainer import run_command
 
 
 @run_command()

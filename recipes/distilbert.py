@@ -19,8 +19,8 @@ After a crash, a kill or Ctrl-C: the same command with --resume. See docs/reliab
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 """
 
-from lightning_distill.cli import run_command
-from lightning_distill.recipe import TextRun, text_parser
+from lightning_distill.cli.text_run import TextRun, text_parser
+from lightning_distill.cli.trainer import run_command
 
 
 @run_command()

@@ -31,13 +31,20 @@ import transformers
 
 from lightning_distill.arguments import between
 from lightning_distill.callbacks import EarlyExit
-from lightning_distill.cli import best_checkpoint, make_trainer, one_line_errors, resume_from, run_command, say
+from lightning_distill.cli.text_run import TextRun, text_parser
+from lightning_distill.cli.trainer import (
+    best_checkpoint,
+    make_trainer,
+    one_line_errors,
+    resume_from,
+    run_command,
+    say,
+)
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
-from lightning_distill.folders import check_folder
 from lightning_distill.measure import throughput
+from lightning_distill.models.folders import check_folder
 from lightning_distill.objectives import SoftTarget
-from lightning_distill.recipe import TextRun, text_parser
 
 LR = 1e-3  # of the ramps, which are small and new
 TEMPERATURE = 2.0

@@ -18,9 +18,9 @@ Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png
 Source: Wang et al., "MiniLM", 2020, and "MiniLMv2: Multi-Head Self-Attention Relation Distillation", 2021.
 """
 
-from lightning_distill.cli import run_command
+from lightning_distill.cli.text_run import TextRun, text_parser
+from lightning_distill.cli.trainer import run_command
 from lightning_distill.objectives import AttentionRelation
-from lightning_distill.recipe import TextRun, text_parser
 
 
 @run_command()

@@ -18,9 +18,9 @@ Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png
 Source: Jiao et al., "TinyBERT: Distilling BERT for Natural Language Understanding", 2020.
 """
 
-from lightning_distill.cli import run_command
+from lightning_distill.cli.text_run import TextRun, text_parser
+from lightning_distill.cli.trainer import run_command
 from lightning_distill.objectives import AttentionMap, HiddenState, SoftTarget
-from lightning_distill.recipe import TextRun, text_parser
 
 
 @run_command()

@@ -15,7 +15,6 @@ from lightning_distill import DistillationModule
 from lightning_distill.callbacks import EarlyExit
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader
 from lightning_distill.early_exit import LearnedGate
-from lightning_distill.forwards import before
 from lightning_distill.generation import OnPolicyDistillation
 from lightning_distill.objectives import (
     HardLabel,
@@ -27,7 +26,8 @@ from lightning_distill.objectives import (
     SoftTarget,
     UncertaintyBalance,
 )
-from lightning_distill.signals import Signals
+from lightning_distill.signals.signals import Signals
+from lightning_distill.step.forwards import before
 from tests.helpers.models import batch, bert, llama
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))

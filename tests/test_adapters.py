@@ -14,8 +14,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule
-from lightning_distill.adapters import frozen_base
 from lightning_distill.callbacks import Resumable
+from lightning_distill.training.adapters import frozen_base
 from tests.helpers.models import batch, bert
 
 # Said by peft of itself, with this version of transformers.

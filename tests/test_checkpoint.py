@@ -23,10 +23,10 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch.utils.data import DataLoader
 
 from lightning_distill import AtomicCheckpointIO, DistillationModule, newest_checkpoint
-from lightning_distill.checkpoint import read_checkpoint
 from lightning_distill.early_exit import EarlyExitModel
-from lightning_distill.pretrained import load_pretrained
+from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.quantization import load
+from lightning_distill.training.checkpoint import read_checkpoint
 from tests.helpers.models import batch, bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")

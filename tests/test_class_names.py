@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lightning_distill import DistillationModule
-from lightning_distill.class_names import class_names, class_order, names_of_config
 from lightning_distill.data import TextClassificationData
 from lightning_distill.early_exit import EarlyExitModel, make_ramps
-from lightning_distill.ensemble import TeacherEnsemble
+from lightning_distill.models.class_names import class_names, class_order, names_of_config
+from lightning_distill.teachers.ensemble import TeacherEnsemble
 from tests.helpers.models import batch, bert
 
 

@@ -16,9 +16,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_distill import DistillationModule, functional, vocabulary
+from lightning_distill import DistillationModule, functional
 from lightning_distill.callbacks import TeacherCache
 from lightning_distill.objectives import Decoupled, HardLabel, HiddenState, LogitsCosine, Objective, SoftTarget
+from lightning_distill.signals import head as vocabulary
 from tests.helpers.models import SMALL, batch, bert, llama
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

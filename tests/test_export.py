@@ -18,7 +18,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from lightning_distill import DistillationModule
 from lightning_distill.early_exit import EarlyExitModel, make_ramps
-from lightning_distill.pretrained import export
+from lightning_distill.models.pretrained import export
 from lightning_distill.quantization import load, quantize
 from tests.helpers.models import bert, llama, tokens
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lightning_distill import DistillationModule, folders
+from lightning_distill import DistillationModule
 from lightning_distill.early_exit import EarlyExitModel, make_ramps
-from lightning_distill.folders import check_folder, writing
-from lightning_distill.pretrained import load_pretrained
+from lightning_distill.models import folders
+from lightning_distill.models.folders import check_folder, writing
+from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.quantization import quantize, save
 from tests.helpers.models import bert, tokens
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lightning_distill.early_exit import EarlyExitModel, make_ramps
-from lightning_distill.pretrained import load_pretrained, load_tokenizer
+from lightning_distill.models.pretrained import load_pretrained, load_tokenizer
 from lightning_distill.quantization import load, quantize, save
 from tests.helpers.hostile import (
     CONFIGS,

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule
-from lightning_distill.inputs import InputCheck, attend_across_documents
+from lightning_distill.models.calling import call_model
+from lightning_distill.models.inputs import InputCheck, attend_across_documents
 from lightning_distill.objectives import HiddenStateCosine, SoftTarget
-from lightning_distill.tasks import call_model
 from tests.helpers.models import SMALL, bert, llama
 
 SIZES: dict[str, Any] = {**SMALL, "num_hidden_layers": 1, "pad_token_id": 1, "max_position_embeddings": 24}

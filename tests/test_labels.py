@@ -19,7 +19,7 @@ from lightning_distill import DistillationModule
 from lightning_distill.callbacks import GPTQ, EarlyExit, TeacherCache
 from lightning_distill.early_exit import Confidence, EarlyExitModel, Entropy, Margin, Patience, calibrate, make_ramps
 from lightning_distill.objectives import Decoupled, HardLabel, LogitsMSE, SoftTarget, TopKSoftTarget
-from lightning_distill.tasks import has_label
+from lightning_distill.tasks.task import has_label
 from tests.helpers.models import batch, bert, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_distill.layer_map import LAYER_MAPS, layer_map
+from lightning_distill.students.layer_map import LAYER_MAPS, layer_map
 
 
 def teachers(name: str, student_depth: int, teacher_depth: int) -> list[int]:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from lightning_distill import DistillationModule, student_from_teacher
 from lightning_distill.data import train_tokenizer
 from lightning_distill.generation import generate
+from lightning_distill.models.calling import call_model, gives_logits
 from lightning_distill.objectives import (
     AttentionRelation,
     HardLabel,
@@ -22,7 +23,6 @@ from lightning_distill.objectives import (
     SoftTarget,
     UniversalLogit,
 )
-from lightning_distill.tasks import call_model, gives_logits
 from tests.helpers.models import SMALL, batch, bert, llama
 from tests.test_module import loader, net, points, trainer
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillationModule
 from lightning_distill.callbacks import GradientClipping
 from lightning_distill.objectives import AttentionMap, AttentionRelation, HardLabel, HiddenState, SoftTarget
-from lightning_distill.precision import TeacherPrecision, cpu_capabilities, emulates_bf16
+from lightning_distill.teachers.precision import TeacherPrecision, cpu_capabilities, emulates_bf16
 from tests.helpers.models import batch, bert, llama
 from tests.objectives.registry import CASES, Case, changed, signals
 
@@ -363,7 +363,7 @@ def test_a_cpu_that_emulates_bf16_is_said_before_the_first_step(
 
         on_train_start = on_test_start = on_sanity_check_start
 
-    monkeypatch.setattr("lightning_distill.precision.cpu_capabilities", lambda: AVX2)
+    monkeypatch.setattr("lightning_distill.teachers.precision.cpu_capabilities", lambda: AVX2)
     module = DistillationModule(*pair("classification"), **arguments)
     start = getattr(trainer(tmp_path, precision, callbacks=[Stop()]), run)
     with warnings.catch_warnings(record=True) as found:

@@ -13,16 +13,10 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
 from lightning_distill import AtomicCheckpointIO, DistillationModule, newest_checkpoint
-from lightning_distill.callbacks import (
-    GradientClipping,
-    InitPolicy,
-    LossAdvice,
-    LRFinder,
-    Resumable,
-)
+from lightning_distill.callbacks import GradientClipping, InitPolicy, LossAdvice, LRFinder, Resumable
+from lightning_distill.cli.report import CurvesLogger, read_curves
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader
 from lightning_distill.objectives import HardLabel, HiddenState, LinearSchedule, SoftTarget
-from lightning_distill.report import CurvesLogger, read_curves
 from tests.callbacks.registry import same
 from tests.helpers.models import bert
 

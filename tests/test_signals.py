@@ -7,7 +7,9 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from lightning_distill.signals import Recorder, Request, capture, describe, find_decoder, find_layers
+from lightning_distill.signals.description import describe, find_decoder, find_layers
+from lightning_distill.signals.recorder import Recorder, capture
+from lightning_distill.signals.signals import Request
 
 DEPTH = 3
 COMMON = {

@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_distill import DistillationModule, newest_checkpoint
 from lightning_distill.callbacks import FiniteLoss, GradientClipping, Resumable
-from lightning_distill.checkpoint import read_checkpoint
+from lightning_distill.training.checkpoint import read_checkpoint
 from tests.callbacks.registry import Regression, same, trainer
 
 pytestmark = [

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_distill import DistillationModule
-from lightning_distill.parallel import tensor_parallel
+from lightning_distill.training.parallel import tensor_parallel
 from tests.helpers.models import llama
 from tests.test_strategies import STEPS, Rows, largest_difference, shards, still, weights
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_distill import student_from_teacher
-from lightning_distill.signals import find_layers
+from lightning_distill.signals.description import find_layers
 from tests.helpers.models import SMALL, bert, llama
 
 KINDS = {

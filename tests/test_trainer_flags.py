@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_distill.recipe import text_parser
+from lightning_distill.cli.text_run import text_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "trainer-flags.md").read_text()

@@ -12,9 +12,9 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_distill.class_names import placeholder, placeholder_index
 from lightning_distill.data.readers import READERS, check_file, decoded_lines, kind_of
 from lightning_distill.data.table import Table, check_columns, listed, nearest, one_line, shown
+from lightning_distill.models.class_names import placeholder, placeholder_index
 
 __all__ = ["Table", "check_columns", "label_ids", "label_names", "read_table", "read_text", "scores", "texts"]
 

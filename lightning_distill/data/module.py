@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import integer
 from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader
-from lightning_distill.pretrained import load_tokenizer
+from lightning_distill.models.pretrained import load_tokenizer
 
 Split = Literal["train", "val", "test"]
 

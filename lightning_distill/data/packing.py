@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lightning_distill.tasks import IGNORE_INDEX, call_model, logits_of
-from lightning_distill.teacher import evaluating
+from lightning_distill.models.batch import IGNORE_INDEX
+from lightning_distill.models.calling import call_model, evaluating, logits_of
 
 
 class Document(NamedTuple):

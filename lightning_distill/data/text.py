@@ -15,13 +15,13 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import integer, one_of, typed
-from lightning_distill.class_names import are_placeholders
 from lightning_distill.data import files, hub
 from lightning_distill.data.classes import check_class_weights, class_weights_of
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
 from lightning_distill.data.module import TextData
 from lightning_distill.data.progress import progress
 from lightning_distill.data.table import Table, listed
+from lightning_distill.models.class_names import are_placeholders
 
 Row = tuple[Any, ...]
 

@@ -20,7 +20,8 @@ from lightning_distill.early_exit.guarantee import harm_p_value, rows_needed
 from lightning_distill.early_exit.model import EarlyExitModel
 from lightning_distill.early_exit.plots import plot_calibration
 from lightning_distill.early_exit.search import exits_of, fit_temperature, threshold_path
-from lightning_distill.folders import check_folder, writing
+from lightning_distill.models.batch import IGNORE_INDEX
+from lightning_distill.models.folders import check_folder, writing
 
 
 @dataclass
@@ -348,7 +349,7 @@ def collect(model: EarlyExitModel, dataloader: Iterable[Any]) -> Answers:
         asked, final = model.answers(batch)
         final, labels, mask = tasks.align(task, final, batch)
         if labels is None:
-            labels = torch.full(final.shape[:-1], tasks.IGNORE_INDEX, device=device)
+            labels = torch.full(final.shape[:-1], IGNORE_INDEX, device=device)
         answer = labels.argmax(-1) if labels.is_floating_point() else labels
         items = torch.ones_like(answer, dtype=torch.bool) if mask is None else mask
         sequence = torch.arange(len(answer), device=device).view(-1, *[1] * (answer.ndim - 1)).expand(answer.shape)
@@ -369,7 +370,7 @@ def collect(model: EarlyExitModel, dataloader: Iterable[Any]) -> Answers:
         torch.cat([part for _, _, part, _ in kept]),
         torch.cat([part for _, _, _, part in kept]),
     )
-    has_label = answers.labels != tasks.IGNORE_INDEX
+    has_label = answers.labels != IGNORE_INDEX
     if not has_label.any():
         answers.labels = answers.logits[-1].argmax(-1)
         return answers

@@ -10,9 +10,8 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from lightning_distill import preflight, tasks
+from lightning_distill import tasks
 from lightning_distill.arguments import between
-from lightning_distill.class_names import class_names
 from lightning_distill.early_exit.criteria import Criterion, State, criterion_from
 from lightning_distill.early_exit.ramps import CONFIG, Ramps
 from lightning_distill.early_exit.walk import (
@@ -26,11 +25,15 @@ from lightning_distill.early_exit.walk import (
     first_tensor,
     fresh,
 )
-from lightning_distill.exporting import source_of, write_model
-from lightning_distill.folders import writing
-from lightning_distill.model_files import BROKEN, one_line, read_json
-from lightning_distill.pretrained import load_pretrained
+from lightning_distill.models.batch import token_mask
+from lightning_distill.models.calling import call_model, logits_of
+from lightning_distill.models.class_names import class_names
+from lightning_distill.models.exporting import source_of, write_model
+from lightning_distill.models.files import BROKEN, one_line, read_json
+from lightning_distill.models.folders import writing
+from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.quantization.checkpoint import load as load_quantized
+from lightning_distill.step import checks as preflight
 
 Thresholds = float | Mapping[int, float]
 
@@ -201,17 +204,17 @@ class EarlyExitModel(L.LightningModule):
         Returns:
             Logits (not divided by a temperature) and gate of each ramp, by layer, and the student's logits.
         """
-        token_mask = tasks.token_mask(batch)
+        real = token_mask(batch)
         found = {}
 
         def call(position: int, inner: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             output = inner(*args, **kwargs)
             if position in self.ramps.exits:
-                found[position] = self.ramps.ask(position, first_tensor(output), token_mask)
+                found[position] = self.ramps.ask(position, first_tensor(output), real)
             return output
 
         with caught_layers(self.student, self.layers, call):
-            logits = tasks.logits_of(tasks.call_model(self.student, fresh(batch)))
+            logits = logits_of(call_model(self.student, fresh(batch)))
         return found, logits
 
     def setup(self, stage: str) -> None:
@@ -270,7 +273,7 @@ class EarlyExitModel(L.LightningModule):
         """Write the student (which others load as ever), ``ramps.safetensors`` and ``early_exit.json``.
 
         Args:
-            folder: Where to write; see :func:`lightning_distill.folders.writing`.
+            folder: Where to write; see :func:`lightning_distill.models.folders.writing`.
             tokenizer: Saved beside them.
 
         Returns:
@@ -335,9 +338,9 @@ class _Prediction:
         if self.exits:
             self.total = count_rows(self.batch)
             with caught_layers(model.student, model.layers, self.call):
-                logits = tasks.logits_of(tasks.call_model(model.student, fresh(self.batch)))
+                logits = logits_of(call_model(model.student, fresh(self.batch)))
         else:
-            logits = tasks.logits_of(tasks.call_model(model.student, self.batch))
+            logits = logits_of(call_model(model.student, self.batch))
         exit_layer = torch.full((len(logits),), model.depth - 1, device=logits.device)
         for layer, index, answer in self.left_at:
             logits = logits.index_copy(0, index, answer.to(logits.dtype))
@@ -350,10 +353,10 @@ class _Prediction:
             return self.done
         if position == 0:
             device = first_tensor(args or tuple(kwargs.values())).device
-            token_mask = tasks.token_mask(self.batch)
-            if token_mask is not None and bool(token_mask.all()):
-                token_mask = None
-            self.rows = Rows(self.total, device, token_mask, self.model._dimensions)
+            real = token_mask(self.batch)
+            if real is not None and bool(real.all()):
+                real = None
+            self.rows = Rows(self.total, device, real, self.model._dimensions)
         args, kwargs = self.rows.arguments(position, args, kwargs)
         output = inner(*args, **kwargs)
         if position == self.model.depth - 1:

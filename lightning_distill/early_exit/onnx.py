@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill import tasks
 from lightning_distill.early_exit.walk import caught_layers, first_tensor
-from lightning_distill.exporting import source_of
-from lightning_distill.folders import check_folder, writing
-from lightning_distill.teacher import evaluating
+from lightning_distill.models.batch import token_mask
+from lightning_distill.models.calling import call_model, evaluating, logits_of
+from lightning_distill.models.exporting import source_of
+from lightning_distill.models.folders import check_folder, writing
 
 if TYPE_CHECKING:
     from lightning_distill.early_exit.model import EarlyExitModel
@@ -53,12 +53,12 @@ class _Stage(nn.Module):
             return output
 
         with caught_layers(self.student, model.layers, call):
-            logits = tasks.logits_of(tasks.call_model(self.student, batch))
+            logits = logits_of(call_model(self.student, batch))
         if self.stop == model.depth:
             return (logits,)
         assert here is not None
         layer = self.stop - 1
-        logits, gate = model.ramps.ask(layer, here, tasks.token_mask(batch))
+        logits, gate = model.ramps.ask(layer, here, token_mask(batch))
         temperature = model.temperatures.get(layer, 1.0)
         measure, _ = model.criterion.measure(logits / temperature, gate, ())
         return logits, measure, here
@@ -74,7 +74,7 @@ def export_onnx(
 
     Args:
         model: A transformers model that classifies sequences, by a criterion that remembers nothing.
-        folder: Where to write; see :func:`lightning_distill.folders.writing`.
+        folder: Where to write; see :func:`lightning_distill.models.folders.writing`.
         batch: An example of the inputs, of at least two rows, some of them padded; None for ``input_ids`` and
             ``attention_mask``.
 

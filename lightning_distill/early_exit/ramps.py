@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_distill import tasks
 from lightning_distill.arguments import integer, one_of, typed
-from lightning_distill.class_names import class_names, class_order
 from lightning_distill.early_exit.criteria import Confidence, Criterion, criterion_from
-from lightning_distill.initialization import Policy, initialize
-from lightning_distill.model_files import BROKEN, Tensors, one_line, read_json
-from lightning_distill.signals import describe, find_layers, get_submodule
+from lightning_distill.models.class_names import class_names, class_order
+from lightning_distill.models.files import BROKEN, Tensors, one_line, read_json
+from lightning_distill.models.heads import Task
+from lightning_distill.signals.description import describe, find_layers, get_submodule
+from lightning_distill.students.initialization import Policy, initialize
 
 RampKind = Literal["auto", "linear", "pooler", "attention"]
 Pooling = Literal["first", "last", "none"]
@@ -123,7 +124,7 @@ class Ramps(nn.ModuleDict):
         pooling: Pooling = "first",
         *,
         layers: str | None = None,
-        task: tasks.Task = "classification",
+        task: Task = "classification",
         criterion: dict[str, Any] | None = None,
         class_names: list[str] | None = None,
     ) -> None:
@@ -322,7 +323,7 @@ def make_ramps(
     *,
     kind: RampKind = "auto",
     criterion: Criterion | None = None,
-    task: tasks.Task | Literal["auto"] = "auto",
+    task: Task | Literal["auto"] = "auto",
     layers: str | None = None,
     widths: int | Sequence[int] | None = None,
     num_outputs: int | None = None,
@@ -340,7 +341,7 @@ def make_ramps(
         layers: Path of the stack; see :func:`find_stack`.
         widths: Size of the layers' outputs; None reads it off config or modules.
         num_outputs: Number of classes; None reads it off config or the last linear layer.
-        init: How the weights are drawn, see :func:`lightning_distill.initialization.initialize`.
+        init: How the weights are drawn, see :func:`lightning_distill.students.initialization.initialize`.
         seed: Seed of that.
 
     Returns:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from lightning_distill.tasks import call_model
+from lightning_distill.models.calling import call_model
 
 Call = Callable[[int, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 Signature = tuple[int | None, ...]

@@ -7,6 +7,7 @@ from lightning_distill.functional.batch_relations import (
     relational_distance,
     similarity_preserving,
 )
+from lightning_distill.functional.chunked import linear_soft_target
 from lightning_distill.functional.early_exit import agreement_run, confidence, margin, normalized_entropy
 from lightning_distill.functional.features import attention_transfer, flow, neuron_selectivity, normalized_mse
 from lightning_distill.functional.hard_label import IGNORE_INDEX, hard_label
@@ -19,13 +20,12 @@ from lightning_distill.functional.logits import (
     logits_mse,
     top_k_soft_target,
 )
-from lightning_distill.functional.lr_suggestion import lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.functional.relation import relation
 from lightning_distill.functional.sharded import sharded_soft_target
 from lightning_distill.functional.shared_spans import shared_spans
 from lightning_distill.functional.soft_target import soft_target
 from lightning_distill.functional.universal_logit import matched_words, merged_universal_logit, universal_logit
-from lightning_distill.functional.vocabulary import linear_soft_target
+from lightning_distill.optim.range_test import lr_suggestion, smooth_losses, trim_curve
 
 __all__ = [
     "IGNORE_INDEX",

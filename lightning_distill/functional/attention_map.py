@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_distill.attention import Attention
+from lightning_distill.functional.attention import Attention
 from lightning_distill.functional.reduction import Reduction, check_same_shape, full_precision, reduce
 from lightning_distill.functional.soft_target import LOG_ZERO
 
@@ -103,7 +103,7 @@ def attention_divergence(
     Example:
         >>> import torch
         >>> from lightning_distill import functional
-        >>> from lightning_distill.attention import Attention
+        >>> from lightning_distill.functional.attention import Attention
         >>> q, k = torch.randn(2, 1, 2, 6, 4).unbind(0)
         >>> student = Attention(q, k, k, mask=None, scaling=0.5, is_causal=True)
         >>> teacher = Attention(k, q, q, mask=None, scaling=0.5, is_causal=True)

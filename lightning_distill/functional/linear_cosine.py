@@ -4,9 +4,9 @@ from typing import Literal
 
 from torch import Tensor
 
+from lightning_distill.functional.chunked import linear_losses
 from lightning_distill.functional.projection import Projection
 from lightning_distill.functional.reduction import check_num_items
-from lightning_distill.functional.vocabulary import linear_losses
 
 
 def linear_cosine(

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from lightning_distill.attention import Attention
+from lightning_distill.functional.attention import Attention
 from lightning_distill.functional.attention_map import attention_divergence
 from lightning_distill.functional.reduction import Reduction
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_distill.tasks import IGNORE_INDEX, token_mask
+from lightning_distill.models.batch import IGNORE_INDEX, token_mask
 
 
 def prompts_of(batch: Any, max_length: int, generator: random.Random) -> list[Tensor]:

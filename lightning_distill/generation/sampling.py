@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from lightning_distill.arguments import between, one_of
-from lightning_distill.signals import describe
-from lightning_distill.tasks import IGNORE_INDEX
-from lightning_distill.teacher import evaluating
-from lightning_distill.wrapped import inside
+from lightning_distill.models.batch import IGNORE_INDEX
+from lightning_distill.models.calling import evaluating
+from lightning_distill.models.wrapped import inside
+from lightning_distill.signals.description import describe
 
 CACHES = ("dynamic", "static", "offloaded", "offloaded_static", "quantized")
 Prompt = Sequence[int] | Tensor

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill import preflight
 from lightning_distill.generation.sampling import Prompt, own_settings_aside, pad_prompts, pad_token, seeded, settings
 from lightning_distill.generation.speed import tokens_per_second
-from lightning_distill.teacher import evaluating
+from lightning_distill.models.calling import evaluating
+from lightning_distill.step import checks as preflight
 
 
 @dataclass

@@ -24,7 +24,8 @@ class NeuronSelectivity(FeatureObjective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import NeuronSelectivity
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = NeuronSelectivity([("conv", "conv")])
         >>> objective.bind(ModelInfo(modules={"conv": 4}), ModelInfo(modules={"conv": 8}))
         >>> student = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 4, 5, 5)})
@@ -67,7 +68,8 @@ class AttentionTransfer(NeuronSelectivity):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import AttentionTransfer
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = AttentionTransfer([("conv", "conv")])
         >>> objective.bind(ModelInfo(modules={"conv": 4}), ModelInfo(modules={"conv": 8}))
         >>> student = Signals(torch.zeros(3, 2), modules={"conv": torch.ones(3, 4, 5, 5)})

@@ -9,10 +9,11 @@ from torch import Tensor
 from lightning_distill import functional
 from lightning_distill.arguments import typed
 from lightning_distill.functional.attention_map import AttentionDivergence
-from lightning_distill.layer_map import layer_map
 from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
 from lightning_distill.objectives.schedule import Scheduled
-from lightning_distill.signals import ModelInfo, Request, Signals
+from lightning_distill.signals.description import ModelInfo
+from lightning_distill.signals.signals import Request, Signals
+from lightning_distill.students.layer_map import layer_map
 
 #: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of their paths.
 AttentionLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]]
@@ -80,7 +81,7 @@ class AttentionMap(_AttentionObjective):
     map over the heads of each is compared.
 
     Args:
-        layers: A named map (see :func:`lightning_distill.layer_map.layer_map`), a teacher layer per student layer, or
+        layers: A named map (see :func:`lightning_distill.students.layer_map`), a teacher layer per student layer, or
             pairs ``(student, teacher)`` of layers, from 0, or of their paths (those of a decoder beside an encoder).
         divergence: ``"mse"`` or ``"kl"``.
         weight: Factor of the loss in the total; a number or a schedule.
@@ -91,9 +92,10 @@ class AttentionMap(_AttentionObjective):
 
     Example:
         >>> import torch
-        >>> from lightning_distill.attention import Attention
+        >>> from lightning_distill.functional.attention import Attention
         >>> from lightning_distill.objectives import AttentionMap
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = AttentionMap("last", divergence="kl")
         >>> objective.bind(ModelInfo(depth=1, num_heads=2), ModelInfo(depth=3, num_heads=2))
         >>> q = torch.randn(1, 2, 5, 4)
@@ -154,9 +156,10 @@ class AttentionRelation(_AttentionObjective):
 
     Example:
         >>> import torch
-        >>> from lightning_distill.attention import Attention
+        >>> from lightning_distill.functional.attention import Attention
         >>> from lightning_distill.objectives import AttentionRelation
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = AttentionRelation()
         >>> student_info = ModelInfo(depth=1, num_heads=2, head_width=4)
         >>> objective.bind(student_info, ModelInfo(depth=3, num_heads=6, head_width=4))

@@ -63,7 +63,8 @@ class SimilarityPreserving(_Rows):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import SimilarityPreserving
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = SimilarityPreserving([("0", "0")])
         >>> objective.bind(ModelInfo(modules={"0": 1}), ModelInfo(modules={"0": 2}))
         >>> student = Signals(torch.zeros(2, 2), modules={"0": torch.tensor([[1.0], [1.0]])})
@@ -104,7 +105,8 @@ class RelationalDistance(_Rows):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import RelationalDistance
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = RelationalDistance([("0", "0")])
         >>> objective.bind(ModelInfo(modules={"0": 1}), ModelInfo(modules={"0": 1}))
         >>> student = Signals(torch.zeros(3, 2), modules={"0": torch.tensor([[0.0], [1.0], [2.0]])})
@@ -134,7 +136,8 @@ class RelationalAngle(_Rows):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import RelationalAngle
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = RelationalAngle([("0", "0")])
         >>> objective.bind(ModelInfo(modules={"0": 2}), ModelInfo(modules={"0": 2}))
         >>> student = Signals(torch.zeros(3, 2), modules={"0": torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])})
@@ -169,7 +172,8 @@ class Contrastive(_Rows):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import Contrastive
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = Contrastive([("0", "0")], temperature=1.0)
         >>> objective.bind(ModelInfo(modules={"0": 3}), ModelInfo(modules={"0": 3}))
         >>> signals = Signals(torch.zeros(3, 2), modules={"0": torch.eye(3)})

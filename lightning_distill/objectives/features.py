@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lightning_distill import functional
 from lightning_distill.arguments import typed
 from lightning_distill.functional.reduction import full_precision
-from lightning_distill.layer_map import layer_map
 from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
 from lightning_distill.objectives.schedule import Scheduled
-from lightning_distill.signals import ModelInfo, Request, Signals
+from lightning_distill.signals.description import ModelInfo
+from lightning_distill.signals.signals import Request, Signals
+from lightning_distill.students.layer_map import layer_map
 
 #: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of module paths; None: none.
 FeatureLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]] | None
@@ -29,7 +30,7 @@ class FeatureObjective(Objective):
     is read as ``H * W`` tokens of width ``C``.
 
     Args:
-        layers: A named map (see :func:`lightning_distill.layer_map.layer_map`), a teacher layer per student layer,
+        layers: A named map (see :func:`lightning_distill.students.layer_map`), a teacher layer per student layer,
             or pairs ``(student, teacher)`` of layers (from 0) or of module paths; None for the embedding alone.
         embedding: Whether the input of the first layers is a pair too.
         projection: Whether each student feature is mapped to the teacher's width by a learned linear layer; None:
@@ -218,7 +219,8 @@ class HiddenState(FeatureObjective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import HiddenState
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = HiddenState("last")
         >>> objective.bind(ModelInfo(depth=1, width=4), ModelInfo(depth=2, width=8))
         >>> objective.pairs, objective.projections[0]
@@ -250,7 +252,8 @@ class HiddenStateCosine(FeatureObjective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import HiddenStateCosine
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = HiddenStateCosine([(0, 1)])
         >>> objective.bind(ModelInfo(depth=1, width=4), ModelInfo(depth=2, width=4))
         >>> student = Signals(torch.zeros(3, 2), hidden_states={0: torch.ones(3, 5, 4)})
@@ -282,7 +285,8 @@ class PatientHiddenState(FeatureObjective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import PatientHiddenState
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = PatientHiddenState([(0, 1)])
         >>> objective.bind(ModelInfo(depth=1, width=4), ModelInfo(depth=2, width=4))
         >>> student = Signals(torch.zeros(3, 2), hidden_states={0: torch.ones(3, 5, 4)})
@@ -318,7 +322,8 @@ class Flow(FeatureObjective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import Flow
-        >>> from lightning_distill.signals import ModelInfo, Signals
+        >>> from lightning_distill.signals.description import ModelInfo
+        >>> from lightning_distill.signals.signals import Signals
         >>> objective = Flow("first")
         >>> objective.bind(ModelInfo(depth=2, width=4), ModelInfo(depth=3, width=4))
         >>> student = Signals(torch.zeros(3, 2), hidden_states={0: torch.ones(3, 5, 4), 1: torch.ones(3, 5, 4)})

@@ -12,7 +12,7 @@ from lightning_distill.arguments import typed
 from lightning_distill.functional.soft_target import Divergence
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled, value_at
-from lightning_distill.signals import Signals
+from lightning_distill.signals.signals import Signals
 
 
 class _Softened(Objective):
@@ -55,7 +55,7 @@ class SoftTarget(_Softened):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import SoftTarget
-        >>> from lightning_distill.signals import Signals
+        >>> from lightning_distill.signals.signals import Signals
         >>> student, teacher = Signals(torch.tensor([[0.0, 0.0]])), Signals(torch.tensor([[2.0, 0.0]]))
         >>> round(SoftTarget(temperature=2.0)(student, teacher).mean().item(), 4)
         0.4438
@@ -132,7 +132,7 @@ class TopKSoftTarget(_Softened):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import TopKSoftTarget
-        >>> from lightning_distill.signals import Signals
+        >>> from lightning_distill.signals.signals import Signals
         >>> student, teacher = Signals(torch.zeros(1, 4)), Signals(torch.tensor([[2.0, 1.0, 0.0, 0.0]]))
         >>> round(TopKSoftTarget(2, temperature=1.0)(student, teacher).mean().item(), 4)
         0.3376
@@ -178,7 +178,7 @@ class Decoupled(_Softened):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import Decoupled
-        >>> from lightning_distill.signals import Signals
+        >>> from lightning_distill.signals.signals import Signals
         >>> student = Signals(torch.zeros(1, 3), labels=torch.tensor([0]))
         >>> teacher = Signals(torch.tensor([[2.0, 1.0, 0.0]]))
         >>> round(Decoupled(temperature=1.0)(student, teacher).mean().item(), 4)
@@ -238,7 +238,7 @@ class LogitsMSE(Objective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import LogitsMSE
-        >>> from lightning_distill.signals import Signals
+        >>> from lightning_distill.signals.signals import Signals
         >>> LogitsMSE()(Signals(torch.zeros(1, 2)), Signals(torch.ones(1, 2))).mean().item()
         1.0
     """
@@ -270,7 +270,7 @@ class HardLabel(Objective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import HardLabel
-        >>> from lightning_distill.signals import Signals
+        >>> from lightning_distill.signals.signals import Signals
         >>> student = Signals(torch.zeros(3, 2), labels=torch.tensor([0, 1, -100]))
         >>> loss = HardLabel()(student, student)
         >>> loss.count().item(), round(loss.mean().item(), 4)

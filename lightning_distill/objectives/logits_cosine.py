@@ -6,7 +6,7 @@ from lightning_distill import functional
 from lightning_distill.arguments import typed
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled
-from lightning_distill.signals import Signals
+from lightning_distill.signals.signals import Signals
 
 
 @typed
@@ -22,7 +22,7 @@ class LogitsCosine(Objective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import LogitsCosine
-        >>> from lightning_distill.signals import Signals
+        >>> from lightning_distill.signals.signals import Signals
         >>> LogitsCosine()(Signals(torch.tensor([[1.0, 0.0]])), Signals(torch.tensor([[0.0, 1.0]]))).mean().item()
         1.0
     """

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_distill.arguments import typed
 from lightning_distill.functional.reduction import check_num_items
 from lightning_distill.objectives.schedule import Scheduled, value_at
-from lightning_distill.signals import ModelInfo, Request, Signals, is_within, near
+from lightning_distill.signals.description import ModelInfo, near
+from lightning_distill.signals.signals import Request, Signals, is_within
 
 
 class Loss(NamedTuple):
@@ -71,7 +72,7 @@ class Objective(nn.Module):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import Loss, Objective
-        >>> from lightning_distill.signals import Signals
+        >>> from lightning_distill.signals.signals import Signals
         >>> class Margin(Objective):
         ...     def forward(self, student, teacher):
         ...         return Loss((teacher.logits - student.logits).relu().mean(-1))

@@ -12,7 +12,7 @@ from lightning_distill.functional.universal_logit import counted_pieces, first_p
 from lightning_distill.objectives.logits import require_labels
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled
-from lightning_distill.signals import Signals
+from lightning_distill.signals.signals import Signals
 
 
 @typed
@@ -46,7 +46,7 @@ class UniversalLogit(Objective):
     Example:
         >>> import torch
         >>> from lightning_distill.objectives import UniversalLogit
-        >>> from lightning_distill.signals import Signals
+        >>> from lightning_distill.signals.signals import Signals
         >>> student, teacher = torch.zeros(1, 3, 2), torch.tensor([[[-100.0, 0.0, -100.0]] * 2])
         >>> loss = UniversalLogit()(Signals(student), Signals(teacher))
         >>> loss.count().item(), loss.mean().item()

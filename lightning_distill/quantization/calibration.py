@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill import tasks
+from lightning_distill.models import calling
 
 Forward = Callable[[nn.Module, Any], Any]
 _CROSS = re.compile(r"(encoder_attn|EncDecAttention|crossattention|cross_attention).*\.(k|v|key|value|k_proj|v_proj)$")
@@ -17,9 +17,9 @@ _CROSS = re.compile(r"(encoder_attn|EncDecAttention|crossattention|cross_attenti
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Call a model on a batch: a mapping of its inputs (other keys are left out), a pair, or one tensor."""
     if not isinstance(batch, Mapping) or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return tasks.call_model(model, batch)
+        return calling.call_model(model, batch)
     # Here the decoder reads the labels.
-    accepted = tasks.accepted(model)
+    accepted = calling.accepted(model)
     inputs = {key: value for key, value in batch.items() if key in accepted}
     if "use_cache" in accepted:
         inputs["use_cache"] = False

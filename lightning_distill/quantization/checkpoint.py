@@ -14,10 +14,9 @@ import transformers
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.class_names import class_names, class_order, names_of_config
-from lightning_distill.exporting import describe, source_of, without_ramps
-from lightning_distill.folders import check_folder, writing
-from lightning_distill.model_files import (
+from lightning_distill.models.class_names import class_names, class_order, names_of_config
+from lightning_distill.models.exporting import describe, source_of, without_ramps
+from lightning_distill.models.files import (
     BROKEN,
     INDEX,
     WEIGHTS,
@@ -29,7 +28,8 @@ from lightning_distill.model_files import (
     read_json,
     weight_files,
 )
-from lightning_distill.pretrained import class_of
+from lightning_distill.models.folders import check_folder, writing
+from lightning_distill.models.pretrained import class_of
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
 from lightning_distill.quantization.packing import pack, unpack_zeros
@@ -89,7 +89,7 @@ def save(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = None
 
     Args:
         model: A model from ``quantize``.
-        folder: Where to write; see :func:`lightning_distill.folders.writing`.
+        folder: Where to write; see :func:`lightning_distill.models.folders.writing`.
         tokenizer: A transformers tokenizer to save beside it.
 
     Returns:

@@ -15,12 +15,12 @@ import transformers
 from torch import Tensor, nn
 
 from lightning_distill.arguments import one_of, typed
-from lightning_distill.exporting import check_floats
-from lightning_distill.model_files import on_meta
-from lightning_distill.pretrained import architecture_of, load_whole, read_config
+from lightning_distill.models.calling import logits_of
+from lightning_distill.models.exporting import check_floats
+from lightning_distill.models.files import on_meta
+from lightning_distill.models.pretrained import architecture_of, load_whole, read_config
 from lightning_distill.quantization.model import EXCLUDE, matches
 from lightning_distill.quantization.replaceable import copied, why_not_replaceable
-from lightning_distill.tasks import logits_of
 
 #: torchao's floor for a scale; an output whose scale is raised to it loses up to all of itself.
 _LEAST_SCALE = torch.finfo(torch.float32).eps

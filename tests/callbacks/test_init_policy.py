@@ -14,9 +14,9 @@ from torch import nn
 
 from lightning_distill import student_from_teacher
 from lightning_distill.callbacks import InitPolicy
-from lightning_distill.following_activation import LAYERS, following_activations
-from lightning_distill.initialization import generator_for, initialize, materialize, residual_factors
-from lightning_distill.new_parameters import new_parameters
+from lightning_distill.students.activations import LAYERS, following_activations
+from lightning_distill.students.initialization import generator_for, initialize, materialize, residual_factors
+from lightning_distill.students.untouched import new_parameters
 from tests.callbacks.registry import Batches, Regression, trainer
 from tests.helpers.models import bert, llama
 

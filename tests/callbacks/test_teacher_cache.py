@@ -16,18 +16,19 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_distill import DistillationModule, functional, vocabulary
+from lightning_distill import DistillationModule, functional
 from lightning_distill.__main__ import main
-from lightning_distill.cache import SignalStore, row_keys
 from lightning_distill.callbacks import EarlyExit, TeacherCache
-from lightning_distill.cli import build_callbacks
+from lightning_distill.cli.text_run import text_parser
+from lightning_distill.cli.trainer import build_callbacks
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader, TextClassificationData
 from lightning_distill.data.embedded import train_tokenizer
-from lightning_distill.ensemble import TeacherEnsemble
 from lightning_distill.generation import OnPolicyDistillation
 from lightning_distill.objectives import AttentionMap, HardLabel, HiddenState, Objective, SoftTarget
-from lightning_distill.recipe import text_parser
-from lightning_distill.signals import Signals
+from lightning_distill.signals import head as vocabulary
+from lightning_distill.signals.signals import Signals
+from lightning_distill.teachers.ensemble import TeacherEnsemble
+from lightning_distill.teachers.store import SignalStore, row_keys
 from tests.helpers.models import batch, bert, llama
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_distill.data import LanguageModelData, train_causal_tokenizer
 from lightning_distill.data.packing import Conversation
-from lightning_distill.tasks import IGNORE_INDEX
+from lightning_distill.models.batch import IGNORE_INDEX
 
 PLAIN = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<end>\n{% endfor %}"

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_distill.early_exit import Confidence, EarlyExitModel, LearnedGate, Patience, make_ramps
-from lightning_distill.pretrained import export
+from lightning_distill.models.pretrained import export
 from lightning_distill.quantization import quantize
 from lightning_distill.quantization import save as save_quantized
 from tests.early_exit.models import DEPTH, Stack, early, student

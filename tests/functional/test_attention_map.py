@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill import functional
-from lightning_distill.attention import Attention
+from lightning_distill.functional.attention import Attention
 
 # The package gives this name to the function.
 module = importlib.import_module("lightning_distill.functional.attention_map")

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import functional
+from lightning_distill.functional.chunked import linear_losses
 from lightning_distill.functional.projection import Projection
-from lightning_distill.functional.vocabulary import linear_losses
 
 MASK = torch.arange(12) % 4 != 0
 

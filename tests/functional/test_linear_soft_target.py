@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_distill import functional
+from lightning_distill.functional.chunked import linear_losses
 from lightning_distill.functional.projection import Projection, TopK
-from lightning_distill.functional.vocabulary import linear_losses
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 TOKENS, WORDS, WIDTH, TEACHER_WIDTH = 23, 50, 6, 9

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_distill.attention import Attention
+from lightning_distill.functional.attention import Attention
 from lightning_distill.objectives import (
     AttentionMap,
     AttentionRelation,
@@ -35,7 +35,8 @@ from lightning_distill.objectives import (
     TopKSoftTarget,
     UniversalLogit,
 )
-from lightning_distill.signals import ModelInfo, Signals
+from lightning_distill.signals.description import ModelInfo
+from lightning_distill.signals.signals import Signals
 
 CLASSES, DEPTH = 7, 2
 

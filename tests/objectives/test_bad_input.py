@@ -24,7 +24,8 @@ from lightning_distill.objectives import (
     TopKSoftTarget,
     UncertaintyBalance,
 )
-from lightning_distill.signals import ModelInfo, Signals
+from lightning_distill.signals.description import ModelInfo
+from lightning_distill.signals.signals import Signals
 
 
 @pytest.mark.parametrize(

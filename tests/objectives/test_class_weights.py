@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule, functional
 from lightning_distill.objectives import HardLabel
-from lightning_distill.signals import Signals
+from lightning_distill.signals.signals import Signals
 
 WEIGHTS = [0.2, 3.0, 1.0]
 

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor
 
 from lightning_distill.objectives import Loss, Objective
-from lightning_distill.signals import Signals
+from lightning_distill.signals.signals import Signals
 
 from .registry import CASES, Case, changed, signals, tensors
 

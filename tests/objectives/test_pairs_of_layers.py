@@ -22,7 +22,8 @@ from lightning_distill.objectives import (
     NeuronSelectivity,
     SimilarityPreserving,
 )
-from lightning_distill.signals import ModelInfo, Signals
+from lightning_distill.signals.description import ModelInfo
+from lightning_distill.signals.signals import Signals
 from tests.helpers.models import SMALL, bert
 
 

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_distill import DistillationModule, functional
-from lightning_distill.ensemble import TeacherEnsemble
 from lightning_distill.objectives import (
     AttentionMap,
     AttentionRelation,
@@ -23,6 +22,7 @@ from lightning_distill.objectives import (
     SimilarityPreserving,
     SoftTarget,
 )
+from lightning_distill.teachers.ensemble import TeacherEnsemble
 from tests.helpers import models
 
 pytestmark = [

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule, functional
 from lightning_distill.objectives import HardLabel, SoftTarget, UniversalLogit
-from lightning_distill.signals import Signals
+from lightning_distill.signals.signals import Signals
 from tests.helpers.models import batch, llama
 
 

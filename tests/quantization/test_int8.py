@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule
-from lightning_distill.pretrained import export
+from lightning_distill.models.pretrained import export
 from lightning_distill.quantization import export_onnx_int8, load_in_4bit, load_in_8bit, quantize_int8
 from tests.quantization.test_model import batches, bert, distilbert, llama, logits
 

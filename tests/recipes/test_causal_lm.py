@@ -9,8 +9,8 @@ import pytest
 import transformers
 
 from lightning_distill.__main__ import main as command
+from lightning_distill.cli.report import read_curves
 from lightning_distill.data import LanguageModelData, train_causal_tokenizer
-from lightning_distill.report import read_curves
 from tests.helpers.models import llama
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, refusal, summary
 from tests.helpers.text import sentiment

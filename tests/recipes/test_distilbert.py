@@ -11,8 +11,8 @@ import torch
 import transformers
 
 from lightning_distill import student_from_teacher
+from lightning_distill.cli.report import read_curves
 from lightning_distill.quantization import QuantLinear, load
-from lightning_distill.report import read_curves
 from tests.helpers.models import bert
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, refusal, summary
 

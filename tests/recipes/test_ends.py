@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from lightning_distill import phases
 from lightning_distill.__main__ import main as command
+from lightning_distill.cli import run as phases
 from lightning_distill.data import train_causal_tokenizer
 from tests.helpers.models import llama
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe
@@ -82,12 +82,12 @@ def ended(
 
 
 TEXT = [
-    "lightning_distill.recipe:TextRun.read",
+    "lightning_distill.cli.text_run:TextRun.read",
     "lightning_distill.module:DistillationModule.test_step",
     "lightning_distill.module:DistillationModule.export",
     "lightning_distill.callbacks.gptq:quantize",
-    "lightning_distill.recipe:latency_ms",
-    "lightning_distill.phases:plot_curves",
+    "lightning_distill.cli.text_run:latency_ms",
+    "lightning_distill.cli.run:plot_curves",
 ]
 
 
@@ -135,7 +135,7 @@ def test_a_language_model_that_writes(where: str, tmp_path: Path) -> None:
         "--trainer.limit_train_batches=1", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
     ]  # fmt: skip
-    place = f"lightning_distill.language_recipe:{where}"
+    place = f"lightning_distill.cli.language_run:{where}"
     code, said = ended(load_recipe("causal_lm"), flags, place, signal.SIGINT, tmp_path)
     assert code == 130, said
     assert "Stopped by Ctrl-C. Go on with: the same command with --resume" in said
@@ -164,8 +164,8 @@ def test_a_run_that_forks(where: str, to: Callable[[], int], files: list[str], t
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("quantize", "lightning_distill.quantization.cli:quantize"),
-        ("quantize", "lightning_distill.quantization.cli:load_pretrained"),
+        ("quantize", "lightning_distill.cli.quantize:quantize"),
+        ("quantize", "lightning_distill.cli.quantize:load_pretrained"),
         ("cache", "lightning_distill.module:DistillationModule.teacher_step"),
     ],
 )

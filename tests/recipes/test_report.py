@@ -9,8 +9,16 @@ import pytest
 import torch
 import transformers
 
-from lightning_distill import phases, report
-from lightning_distill.evidence import ItemCount, OneAnswer, Outcome, difference_interval, remarks, wilson_interval
+from lightning_distill.cli import report
+from lightning_distill.cli import run as phases
+from lightning_distill.cli.evidence import (
+    ItemCount,
+    OneAnswer,
+    Outcome,
+    difference_interval,
+    remarks,
+    wilson_interval,
+)
 from tests.helpers.models import bert
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, refusal, summary
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_distill.report import read_curves
+from lightning_distill.cli.report import read_curves
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
 
 pytestmark = [

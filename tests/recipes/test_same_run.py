@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from lightning_distill import run_folder
-from lightning_distill.recipe import text_parser
+from lightning_distill.cli import run_folder
+from lightning_distill.cli.text_run import text_parser
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, refusal, summary
 from tests.helpers.text import write_sentiment
 

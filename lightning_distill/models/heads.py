@@ -1,0 +1,39 @@
+"""Which head a transformers model has: the task that its class is made for."""
+
+from typing import Literal
+
+from torch import nn
+
+from lightning_distill.models.wrapped import inside
+
+Task = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
+
+
+#: Tasks whose logits have one row per token.
+TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
+
+
+#: Token tasks whose classes are the words of a vocabulary.
+LANGUAGE_MODELS = ("masked_lm", "causal_lm")
+
+
+_SUFFIXES: tuple[tuple[str, Task], ...] = (
+    ("ForSequenceClassification", "classification"),
+    ("ForImageClassification", "classification"),
+    ("ForTokenClassification", "token_classification"),
+    ("ForMaskedLM", "masked_lm"),
+    ("ForCausalLM", "causal_lm"),
+    ("LMHeadModel", "causal_lm"),
+)
+
+
+def task_of_class(kind: type) -> Task | None:
+    """The task that a transformers class is made for, or what it is derived from; None where it has no head."""
+    # A class of the user's own is what it is derived from, whatever its name.
+    names = [base.__name__ for base in kind.__mro__]
+    return next((task for name in names for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
+
+
+def is_language_model(model: nn.Module) -> bool:
+    """Whether a transformers model answers with words, so that the names of classes in its config mean nothing."""
+    return task_of_class(type(inside(model))) in LANGUAGE_MODELS

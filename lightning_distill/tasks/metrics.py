@@ -1,0 +1,31 @@
+"""Metrics that torchmetrics does not have in this form."""
+
+import torch
+from torch import Tensor
+from torchmetrics.regression import PearsonCorrCoef
+
+
+class Pearson(PearsonCorrCoef):
+    """Pearson's correlation; of several outputs the mean of theirs, however many the first batch has.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.tasks.metrics import Pearson
+        >>> pearson, x = Pearson(), torch.tensor([[1.0, 1.0], [2.0, 3.0], [3.0, 2.0]])
+        >>> pearson.update(x, x.flip(1))
+        >>> round(pearson.compute().item(), 4)
+        0.5
+    """
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add predictions and targets ``[B]`` or ``[B, outputs]``."""
+        outputs = preds.shape[1] if preds.ndim > 1 else 1
+        if outputs != self.num_outputs and not self.n_total.any():
+            self.num_outputs = outputs
+            for name, reduction in list(self._reductions.items()):
+                self.add_state(name, torch.zeros(outputs, device=self.device), reduction, self._persistent[name])
+        super().update(preds, target)
+
+    def compute(self) -> Tensor:
+        """The mean over outputs."""
+        return super().compute().mean()
