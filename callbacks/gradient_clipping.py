@@ -113,6 +113,9 @@ class GradientClipping(L.Callback):
     Kumar et al. 2025 (zscore, with the paper's defaults; its options as in the authors' code).
     """
 
+    #: It looks for NaN and infinity and logs the norm, so that nobody else does.
+    checks_gradients = True
+
     def __init__(
         self,
         algorithm: Literal["norm", "value", "adaptive", "percentile", "zscore"] = "norm",

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from lightning_distill.arguments import between, one_of, typed
+from lightning_distill.functional.range_test import Suggestion, lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.optim.peak_lr import peak_lrs, scale_peak_lrs, set_lr
-from lightning_distill.optim.range_test import Suggestion, lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.optim.recommended import LRRange
 from lightning_distill.training.dry_run import rehearse, stateful_parts
 from lightning_distill.training.snapshot import Snapshot, available_host_memory
@@ -46,7 +46,7 @@ class LRFinder(L.Callback):
     the start, or never falls, it warns, and training goes on with the learning rate that was configured.
 
     Args:
-        suggestion: fastai's rule that picks the learning rate, see :func:`lightning_distill.optim.range_test`.
+        suggestion: fastai's rule that picks the learning rate, see :func:`lightning_distill.functional.range_test`.
         min_lr: first learning rate of the sweep.
         max_lr: last learning rate of the sweep.
         num_steps: optimizer steps of the sweep, at least 32.

@@ -16,9 +16,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lightning_distill import tasks
 from lightning_distill.arguments import one_of
-from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.functional.clipping import gradient_of, group_tensors, total_norm
 from lightning_distill.functional.projection import TopK
+from lightning_distill.models import tokenizers
 from lightning_distill.models.batch import batch_of, labels_of
 from lightning_distill.models.calling import call_model, evaluating, logits_of
 from lightning_distill.models.heads import LANGUAGE_MODELS, Task
@@ -218,9 +218,9 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
                 same_answers=not headless,
                 own_inputs=self._own_teacher_inputs,
             )
-            self._own_teacher_inputs |= any_vocabulary and preflight.other_tokenizers(self.student, self.teacher)
+            self._own_teacher_inputs |= any_vocabulary and tokenizers.other_tokenizers(self.student, self.teacher)
             if self.task in LANGUAGE_MODELS and not any_vocabulary:
-                shared_words = preflight.shared_words(self.student, self.teacher)
+                shared_words = tokenizers.shared_words(self.student, self.teacher)
             self._same_answers = not any_vocabulary and not headless
             student_info, teacher_info = describe(self.student), describe(self.teacher)
         for objective in self._each_objective().values():
@@ -518,7 +518,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        clips = any(isinstance(callback, GradientClipping) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
+        clips = any(getattr(callback, "checks_gradients", False) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
         scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
         if not clips and every and (self.global_step + 1) % every == 0:
             gradients = [gradient for p in self.parameters() if (gradient := gradient_of(p)) is not None]

@@ -33,7 +33,7 @@ from lightning_distill.models.files import BROKEN, one_line, read_json
 from lightning_distill.models.folders import writing
 from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.quantization.checkpoint import load as load_quantized
-from lightning_distill.step import checks as preflight
+from lightning_distill.step.checks import check_data_classes
 
 Thresholds = float | Mapping[int, float]
 
@@ -219,7 +219,7 @@ class EarlyExitModel(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Refuse data whose classes are numbered in another order than the student's."""
-        preflight.check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
+        check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Prediction:
         """As :meth:`predict`."""

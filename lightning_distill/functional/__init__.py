@@ -20,12 +20,12 @@ from lightning_distill.functional.logits import (
     logits_mse,
     top_k_soft_target,
 )
+from lightning_distill.functional.range_test import lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.functional.relation import relation
 from lightning_distill.functional.sharded import sharded_soft_target
 from lightning_distill.functional.shared_spans import shared_spans
 from lightning_distill.functional.soft_target import soft_target
 from lightning_distill.functional.universal_logit import matched_words, merged_universal_logit, universal_logit
-from lightning_distill.optim.range_test import lr_suggestion, smooth_losses, trim_curve
 
 __all__ = [
     "IGNORE_INDEX",

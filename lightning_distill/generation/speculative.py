@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_distill.generation.sampling import Prompt, own_settings_aside, pad_prompts, pad_token, seeded, settings
 from lightning_distill.generation.speed import tokens_per_second
 from lightning_distill.models.calling import evaluating
-from lightning_distill.step import checks as preflight
+from lightning_distill.models.tokenizers import check_vocabulary
+from lightning_distill.step.checks import check_not_shared
 
 
 @dataclass
@@ -105,8 +106,8 @@ def speculative(
     Source: Leviathan, Kalman, Matias, "Fast Inference from Transformers via Speculative Decoding", 2023; Zhou et al.,
     "DistillSpec", 2024.
     """
-    preflight.check_not_shared(student, teacher)
-    preflight.check_vocabulary(student, teacher, padded=True)
+    check_not_shared(student, teacher)
+    check_vocabulary(student, teacher, padded=True)
     student = _with_words_of(student, teacher)
     if num_draft_tokens < 1:
         raise ValueError(f"Expected argument `num_draft_tokens` to be at least 1, but got {num_draft_tokens}.")

@@ -4,7 +4,7 @@ import copy
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_distill.models.files import BROKEN, some
 from lightning_distill.models.folders import writing
+
+#: How a model is written that has layers of some class, for files of another form than that of its floats.
+WRITERS: dict[type[nn.Module], Callable[[nn.Module, Path, Any], None]] = {}
 
 _AROUND = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 
@@ -74,11 +77,10 @@ def write_model(model: nn.Module, folder: Path, tokenizer: Any = None) -> None:
         tokenizer: A transformers tokenizer to save beside the model.
     """
     model = _unwrapped(model)
-    if any(type(module).__name__ == "QuantLinear" for module in model.modules()):
-        from lightning_distill.quantization.checkpoint import write_quantized  # it writes what is no layer by this one
-
-        write_quantized(model, folder, tokenizer)
-        return
+    for kind, write in WRITERS.items():
+        if any(isinstance(module, kind) for module in model.modules()):
+            write(model, folder, tokenizer)
+            return
     with without_ramps(model, folder):
         write_floats(_merged(model), folder)
     if tokenizer is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lightning_distill.models.class_names import class_names, class_order, names_of_config
-from lightning_distill.models.exporting import describe, source_of, without_ramps
+from lightning_distill.models.exporting import WRITERS, describe, source_of, without_ramps
 from lightning_distill.models.files import (
     BROKEN,
     INDEX,
@@ -133,6 +133,9 @@ def write_quantized(model: nn.Module, folder: Path, tokenizer: Any = None) -> No
     (folder / "quantize_config.json").write_text(json.dumps(config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
+
+
+WRITERS[QuantLinear] = write_quantized
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

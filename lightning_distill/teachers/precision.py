@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_distill.arguments import one_of
 from lightning_distill.models.pretrained import load_pretrained
+from lightning_distill.quantization.int8 import load_in_4bit, load_in_8bit
 
 TeacherPrecision = Literal["32", "bf16", "16", "int8", "nf4", "fp4"]
 _DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -78,9 +79,6 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def _quantized(folder: str, precision: str) -> nn.Module:
-    # Here, because quantisation imports the callbacks, which this module is below.
-    from lightning_distill.quantization import load_in_4bit, load_in_8bit
-
     if precision == "int8":
         return load_in_8bit(folder)
     model: nn.Module = load_in_4bit(folder, precision)  # type: ignore[arg-type]

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_distill.arguments import integer, typed
-from lightning_distill.callbacks.gradient_clipping import GradientClipping
 from lightning_distill.functional.clipping import all_finite, group_tensors
 
 
@@ -85,7 +84,7 @@ class FiniteLoss(L.Callback):
         """Stop, or leave the step out, if a gradient is not finite though every loss was; the window is over."""
         left_out, self._leave_out = self._leave_out, False
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        clips = any(isinstance(callback, GradientClipping) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        clips = any(getattr(callback, "checks_gradients", False) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         if left_out or clips or (scaler is not None and scaler.get_scale() >= 1):
             return
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

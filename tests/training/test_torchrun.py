@@ -10,7 +10,7 @@ import torch
 
 from tests.helpers.node import PRECISIONS, fit
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TWO_NODES = r"""
 set -e
 ip link set lo up

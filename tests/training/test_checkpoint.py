@@ -30,7 +30,7 @@ from lightning_distill.training.checkpoint import read_checkpoint
 from tests.helpers.models import batch, bert
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
-KILLS = runpy.run_path(str(Path(__file__).resolve().parents[1] / "benchmarks" / "kills.py"))
+KILLS = runpy.run_path(str(Path(__file__).resolve().parents[2] / "benchmarks" / "kills.py"))
 WEIGHTS = {"state_dict": {"w": torch.arange(50_000.0)}, "global_step": 1}
 
 
