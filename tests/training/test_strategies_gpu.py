@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_distill import DistillationModule
 from lightning_distill.training.parallel import tensor_parallel
 from tests.helpers.models import llama
-from tests.test_strategies import STEPS, Rows, largest_difference, shards, still, weights
+from tests.training.test_strategies import STEPS, Rows, largest_difference, shards, still, weights
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and there is none here")
 
