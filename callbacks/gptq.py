@@ -337,7 +337,7 @@ class GPTQ(L.Callback):
             return None
         # The loop alone: a checkpoint must not take this for an epoch, nor a logger for a point of training's curve.
         callbacks, loggers, stage = trainer.callbacks, trainer.loggers, trainer.state.stage  # type: ignore[attr-defined]
-        loop = trainer._evaluation_loop
+        loop = trainer.fit_loop.epoch_loop.val_loop
         verbose, loop.verbose = loop.verbose, False
         trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
         try:

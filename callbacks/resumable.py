@@ -66,12 +66,14 @@ class Resumable(L.Callback):
         self.seed, self.resume_hint = seed, resume_hint
         self._received: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
+        self._of_program: Any = None
         self._metrics: dict[str, float] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Go to the end of the callbacks: what is saved when a signal came holds what all others did in the step."""
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not self] + [self]  # type: ignore[attr-defined]
         remember(getattr(trainer.strategy.launcher, "procs", []))
+        self._of_program = signal.getsignal(signal.SIGTERM)  # Lightning sets its own after this
 
     # -- the same random numbers -------------------------------------------------------------------------------------
 
@@ -140,7 +142,7 @@ class Resumable(L.Callback):
 
         Lightning's makes a collective call in the handler, which waits for ever if another process is in another.
         """
-        earlier: Any = trainer._signal_connector._original_handlers.get(signal.SIGTERM)
+        earlier = self._of_program
         if callable(earlier) and not self._handlers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, earlier)
 
@@ -154,7 +156,7 @@ class Resumable(L.Callback):
             iter(loop._data_fetcher)
         # Lightning leaves out a plateau's schedule after a resume, because the metrics are gone. Here they are.
         restored = {name: torch.tensor(value, device=pl_module.device) for name, value in self._metrics.items()}
-        trainer._logger_connector._callback_metrics.update(restored)
+        trainer.callback_metrics.update(restored)
         loop._restarting = False
         self._seed(trainer, within_step=False)
         # In the place of Lightning's own, which exits with 0 and answers a signal by a collective call inside of the

@@ -64,7 +64,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
 
 def source_of(model: nn.Module) -> list[str]:
     """The folder that a model was loaded from, in a list; an empty one where it was made, or is of the hub."""
-    path = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    path = str(getattr(getattr(model, "config", None), "name_or_path", ""))
     return [path] if path and Path(path).is_dir() else []
 
 

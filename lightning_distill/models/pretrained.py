@@ -100,7 +100,7 @@ def load_with_new_head(path: str, name: str, **config: Any) -> nn.Module:
     earlier = read_config(path, name)
     try:
         settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, problem_type=None, **config)
-        architecture: Any = transformers.AutoModelForSequenceClassification._model_mapping[type(settings)]
+        architecture: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
     except BROKEN as error:
         raise ValueError(_refusal(path, name, one_line(error))) from error
     prefix = f"{architecture.base_model_prefix}."
