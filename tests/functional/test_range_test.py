@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lightning_distill.functional import range_test as lr_suggestion
 from lightning_distill.functional import smooth_losses, trim_curve
 from lightning_distill.functional.range_test import height_of_fall
-from lightning_distill.functional import range_test as lr_suggestion
 
 # fastai hands torch tensors to numpy functions.
 pytestmark = pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")

@@ -1,4 +1,4 @@
-"""What torchrun starts on each node in tests/training/test_torchrun.py: distil, write where it ran, and the weights once."""
+"""What torchrun starts on each node in tests/training/test_torchrun.py: distil, and write where it ran."""
 
 import socket
 import sys
