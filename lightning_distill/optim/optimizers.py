@@ -1,59 +1,42 @@
 """build_optimizer: optimizers of several libraries by name, with the right parameter groups."""
 
 import importlib
-from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+import inspect
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lightning_distill.arguments import between, integer, one_of, typed
+from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.optim.groups import parameter_groups
 
-
-class _Source(NamedTuple):
-    library: str
-    name: str
-    options: tuple[str, ...]
-    fixed: Mapping[str, Any] = {}
-
-
-_ADAM = ("betas", "eps", "amsgrad", "fused")
-_SOURCES = {
-    "sgd": _Source("torch.optim", "SGD", ("momentum", "dampening", "nesterov", "fused")),
-    "adam": _Source("torch.optim", "Adam", _ADAM),
-    "adamw": _Source("torch.optim", "AdamW", _ADAM),
-    "rmsprop": _Source("torch.optim", "RMSprop", ("momentum", "alpha", "eps")),
-    "adagrad": _Source("torch.optim", "Adagrad", ("eps", "fused")),
-    # With its own step size it would ignore the learning rate and every schedule.
-    "adafactor": _Source("transformers", "Adafactor", (), {"scale_parameter": False, "relative_step": False}),
-    "lion": _Source("pytorch_optimizer", "Lion", ("betas",)),
-    "muon": _Source("pytorch_optimizer", "Muon", ("momentum", "nesterov", "adamw_lr")),
-    "schedule_free_adamw": _Source("schedulefree", "AdamWScheduleFree", ("betas", "eps", "warmup_steps")),
-    "adamw_8bit": _Source("bitsandbytes.optim", "AdamW8bit", ("betas", "eps")),
-    "paged_adamw_8bit": _Source("bitsandbytes.optim", "PagedAdamW8bit", ("betas", "eps")),
+_CLASSES = {
+    "sgd": "torch.optim.SGD",
+    "adam": "torch.optim.Adam",
+    "adamw": "torch.optim.AdamW",
+    "rmsprop": "torch.optim.RMSprop",
+    "adagrad": "torch.optim.Adagrad",
+    # torch's own multiplies the learning rate by the size of the weights, and holds it below 1 / sqrt(step).
+    "adafactor": "transformers.Adafactor",
+    "lion": "pytorch_optimizer.Lion",
+    # torch's own takes matrices alone: the rest of a model would need a second optimizer, in manual optimization.
+    "muon": "pytorch_optimizer.Muon",
+    "schedule_free_adamw": "schedulefree.AdamWScheduleFree",
+    "adamw_8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged_adamw_8bit": "bitsandbytes.optim.PagedAdamW8bit",
 }
 _EXTRAS = {"pytorch_optimizer": "optim", "schedulefree": "optim", "bitsandbytes": "bitsandbytes"}
 Name = Literal[
-    "sgd",
-    "adam",
-    "adamw",
-    "rmsprop",
-    "adagrad",
-    "adafactor",
-    "lion",
-    "muon",
-    "schedule_free_adamw",
-    "adamw_8bit",
+    "sgd", "adam", "adamw", "rmsprop", "adagrad", "adafactor", "lion", "muon", "schedule_free_adamw", "adamw_8bit",
     "paged_adamw_8bit",
-]
+]  # fmt: skip
 
 
 @typed
 def build_optimizer(
     module: nn.Module,
-    name: Name = "adamw",
+    name: Name | type[Optimizer] = "adamw",
     lr: float = 5e-5,
     weight_decay: float = 0.0,
     *,
@@ -82,7 +65,8 @@ def build_optimizer(
     Args:
         module: The module.
         name: The optimizer: torch's, Adafactor of transformers (with an external learning rate), Lion and Muon of
-            pytorch-optimizer, AdamW of schedulefree, 8-bit AdamW of bitsandbytes (CUDA only).
+            pytorch-optimizer, AdamW of schedulefree, 8-bit AdamW of bitsandbytes (CUDA only); or any class, as such or
+            by its path (``"torch.optim.Adamax"``).
         lr: Learning rate.
         weight_decay: Weight decay of matrices: see :func:`parameter_groups`.
         betas: Of Adam and its kin.
@@ -112,52 +96,50 @@ def build_optimizer(
         >>> [(group["name"], group["weight_decay"]) for group in optimizer.param_groups]
         [('all', 0.1), ('all/no_decay', 0.0)]
     """
-    one_of("name", name, _SOURCES)
-    source = _SOURCES[name]
-    given = {
-        "betas": betas,
-        "eps": eps,
-        "amsgrad": amsgrad,
-        "momentum": momentum,
-        "dampening": dampening,
-        "nesterov": nesterov,
-        "alpha": alpha,
-        "warmup_steps": warmup_steps,
-        "adamw_lr": adamw_lr,
-        "fused": fused,
-    }
-    options = {option: value for option, value in given.items() if value is not None}
+    given = {"betas": betas, "eps": eps, "amsgrad": amsgrad, "momentum": momentum, "dampening": dampening}
+    given |= {"nesterov": nesterov, "alpha": alpha, "warmup_steps": warmup_steps, "adamw_lr": adamw_lr, "fused": fused}
+    options: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
+    make: Any = _load(name)
+    has = () if name == "adafactor" else inspect.signature(make).parameters  # whose `eps` are two
     for option in options:
-        if option not in source.options:
-            allowed = ", ".join(f"`{known}`" for known in source.options) or "none"
+        if option not in has:
+            allowed = ", ".join(f"`{known}`" for known in given if known in has) or "none"
             raise ValueError(f"Expected argument `{option}` to be left out for {name!r}, which has {allowed}.")
-    if source.library == "bitsandbytes.optim" and not torch.cuda.is_available():
-        raise ValueError(f"Expected argument `name` to be an optimizer for this machine, but {name!r} needs CUDA.")
-    for option, number in (("eps", eps), ("momentum", momentum), ("dampening", dampening), ("alpha", alpha)):
-        if number is not None:
-            between(option, number, 0, closed=True)
+    for option in options.keys() & {"eps", "momentum", "dampening", "alpha", "warmup_steps"}:
+        between(option, options[option], 0, closed=True)
     for beta in betas or ():
         between("betas", beta, 0, 1, closed=True)
-    if warmup_steps is not None:
-        integer("warmup_steps", warmup_steps, 0)
     groups = parameter_groups(module, lr, weight_decay, lr_by_name=lr_by_name, layer_decay=layer_decay)
     if name == "muon":
-        groups = _split_for_muon(module, groups, adamw_lr)
-        options.pop("adamw_lr", None)
-    optimizer: Optimizer = _load(source)(groups, lr=lr, **source.fixed, **options)
+        groups = _split_for_muon(module, groups, options.pop("adamw_lr", None))
+    if name == "adafactor":  # with its own step size it would ignore the learning rate and every schedule
+        options = {"scale_parameter": False, "relative_step": False}
+    optimizer: Optimizer = make(groups, lr=lr, **options)
     if name == "schedule_free_adamw":
         optimizer.train()  # type: ignore[attr-defined]
     return optimizer
 
 
-def _load(source: _Source) -> Any:
-    package = source.library.partition(".")[0]
+def _load(name: str | type[Optimizer]) -> type[Optimizer]:
+    """The class of a name, or at a path."""
+    if isinstance(name, type):
+        return name
+    if name not in _CLASSES and "." not in name:
+        one_of("name", name, _CLASSES)
+    library, _, kind = _CLASSES.get(name, name).rpartition(".")
+    package = library.partition(".")[0]
+    if package == "bitsandbytes" and not torch.cuda.is_available():
+        raise ValueError(f"Expected argument `name` to be an optimizer for this machine, but {name!r} needs CUDA.")
     try:
-        return getattr(importlib.import_module(source.library), source.name)
+        found = getattr(importlib.import_module(library), kind, None)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f'{source.name} comes from {package}: pip install "lightning-distill[{_EXTRAS[package]}]"'
-        ) from error
+        if package in _EXTRAS:
+            extra = _EXTRAS[package]
+            raise ImportError(f'{kind} comes from {package}: pip install "lightning-distill[{extra}]"') from error
+        found = None
+    if not (isinstance(found, type) and issubclass(found, Optimizer)):
+        raise ValueError(f"Expected argument `name` to be an optimizer class that can be imported, but got {name!r}.")
+    return found
 
 
 def _split_for_muon(module: nn.Module, groups: list[dict[str, Any]], adamw_lr: float | None) -> list[dict[str, Any]]:

@@ -28,16 +28,12 @@ def peak_lrs(optimizers: Sequence[Optimizer], schedules: Sequence[Any] = ()) -> 
         >>> optimizer.param_groups[0]["lr"], peak_lrs([optimizer], [schedule])
         (0.05, [[0.5]])
     """
+    cyclic = {id(schedule.optimizer): schedule for schedule in _flatten(schedules) if isinstance(schedule, CyclicLR)}
     peaks = []
     for optimizer in optimizers:
-        cyclic = next((s for s in _flatten(schedules) if isinstance(s, CyclicLR) and s.optimizer is optimizer), None)
-        peaks.append(
-            [
-                # OneCycleLR notes its maximum in the group, any other schedule the learning rate it was given.
-                group.get("max_lr", group.get("initial_lr", group["lr"])) if cyclic is None else cyclic.max_lrs[i]
-                for i, group in enumerate(optimizer.param_groups)
-            ]
-        )
+        # OneCycleLR notes its maximum in the group, any other schedule the learning rate it was given.
+        noted = [group.get("max_lr", group.get("initial_lr", group["lr"])) for group in optimizer.param_groups]
+        peaks.append(cyclic[id(optimizer)].max_lrs if id(optimizer) in cyclic else noted)
     if any(lr is None for group in peaks for lr in group):
         raise ValueError(
             "Expected every parameter group to have a learning rate, but got None; an optimizer that sets its own "
@@ -55,7 +51,7 @@ def scale_peak_lrs(
 
     Args:
         optimizers: optimizers.
-        schedules: their schedules.
+        schedules: their schedules; compound ones are looked into.
         factors: one factor per parameter group, one list per optimizer.
 
     Example:
@@ -66,29 +62,21 @@ def scale_peak_lrs(
         >>> schedule.base_lrs, peak_lrs([optimizer], [schedule])
         ([5.0], [[5.0]])
     """
-    by_optimizer = {id(optimizer): of_one for optimizer, of_one in zip(optimizers, factors, strict=True)}
-    for optimizer, of_one in zip(optimizers, factors, strict=True):
-        for group, factor in zip(optimizer.param_groups, of_one, strict=True):
+    by_optimizer = dict(zip(map(id, optimizers), factors, strict=True))
+    for optimizer in optimizers:
+        for group, factor in zip(optimizer.param_groups, by_optimizer[id(optimizer)], strict=True):
             for name in ("lr", "initial_lr", "max_lr", "min_lr"):
                 if name in group:
                     set_lr(group, group[name] * factor, name)
     for schedule in _flatten(schedules):
         for name in ("base_lrs", "_last_lr", "max_lrs"):
-            values = getattr(schedule, name, None)
-            if values is not None:
-                of_one = by_optimizer[id(schedule.optimizer)]
-                setattr(schedule, name, [value * factor for value, factor in zip(values, of_one, strict=True)])
+            if (values := getattr(schedule, name, None)) is not None:
+                own = by_optimizer[id(schedule.optimizer)]
+                setattr(schedule, name, [value * factor for value, factor in zip(values, own, strict=True)])
 
 
 def set_lr(group: dict[str, Any], value: float | Tensor, name: str = "lr") -> None:
-    """Set a group's learning rate, in place where it is a tensor (captured in a graph, or fused).
-
-    Example:
-        >>> group = {"lr": 0.1}
-        >>> set_lr(group, 0.2)
-        >>> group["lr"]
-        0.2
-    """
+    """Set a group's learning rate, in place where it is a tensor (captured in a graph, or fused)."""
     if isinstance(group[name], Tensor):
         group[name].fill_(float(value))
     else:

@@ -3,21 +3,9 @@
 import warnings
 from typing import Literal, NamedTuple
 
-from lightning_distill.arguments import between, one_of, typed
+from torch.optim import SGD, Optimizer
 
-_TASKS = {
-    "classification": (1e-5, 3e-5),
-    "regression": (1e-5, 3e-5),
-    "token_classification": (3e-5, 5e-5),
-    "generation": (5e-5, 1e-4),
-}
-_METHODS = {"full": (1e-5, 5e-5), "head": (1e-4, 5e-4), "lora": (6e-5, 5e-4)}
-_SOURCES = {
-    "full": "Devlin et al. 2019, appendix A.3 (2e-5 to 5e-5), and common practice by task",
-    "head": "common practice for a new head on a frozen body",
-    "lora": "Hu et al. 2021, appendix D: RoBERTa 2e-4 to 5e-4, GPT-2 and GPT-3 2e-4, DeBERTa XXL 6e-5 to 2e-4",
-    "sgd": "common practice for fine-tuning with momentum",
-}
+from lightning_distill.arguments import between, one_of, typed
 
 
 class LRRange(NamedTuple):
@@ -28,15 +16,7 @@ class LRRange(NamedTuple):
     source: str
 
     def warn_if_far(self, lr: float) -> None:
-        """Warn if a learning rate is more than ten times outside.
-
-        Args:
-            lr: The learning rate.
-
-        Example:
-            >>> from lightning_distill.optim import LRRange
-            >>> LRRange(1e-5, 5e-5, "common practice").warn_if_far(2e-4)
-        """
+        """Warn if a learning rate is more than ten times outside."""
         if not self.low / 10 <= lr <= self.high * 10:
             warnings.warn(
                 f"The learning rate {lr:g} is more than ten times outside the recommended range from {self.low:g} to "
@@ -45,11 +25,26 @@ class LRRange(NamedTuple):
             )
 
 
+_FULL = "Devlin et al. 2019, appendix A.3 (2e-5 to 5e-5), and common practice by task"
+_LORA = "Hu et al. 2021, appendix D: RoBERTa 2e-4 to 5e-4, GPT-2 and GPT-3 2e-4, DeBERTa XXL 6e-5 to 2e-4"
+_TASKS = {
+    "classification": LRRange(1e-5, 3e-5, _FULL),
+    "regression": LRRange(1e-5, 3e-5, _FULL),
+    "token_classification": LRRange(3e-5, 5e-5, _FULL),
+    "generation": LRRange(5e-5, 1e-4, _FULL),
+}
+_METHODS = {
+    "head": LRRange(1e-4, 5e-4, "common practice for a new head on a frozen body"),
+    "lora": LRRange(6e-5, 5e-4, _LORA),
+}
+_SGD = LRRange(1e-3, 1e-2, "common practice for fine-tuning with momentum")
+
+
 @typed
 def recommended_lr(
     task: Literal["classification", "regression", "token_classification", "generation"] = "classification",
     method: Literal["full", "head", "lora"] = "full",
-    optimizer: str = "adamw",
+    optimizer: str | type[Optimizer] = "adamw",
     num_examples: int | None = None,
 ) -> LRRange:
     """The range of learning rates commonly recommended for fine-tuning a transformer.
@@ -75,12 +70,8 @@ def recommended_lr(
         (6e-05, 0.0005)
     """
     one_of("task", task, _TASKS)
-    one_of("method", method, _METHODS)
-    if optimizer == "sgd":
-        low, high, source = 1e-3, 1e-2, _SOURCES["sgd"]
-    else:
-        low, high = _TASKS[task] if method == "full" else _METHODS[method]
-        source = _SOURCES[method]
+    one_of("method", method, ("full", *_METHODS))
+    low, high, source = _SGD if optimizer in ("sgd", SGD) else _METHODS.get(method, _TASKS[task])
     if num_examples is not None:
         between("num_examples", num_examples, 0)
         middle = (low * high) ** 0.5

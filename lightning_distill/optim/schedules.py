@@ -1,5 +1,6 @@
 """build_lr_scheduler: schedules by name as Lightning wants them, with explicit units."""
 
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -10,6 +11,12 @@ from lightning_distill.arguments import between, one_of, typed
 
 _TORCH = ("step", "reduce_on_plateau", "one_cycle", "cyclic", "wsd")
 _PLATEAU = ("reduce_on_plateau", "reduce_lr_on_plateau", "ReduceLROnPlateau", "greedy")
+_NO_LENGTH: dict[str, Any] = {
+    "step": lr_scheduler.StepLR,
+    "reduce_on_plateau": lr_scheduler.ReduceLROnPlateau,
+    "reduce_lr_on_plateau": lr_scheduler.ReduceLROnPlateau,
+    "greedy": lambda optimizer, **options: get_scheduler("greedy", optimizer, scheduler_specific_kwargs=options),
+}
 
 
 @typed
@@ -67,45 +74,47 @@ def build_lr_scheduler(
         raise ValueError(f"Expected argument `min_lr_ratio` to be left out for {name!r}; it is for 'cosine' and 'wsd'.")
     if name in _PLATEAU and monitor is None:
         raise ValueError(f"Expected argument `monitor` to be a logged metric for {name!r}, but got None.")
-    options = dict(options or {})
     config: dict[str, Any] = {"interval": interval, "frequency": 1, "name": f"lr-{name}"}
     if name in _PLATEAU:
-        made: Any = lr_scheduler.ReduceLROnPlateau(optimizer, **options)
-        if name == "greedy":
-            made = get_scheduler(name, optimizer, scheduler_specific_kwargs=options)
-        return {**config, "scheduler": made, "monitor": monitor, "reduce_on_plateau": True}
-    if name == "step" or by_class:
-        make: Any = lr_scheduler.StepLR if name == "step" else own
-        try:
-            return {**config, "scheduler": make(optimizer, **options)}
-        except TypeError as error:
-            raise ValueError(f"Expected argument `options` to fit {name!r}, but got {options}: {error}.") from error
+        config |= {"monitor": monitor, "reduce_on_plateau": True}
+    options = dict(options or {})
+    if name in _NO_LENGTH or by_class:
+        make: Any = partial(_NO_LENGTH.get(name) or own, optimizer, **options)  # type: ignore[arg-type]
+    else:
+        total = _total(module, interval) if num_training_steps is None else num_training_steps
+        between("num_training_steps", total, 0)
+        steps = round(warmup * total) if warmup < 1 else int(warmup)
+        if steps >= total:
+            raise ValueError(
+                f"Expected argument `warmup` to be shorter than the {total} {interval}s, but got {warmup!r}."
+            )
+        make = partial(_of_length, optimizer, name, total, steps, min_lr_ratio, options)
+    try:
+        return {**config, "scheduler": make()}
+    except TypeError as error:
+        raise ValueError(f"Expected argument `options` to fit {name!r}, but got {options}: {error}.") from error
 
-    total = _total(module, interval) if num_training_steps is None else num_training_steps
-    between("num_training_steps", total, 0)
-    warmup_steps = round(warmup * total) if warmup < 1 else int(warmup)
-    if warmup_steps >= total:
-        raise ValueError(f"Expected argument `warmup` to be shorter than the {total} {interval}s, but got {warmup!r}.")
+
+def _of_length(
+    optimizer: Optimizer, name: str, total: int, warmup: int, min_lr_ratio: float, options: dict[str, Any]
+) -> Any:
+    """A schedule that is told how long it is."""
     rates = [group["lr"] for group in optimizer.param_groups]
     if name == "one_cycle":
-        options = {"total_steps": total, "pct_start": warmup_steps / total or 0.3, **options}
-        made = lr_scheduler.OneCycleLR(optimizer, options.pop("max_lr", rates), **options)
-    elif name == "cyclic":
-        momentum = "momentum" in optimizer.defaults and optimizer.defaults["momentum"] > 0
-        lowest = options.pop("base_lr", [rate / 10 for rate in rates])
-        options = {"step_size_up": max(1, total // 10), "cycle_momentum": momentum, **options}
-        made = lr_scheduler.CyclicLR(optimizer, lowest, options.pop("max_lr", rates), **options)
-    else:
-        if name == "wsd":
-            name, options = "warmup_stable_decay", {"num_decay_steps": max(1, total // 5), **options}
-            options["min_lr_ratio"] = min_lr_ratio
-        elif min_lr_ratio:
-            name, options["min_lr_rate"] = "cosine_with_min_lr", min_lr_ratio
-        try:
-            made = get_scheduler(name, optimizer, warmup_steps, total, options)
-        except TypeError as error:
-            raise ValueError(f"Expected argument `options` to fit {name!r}, but got {options}: {error}.") from error
-    return {**config, "scheduler": made}
+        options = {"max_lr": rates, "total_steps": total, "pct_start": warmup / total or 0.3, **options}
+        return lr_scheduler.OneCycleLR(optimizer, **options)
+    if name == "cyclic":
+        options = {"base_lr": [rate / 10 for rate in rates], "max_lr": rates, **options}
+        momentum = optimizer.defaults.get("momentum", 0) > 0
+        return lr_scheduler.CyclicLR(
+            optimizer, **{"step_size_up": max(1, total // 10), "cycle_momentum": momentum, **options}
+        )
+    if name == "wsd":
+        name, options = "warmup_stable_decay", {"num_decay_steps": max(1, total // 5), **options}
+        options["min_lr_ratio"] = min_lr_ratio
+    elif min_lr_ratio:
+        name, options = "cosine_with_min_lr", {**options, "min_lr_rate": min_lr_ratio}
+    return get_scheduler(name, optimizer, warmup, total, options)
 
 
 def _total(module: L.LightningModule, interval: str) -> int:

@@ -68,6 +68,21 @@ def test_unknown_names_are_refused() -> None:
         build_optimizer(nn.Linear(3, 2), "adamax")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["torch.optim.Adamax", torch.optim.Adamax])
+def test_any_class_is_taken_by_its_path_or_as_such(name: Any) -> None:
+    optimizer = build_optimizer(nn.Linear(3, 2), name, lr=0.01, betas=(0.8, 0.9))
+    assert isinstance(optimizer, torch.optim.Adamax)
+    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)
+    with pytest.raises(ValueError, match="`momentum` to be left out"):
+        build_optimizer(nn.Linear(3, 2), name, momentum=0.9)
+
+
+@pytest.mark.parametrize("path", ["nowhere.Adam", "torch.optim.Nothing", "torch.nn.Linear", "torch.relu"])
+def test_a_path_to_no_optimizer_is_refused(path: str) -> None:
+    with pytest.raises(ValueError, match=f"`name` to be an optimizer class that can be imported, but got '{path}'"):
+        build_optimizer(nn.Linear(3, 2), path)  # type: ignore[arg-type]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 def test_8_bits_need_cuda(name: Any) -> None:
