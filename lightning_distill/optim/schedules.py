@@ -79,7 +79,7 @@ def build_lr_scheduler(
         config |= {"monitor": monitor, "reduce_on_plateau": True}
     options = dict(options or {})
     if name in _NO_LENGTH or by_class:
-        make: Any = partial(_NO_LENGTH.get(name) or own, optimizer, **options)  # type: ignore[arg-type]
+        make: Any = partial(_NO_LENGTH.get(name) or own, optimizer, **options)  # type: ignore[arg-type, misc]
     else:
         total = _total(module, interval) if num_training_steps is None else num_training_steps
         between("num_training_steps", total, 0)
