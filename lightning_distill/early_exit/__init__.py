@@ -1,6 +1,6 @@
 """Early exit: ramps, criteria, exact batched inference, calibration."""
 
-from lightning_distill.early_exit.calibration import Calibration, calibrate
+from lightning_distill.early_exit.calibration import calibrate
 from lightning_distill.early_exit.criteria import (
     AllOf,
     AnyOf,
@@ -13,6 +13,7 @@ from lightning_distill.early_exit.criteria import (
 )
 from lightning_distill.early_exit.model import EarlyExitModel
 from lightning_distill.early_exit.ramps import Ramp, Ramps, make_ramps
+from lightning_distill.early_exit.report import Calibration
 
 __all__ = [
     "AllOf",

@@ -1,143 +1,30 @@
 """Thresholds from data, with a promise about rows nobody has seen."""
 
-import json
 import math
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_calibration_error
 
-from lightning_distill import tasks
 from lightning_distill.arguments import between, typed
+from lightning_distill.early_exit.answers import Answers, collect
 from lightning_distill.early_exit.criteria import AnyOf, Criterion
 from lightning_distill.early_exit.guarantee import harm_p_value, rows_needed
-from lightning_distill.early_exit.model import EarlyExitModel
-from lightning_distill.early_exit.plots import plot_calibration
+from lightning_distill.early_exit.inference import EarlyExitInference
+from lightning_distill.early_exit.report import Calibration
 from lightning_distill.early_exit.search import exits_of, fit_temperature, threshold_path
-from lightning_distill.models.batch import IGNORE_INDEX
-from lightning_distill.models.folders import check_folder, writing
+from lightning_distill.models.folders import check_folder
 
-
-@dataclass
-class Answers:
-    """What every ramp and the full model said of a data set, one row per item (a sequence, or a real token).
-
-    Args:
-        logits: Shape ``[E + 1, M, C]``, the full model's last.
-        gates: Shape ``[E, M]``, or None.
-        labels: Shape ``[M]``; the full model's own answers where no row of the data has one.
-        sequence: The sequence of each item, int64 ``[M]``, from 0 to N - 1.
-    """
-
-    logits: Tensor
-    gates: Tensor | None
-    labels: Tensor
-    sequence: Tensor
-
-    def __len__(self) -> int:
-        return int(self.sequence[-1]) + 1
-
-    def take(self, sequences: Tensor, among: Tensor | None = None) -> "Answers":
-        """The items of some sequences, which are numbered anew in their old order; of bool ``[M]``, those among."""
-        kept = torch.zeros(len(self), dtype=torch.bool)
-        kept[sequences] = True
-        items = kept[self.sequence] if among is None else kept[self.sequence] & among
-        gates = None if self.gates is None else self.gates[:, items]
-        renumbered = (kept.cumsum(0) - 1)[self.sequence[items]]
-        return Answers(self.logits[:, items], gates, self.labels[items], renumbered)
-
-    def only(self, exits: list[int]) -> "Answers":
-        """What some of the exits said, by their place, and the full model."""
-        gates = None if self.gates is None else self.gates[exits]
-        return replace(self, logits=self.logits[[*exits, -1]], gates=gates)
-
-    def mean_of_items(self, values: Tensor) -> Tensor:
-        """Mean over the items of each sequence: ``[..., M]`` to ``[..., N]``."""
-        return self._reduce(values, "mean")
-
-    def _reduce(self, values: Tensor, how: str) -> Tensor:
-        empty = values.new_zeros((*values.shape[:-1], len(self)))
-        return empty.scatter_reduce(-1, self.sequence.expand(values.shape), values, how, include_self=False)
-
-    def harm(self) -> Tensor:
-        """Share of the items that an exit spoils: the full model is right and it is wrong, ``[E + 1, N]``."""
-        right = self.logits.argmax(-1) == self.labels
-        return self.mean_of_items((right[-1] & ~right).float())
-
-    def measures(self, criterion: Criterion, temperatures: list[float]) -> Tensor:
-        """How sure each exit is of each sequence, of its hardest item; larger is surer, ``[E, N]``."""
-        state = criterion.begin(self.labels.shape, self.labels.device)
-        found = []
-        for place, temperature in enumerate(temperatures):
-            gate = None if self.gates is None else self.gates[place]
-            measure, state = criterion.measure(self.logits[place] / temperature, gate, state)
-            measure = measure.masked_fill(~self.logits[place].isfinite().all(-1), math.nan)
-            found.append(measure if criterion.rising else -measure)
-        return self._reduce(torch.stack(found), "amin")
-
-
-@dataclass
-class Calibration:
-    """What :func:`calibrate` found. Numbers about accuracy are of the rows that the promise was tested on.
-
-    Attributes:
-        thresholds: By exit layer; empty where nothing may leave.
-        temperatures: By exit layer.
-        metric_full: Accuracy of the full model (agreement with itself, so 1, without labels).
-        metric_early: Accuracy with early exits.
-        mean_depth: Mean number of layers run.
-        depth: Number of layers.
-        exit_share: Share of rows that leave at each exit layer; the last layer's is the rest.
-        accuracy: Accuracy of each ramp on all rows, and of the full model.
-        calibration_error: Expected calibration error of each ramp before and after the temperature, 15 bins.
-        frontier: ``[mean depth, accuracy]`` along the path of threshold sets.
-        guarantee: What is promised: ``max_drop``, ``confidence``, ``holds``, ``p_value``, ``rows`` it was tested on,
-            ``rows_needed`` of calibration data where it does not hold (None: no number is enough), ``method``.
-    """
-
-    thresholds: dict[int, float]
-    temperatures: dict[int, float]
-    metric_full: float
-    metric_early: float
-    mean_depth: float
-    depth: int
-    exit_share: dict[int, float]
-    accuracy: dict[int, float]
-    calibration_error: dict[int, tuple[float, float]]
-    frontier: list[tuple[float, float]] = field(default_factory=list)
-    guarantee: dict[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it as primitives, with strings as keys."""
-        return {
-            name: {str(key): item for key, item in value.items()} if isinstance(value, dict) else value
-            for name, value in asdict(self).items()
-        }
-
-    def write(self, model: EarlyExitModel, folder: str | os.PathLike[str]) -> None:
-        """Write the model's ramps, ``early_exit.json`` (with this report) and ``early_exit.png``.
-
-        Args:
-            model: The calibrated model.
-            folder: Where to write: a new folder, or one that was written here, whose other files stay.
-
-        Raises:
-            ValueError: If the folder holds anything else.
-        """
-        with writing(folder, keep=True) as draft:
-            model.ramps.save(draft, **model.settings(), calibration=json.loads(json.dumps(self.as_dict())))
-            plot_calibration(self, draft / "early_exit.png")
+_METHOD = "Learn then Test, fixed sequence; exact binomial (Clopper-Pearson) or Hoeffding-Bentkus p-values"
 
 
 @typed
 def calibrate(
-    model: EarlyExitModel,
+    model: EarlyExitInference,
     dataloader: Iterable[Any],
     *,
     exits: Sequence[int] | None = None,
@@ -160,7 +47,7 @@ def calibrate(
     Where no set passes, nothing leaves early, and a warning says how many rows it would take.
 
     Args:
-        model: The model; its thresholds and temperatures are set.
+        model: The :class:`EarlyExitModel`; its thresholds and temperatures are set.
         dataloader: Batches as in training. Rows without a label (none, or -100) are left out; where no row has one, the
             promise is about agreement with the full model.
         exits: The exits that may be used; None for all. A ramp costs every row that passes it, in small batches up to a
@@ -200,27 +87,21 @@ def calibrate(
         raise ValueError("Expected argument `max_drop` to be below 1, but got 1; nothing would be promised.")
     between("confidence", confidence, 0.5, 1)
     between("search_share", search_share, 0.05, 0.9)
-    criterion, ramps, depth = model.criterion, list(model.ramps.exits), model.depth
-    exits = ramps if exits is None else sorted(set(exits))
     if folder is not None:
         check_folder(folder)
+    ramps = list(model.ramps.exits)
+    exits = ramps if exits is None else sorted(set(exits))
     if not exits or not set(exits) <= set(ramps):
         raise ValueError(f"Expected argument `exits` to name exits of {ramps}, but got {exits}.")
-    if isinstance(criterion, AnyOf) or model.ramps.task == "regression":
+    if isinstance(model.criterion, AnyOf) or model.ramps.task == "regression":
         raise ValueError(
             "Expected a model with one criterion that classifies, whose threshold can be found, but got "
-            f"{criterion!r} in {model.ramps.task}. Set `model.thresholds` or its parts by hand."
+            f"{model.criterion!r} in {model.ramps.task}. Set `model.thresholds` or its parts by hand."
         )
-    report = choose(
-        collect(model, dataloader).only([ramps.index(layer) for layer in exits]),
-        criterion,
-        [*exits, depth - 1],
-        max_drop=max_drop,
-        confidence=confidence,
-        temperature_scaling=temperature_scaling,
-        search_share=search_share,
-        seed=seed,
-    )
+    answers = collect(model, dataloader).only([ramps.index(layer) for layer in exits])
+    options = {"temperature_scaling": temperature_scaling, "search_share": search_share, "seed": seed}
+    layers = [*exits, model.depth - 1]
+    report = choose(answers, model.criterion, layers, max_drop=max_drop, confidence=confidence, **options)
     model.temperatures, model.thresholds = report.temperatures, report.thresholds
     if folder is not None:
         report.write(model, folder)
@@ -251,65 +132,30 @@ def choose(
         search_share: Share of the rows for the path.
         seed: Decides which.
         path_size: Number of threshold sets to look for.
-
-    Returns:
-        The report.
     """
-    exits, depth, rows = layers[:-1], layers[-1] + 1, len(answers)
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    count = max(1, round(search_share * rows))
-    if rows - count < 1:
-        raise ValueError(f"Expected argument `dataloader` to give at least two rows, but got {rows}.")
-    search, test = answers.take(order[:count]), answers.take(order[count:])
+    exits = layers[:-1]
+    search, test = _split(answers, search_share, seed)
     temperatures = [
-        fit_temperature(search.logits[index], search.labels) if temperature_scaling else 1.0
-        for index in range(len(exits))
+        fit_temperature(logits, search.labels) if temperature_scaling else 1.0 for logits in search.logits[:-1]
     ]
-    depths = torch.tensor([*(layer + 1.0 for layer in exits), float(depth)])
-    path = _path(criterion, search, temperatures, depths, path_size)
-    measures, harm = test.measures(criterion, temperatures), test.harm()
-    right = test.mean_of_items((test.logits.argmax(-1) == test.labels).float())
-
-    def at(values: Tensor, leaves: Tensor) -> Tensor:
-        return values.gather(0, leaves[None])[0]
-
-    chosen, p_value, first_harm, testing = None, 1.0, 0.0, True
-    frontier = [(float(depth), float(right[-1].mean()))]
-    for index, thresholds in enumerate(path):
-        leaves = exits_of(measures, thresholds)
-        frontier.append((float(depths[leaves].mean()), float(at(right, leaves).mean())))
-        if not testing:
-            continue
-        spoiled = at(harm, leaves)
-        found = harm_p_value(spoiled, max_drop)
-        first_harm = float(spoiled.mean()) if index == 0 else first_harm
-        testing = found <= 1 - confidence
-        if testing or chosen is None:
-            p_value = found
-        if testing:
-            chosen, p_value = thresholds, found
-
-    thresholds = torch.full((len(exits),), math.inf) if chosen is None else chosen
-    leaves = exits_of(measures, thresholds)
-    needed = None
-    if chosen is None:
-        needed = rows_needed(max_drop, confidence, first_harm)
-        needed = None if needed is None else math.ceil(needed / (1 - search_share))
-        more = f"about {needed} rows are needed" if needed else "more rows will not help: the ramps are not good enough"
-        warnings.warn(
-            f"Expected calibration data that can promise a drop of at most {max_drop} with confidence {confidence}, "
-            f"but {rows} rows cannot, so nothing leaves early; {more}. Allow a larger `max_drop` or give more rows.",
-            stacklevel=3,
-        )
+    depths = torch.tensor([layer + 1.0 for layer in layers])
+    # Before the first set of the path, nothing leaves.
+    nothing = torch.full((1, len(exits)), math.inf)
+    path = torch.cat([nothing, _path(criterion, search, temperatures, depths, path_size)])
+    measures, harm, accuracy = test.measures(criterion, temperatures), test.harm(), test.accuracy()
+    leaves = [exits_of(measures, thresholds) for thresholds in path]
+    chosen, p_value = _passed((_at(harm, each) for each in leaves[1:]), max_drop, confidence)
+    frontier = [(float(depths[each].mean()), float(_at(accuracy, each).mean())) for each in leaves]
+    first_harm = float(_at(harm, leaves[:2][-1]).mean())
     return Calibration(
-        thresholds=_as_user(criterion, exits, thresholds),
+        thresholds=_as_user(criterion, exits, path[chosen]),
         temperatures=dict(zip(exits, temperatures, strict=True)),
-        metric_full=float(right[-1].mean()),
-        metric_early=float(at(right, leaves).mean()),
-        mean_depth=float(depths[leaves].mean()),
-        depth=depth,
-        exit_share={layer: float((leaves == index).float().mean()) for index, layer in enumerate([*exits, depth - 1])},
-        accuracy={layer: float(right[index].mean()) for index, layer in enumerate(layers)},
+        metric_full=frontier[0][1],
+        metric_early=frontier[chosen][1],
+        mean_depth=frontier[chosen][0],
+        depth=layers[-1] + 1,
+        exit_share={layer: float((leaves[chosen] == index).float().mean()) for index, layer in enumerate(layers)},
+        accuracy={layer: float(accuracy[index].mean()) for index, layer in enumerate(layers)},
         calibration_error={
             layer: (_error(test, index, 1.0), _error(test, index, temperatures[index]))
             for index, layer in enumerate(exits)
@@ -318,76 +164,53 @@ def choose(
         guarantee={
             "max_drop": max_drop,
             "confidence": confidence,
-            "holds": chosen is not None,
+            "holds": chosen > 0,
             "p_value": p_value,
             "rows": len(test),
-            "rows_needed": needed,
-            "method": "Learn then Test, fixed sequence; exact binomial (Clopper-Pearson) or Hoeffding-Bentkus p-values",
+            "rows_needed": None if chosen else _rows_needed(max_drop, confidence, first_harm, answers, search_share),
+            "method": _METHOD,
         },
     )
 
 
-@torch.no_grad()
-def collect(model: EarlyExitModel, dataloader: Iterable[Any]) -> Answers:
-    """Run the student and every ramp once over a data set.
+def _split(answers: Answers, share: float, seed: int) -> tuple[Answers, Answers]:
+    """The rows that temperatures and path are found on, and those that test them."""
+    rows = len(answers)
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    count = max(1, round(share * rows))
+    if rows - count < 1:
+        raise ValueError(f"Expected argument `dataloader` to give at least two rows, but got {rows}.")
+    return answers.take(order[:count]), answers.take(order[count:])
 
-    Args:
-        model: The model.
-        dataloader: Batches as in training.
 
-    Returns:
-        All answers, on the CPU.
+def _at(values: Tensor, leaves: Tensor) -> Tensor:
+    """The value of each row ``[N]`` at the exit that it leaves at, of ``[E + 1, N]``."""
+    return values.gather(0, leaves[None])[0]
 
-    Raises:
-        ValueError: If there are no rows, or labels of one class only.
-    """
-    task, device = model.ramps.task, next(model.parameters()).device
-    kept: list[tuple[Tensor, Tensor | None, Tensor, Tensor]] = []
-    start = 0
-    for batch in dataloader:
-        batch = move_data_to_device(batch, device)
-        asked, final = model.answers(batch)
-        final, labels, mask = tasks.align(task, final, batch)
-        if labels is None:
-            labels = torch.full(final.shape[:-1], IGNORE_INDEX, device=device)
-        answer = labels.argmax(-1) if labels.is_floating_point() else labels
-        items = torch.ones_like(answer, dtype=torch.bool) if mask is None else mask
-        sequence = torch.arange(len(answer), device=device).view(-1, *[1] * (answer.ndim - 1)).expand(answer.shape)
-        # A sequence without a real item would have no measure.
-        there = items.flatten(1).any(1) if items.ndim > 1 else items
-        renumbered = (there.cumsum(0) - 1 + start)[sequence]
-        start += int(there.sum())
-        logits = torch.stack([*(tasks.answers(task, logits) for logits, _ in asked.values()), final])[:, items]
-        all_gates = [gate for _, gate in asked.values() if gate is not None]
-        gates = torch.stack(all_gates)[:, items].float().cpu() if all_gates else None
-        kept.append((logits.float().cpu(), gates, answer[items].cpu(), renumbered[items].cpu()))
-    if not kept:
-        raise ValueError("Expected argument `dataloader` to give calibration rows, but got none.")
-    with_gates = [gate for _, gate, _, _ in kept if gate is not None]
-    answers = Answers(
-        torch.cat([part for part, _, _, _ in kept], 1),
-        torch.cat(with_gates, 1) if with_gates else None,
-        torch.cat([part for _, _, part, _ in kept]),
-        torch.cat([part for _, _, _, part in kept]),
+
+def _passed(harms: Iterable[Tensor], max_drop: float, confidence: float) -> tuple[int, float]:
+    """How many sets pass before one fails, and the p-value of the last of them; where none does, of the first."""
+    count, p_value = 0, 1.0
+    for harm in harms:
+        found = harm_p_value(harm, max_drop)
+        p_value = found if found <= 1 - confidence or not count else p_value
+        if found > 1 - confidence:
+            break
+        count += 1
+    return count, p_value
+
+
+def _rows_needed(max_drop: float, confidence: float, harm: float, answers: Answers, search_share: float) -> int | None:
+    """How many rows it would take, with a warning."""
+    needed = rows_needed(max_drop, confidence, harm)
+    needed = None if needed is None else math.ceil(needed / (1 - search_share))
+    more = f"about {needed} rows are needed" if needed else "more rows will not help: the ramps are not good enough"
+    warnings.warn(
+        f"Expected calibration data that can promise a drop of at most {max_drop} with confidence {confidence}, but "
+        f"{len(answers)} rows cannot, so nothing leaves early; {more}. Allow a larger `max_drop` or give more rows.",
+        stacklevel=4,
     )
-    has_label = answers.labels != IGNORE_INDEX
-    if not has_label.any():
-        answers.labels = answers.logits[-1].argmax(-1)
-        return answers
-    if not has_label.all():
-        rows = answers.sequence[has_label].unique()
-        warnings.warn(
-            f"{len(answers) - len(rows)} of {len(answers)} calibration rows have no label and are left out: the "
-            "promise is about rows like those that have one.",
-            stacklevel=3,
-        )
-        answers = answers.take(rows, has_label)
-    if len(answers.labels.unique()) < 2:
-        raise ValueError(
-            f"Expected argument `dataloader` to give rows of at least two classes, but all {len(answers)} have the "
-            f"label {int(answers.labels[0])}. Shuffle before taking a part of the data."
-        )
-    return answers
+    return needed
 
 
 def _path(criterion: Criterion, search: Answers, temperatures: list[float], depths: Tensor, size: int) -> Tensor:

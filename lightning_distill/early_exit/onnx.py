@@ -6,19 +6,17 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.early_exit.inference import EarlyExitInference
 from lightning_distill.early_exit.walk import caught_layers, first_tensor
 from lightning_distill.models.batch import token_mask
 from lightning_distill.models.calling import call_model, evaluating, logits_of
 from lightning_distill.models.exporting import source_of
 from lightning_distill.models.folders import check_folder, writing
-
-if TYPE_CHECKING:
-    from lightning_distill.early_exit.model import EarlyExitModel
 
 
 class _Stage(nn.Module):
@@ -28,7 +26,7 @@ class _Stage(nn.Module):
     are dead code in the stages that do not need them, while masks and positions are computed where they are used.
     """
 
-    def __init__(self, model: "EarlyExitModel", names: list[str], start: int, stop: int) -> None:
+    def __init__(self, model: EarlyExitInference, names: list[str], start: int, stop: int) -> None:
         super().__init__()
         self.student, self.names, self.start, self.stop = model.student, names, start, stop
         self.model = [model]  # in a list: its student is registered once
@@ -65,7 +63,7 @@ class _Stage(nn.Module):
 
 
 def export_onnx(
-    model: "EarlyExitModel", folder: str | os.PathLike[str], batch: dict[str, Tensor] | None = None
+    model: EarlyExitInference, folder: str | os.PathLike[str], batch: dict[str, Tensor] | None = None
 ) -> Path:
     """Write one ONNX graph per stage, ``onnx.json`` and ``early_exit_onnx.py``, which runs them in onnxruntime.
 
@@ -107,7 +105,7 @@ def export_onnx(
     return Path(folder)
 
 
-def _write(model: "EarlyExitModel", folder: Path, batch: dict[str, Tensor]) -> None:
+def _write(model: EarlyExitInference, folder: Path, batch: dict[str, Tensor]) -> None:
     names = list(batch)
     rows, length = torch.export.Dim("rows", min=1), torch.export.Dim("length", min=2)
     stops = [*(layer + 1 for layer in sorted(model.thresholds)), model.depth]

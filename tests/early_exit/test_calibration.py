@@ -26,7 +26,8 @@ from lightning_distill.early_exit import (
     calibrate,
     make_ramps,
 )
-from lightning_distill.early_exit.calibration import Answers, choose, collect
+from lightning_distill.early_exit.answers import Answers, collect
+from lightning_distill.early_exit.calibration import choose
 from lightning_distill.early_exit.guarantee import harm_p_value, rows_needed
 from lightning_distill.early_exit.search import exits_of, fit_temperature, threshold_path
 from tests.early_exit.models import Stack, early, student
