@@ -1,4 +1,4 @@
-"""What torchrun starts on each node in tests/training/test_torchrun.py: distil, and write where it ran."""
+"""What torchrun starts on each node in training/test_torchrun.py: distil; write where it ran, the weights once."""
 
 import socket
 import sys
