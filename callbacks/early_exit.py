@@ -12,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
-from lightning_distill import tasks
 from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.early_exit.criteria import Criterion
 from lightning_distill.early_exit.ramps import Exits, RampKind, Ramps, find_stack, make_ramps
@@ -20,13 +19,14 @@ from lightning_distill.early_exit.walk import first_tensor
 from lightning_distill.functional import hard_label, soft_target
 from lightning_distill.models.batch import IGNORE_INDEX, batch_of, token_mask
 from lightning_distill.models.calling import logits_of
-from lightning_distill.models.heads import Task
 from lightning_distill.objectives import HardLabel, Objective, SoftTarget
 from lightning_distill.optim.peak_lr import scale_peak_lrs
 from lightning_distill.signals.description import get_submodule
+from lightning_distill.signals.signals import Signals
 from lightning_distill.step.accumulation import AccumulatingModule
 from lightning_distill.step.forwards import before
 from lightning_distill.students.initialization import Policy
+from lightning_distill.tasks import TASKS, Task, TaskName
 
 Training = Literal["joint", "two_stage", "alternate", "self_distill"]
 LossWeights = Literal["uniform", "depth"] | Callable[[int, int], float]
@@ -100,7 +100,7 @@ class EarlyExit(L.Callback):
         seed: int = 0,
         student: str | None = None,
         layers: str | None = None,
-        task: Task | Literal["auto"] = "auto",
+        task: TaskName | Literal["auto"] = "auto",
         widths: int | Sequence[int] | None = None,
         num_outputs: int | None = None,
     ) -> None:
@@ -163,7 +163,7 @@ class EarlyExit(L.Callback):
         self._handles.append(student.register_forward_hook(partial(self._keep_logits, "student")))
         if self._freezes:
             self._handles.append(student.register_forward_hook(self._tie))
-        if isinstance(teacher, nn.Module) and self.teacher_weight and not hasattr(pl_module, "teacher_signals"):
+        if isinstance(teacher, nn.Module) and self.teacher_weight and not hasattr(pl_module, "loss_terms"):
             self._handles.append(teacher.register_forward_hook(partial(self._keep_logits, "teacher")))
         if stage == "fit":
             self._prepare_fit(pl_module, student, ramps, len(stack))
@@ -181,12 +181,20 @@ class EarlyExit(L.Callback):
                 if parameter.requires_grad and parameter not in own:
                     self._frozen.append(name)
                     parameter.requires_grad_(False)
+        if (terms := getattr(pl_module, "loss_terms", None)) is not None:
+            terms["ramps"] = partial(self._add_in_module, pl_module, depth)
+            return
         step = pl_module.training_step
 
         @wraps(step)
         def training_step(*args: Any, **kwargs: Any) -> Any:
             batch = kwargs["batch"] if "batch" in kwargs else args[0]
-            return self._step(pl_module, student, depth, batch, lambda: step(*args, **kwargs))
+            output = step(*args, **kwargs)
+            if output is None:
+                return None
+            own: Any = output["loss"] if isinstance(output, dict) else output
+            total = self._add(pl_module, depth, batch, own)
+            return {**output, "loss": total} if isinstance(output, dict) else total
 
         # On the object, not its class, until `teardown`: no hook lies between a step and its backward that may add to
         # the loss, and inside the step is where DDP looks for what takes part in it.
@@ -209,30 +217,10 @@ class EarlyExit(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the ramps a parameter group of their own, before the state of the optimizers is loaded."""
-        if self.teacher_weight and hasattr(pl_module, "teacher_signals"):
-            self._listen_to_teacher(pl_module)
         ramps = self._find_student(pl_module).ramps
         assert isinstance(ramps, Ramps)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
         _own_group(trainer.optimizers, schedules, list(ramps.parameters()), self.lr)
-
-    def _listen_to_teacher(self, pl_module: Any) -> None:
-        # What the module itself learns from: aligned, and there too where a cache answers and no teacher runs.
-        ask = pl_module.teacher_step
-
-        @wraps(ask)
-        def teacher_step(batch: Any) -> Any:
-            signals = ask(batch)
-            if self._batch is not None:
-                if signals.top_k:
-                    raise ValueError(
-                        "Expected argument `teacher_weight` of `EarlyExit` to come with whole logits of the teacher, "
-                        "but got the best classes alone. Use `TeacherCache(..., top_k=None)`."
-                    )
-                self._logits["teacher"] = signals.logits.detach()
-            return signals
-
-        pl_module.teacher_step = teacher_step
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -256,29 +244,54 @@ class EarlyExit(L.Callback):
     def _freezes(self) -> bool:
         return self.training in ("two_stage", "self_distill")
 
-    def _step(
-        self, pl_module: L.LightningModule, student: nn.Module, depth: int, batch: Any, step: Callable[[], Any]
-    ) -> Any:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Listen to the ramps; where only they learn, the student stands still."""
         if self._freezes:
+            student = self._find_student(pl_module)
             student.eval()
             student.ramps.train()  # type: ignore[union-attr]
         self._begin(batch)
-        try:
-            output = step()
-            if output is None:
-                return None
-            loss = self._loss(pl_module, student, depth, batch)
-            rows = len(next(iter(self._answers.values()))[0])
-        finally:
-            self._end()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Listen no more."""
+        self._end()
+
+    def _add_in_module(
+        self,
+        pl_module: L.LightningModule,
+        depth: int,
+        own: Tensor,
+        batch: Any,
+        student: Signals,
+        teacher: Signals | None,
+    ) -> Tensor:
+        """The loss of a step of a ``DistillationModule`` with that of the ramps."""
+        if self.teacher_weight:
+            if teacher is None:
+                teacher = pl_module.teacher_step(batch)  # type: ignore[operator]
+            if teacher.top_k:
+                raise ValueError(
+                    "Expected argument `teacher_weight` of `EarlyExit` to come with whole logits of the teacher, "
+                    "but got the best classes alone. Use `TeacherCache(..., top_k=None)`."
+                )
+            self._logits["teacher"] = teacher.logits.detach()
+        return self._add(pl_module, depth, batch, own)
+
+    def _add(self, pl_module: L.LightningModule, depth: int, batch: Any, own: Tensor) -> Tensor:
+        """The loss of a step with that of the ramps."""
+        loss = self._loss(pl_module, self._find_student(pl_module), depth, batch)
+        rows = len(next(iter(self._answers.values()))[0])
+        self._answers, self._logits = {}, {}
         pl_module.log("train_ramps_loss", loss.detach(), batch_size=rows)
-        own = output["loss"] if isinstance(output, dict) else output
         if self.training == "alternate" and pl_module.global_step % 2 == 0:
             loss = 0.0 * loss  # not left out: under DDP every parameter takes part in every step
-        total = own + loss
         if self._freezes:
-            total = loss + 0.0 * own if own.requires_grad else loss  # see `_tie`
-        return {**output, "loss": total} if isinstance(output, dict) else total
+            return loss + 0.0 * own if own.requires_grad else loss  # see `_tie`
+        return own + loss
 
     def _begin(self, batch: Any) -> None:
         self._batch, self._answers, self._logits = batch, {}, {}
@@ -295,11 +308,11 @@ class EarlyExit(L.Callback):
             if not isinstance(pl_module, AccumulatingModule):
                 return value
             name = f"ramps, by {objective.name}"
-            return pl_module.mean_over_step(name, value, batch, partial(_count, ramps.task, objective))
+            return pl_module.mean_over_step(name, value, batch, partial(_count, TASKS[ramps.task], objective))
 
         if missing := sorted(set(ramps.exits) - self._answers.keys()):
             raise RuntimeError(f"Expected `training_step` to run the student's layers {missing}, but it did not.")
-        task = ramps.task
+        task = TASKS[ramps.task]
         for who in ("student", "teacher"):
             needed = self.training == "self_distill" if who == "student" else self.teacher_weight > 0
             if needed and who not in self._logits:
@@ -308,17 +321,17 @@ class EarlyExit(L.Callback):
         right: Tensor | None
         what: Any
         for layer, (logits, gate) in self._answers.items():
-            logits, labels, mask = tasks.align(task, logits, batch)
+            logits, labels, mask = task.align(logits, batch)
             if self.training == "self_distill":
-                target = tasks.answers(task, self._logits["student"])
+                target = task.answers(self._logits["student"])
                 loss = mean(_towards(task, logits, target, self.temperature, mask), _SOFT)
                 right, what = target.argmax(-1), _SOFT
             else:
                 loss, right, what = mean(_of_labels(task, logits, labels, mask), _HARD), labels, _HARD
                 # Looked for until one is found: looking makes a device wait.
-                self._has_label = self._has_label or tasks.has_label(task, batch)
+                self._has_label = self._has_label or task.has_label(batch)
                 if self.teacher_weight:
-                    soft, share = tasks.answers(task, self._logits["teacher"]), self.teacher_weight
+                    soft, share = task.answers(self._logits["teacher"]), self.teacher_weight
                     towards = mean(_towards(task, logits, soft, self.temperature, mask), _SOFT)
                     loss = (1 - share) * loss + share * towards
             if gate is not None and right is not None:
@@ -361,16 +374,17 @@ class EarlyExit(L.Callback):
         """Log how good each ramp's answers are."""
         ramps = self._find_student(pl_module).ramps
         assert isinstance(ramps, Ramps)
+        task = TASKS[ramps.task]
         for layer, (answer, _) in self._answers.items():
-            logits, labels, mask = tasks.align(ramps.task, answer, batch)
+            logits, labels, mask = task.align(answer, batch)
             if labels is None:
                 break
-            logits, labels = tasks.flatten(ramps.task, logits, labels, mask)
+            logits, labels = task.scored(logits, labels, mask)
             count = len(labels)
-            if ramps.task == "regression":
-                name, value = "mse", F.mse_loss(logits, labels)
-            else:
+            if task.has_classes:
                 name, value = "accuracy", (logits.argmax(-1) == labels).sum() / max(count, 1)
+            else:
+                name, value = "mse", F.mse_loss(logits, labels)
             pl_module.log(f"val_exit{layer}_{name}", value, batch_size=count, sync_dist=True)
         self._end()
 
@@ -384,7 +398,8 @@ class EarlyExit(L.Callback):
             handle.remove()
         self._handles = []
         vars(pl_module).pop("training_step", None)
-        vars(pl_module).pop("teacher_step", None)
+        getattr(pl_module, "loss_terms", {}).pop("ramps", None)
+        self._end()
         if self._frozen:
             self._find_student(pl_module).train()
         for name in self._frozen:
@@ -396,7 +411,7 @@ def _of_labels(task: Task, logits: Tensor, labels: Tensor | None, mask: Tensor |
     """How far logits are from the labels, 0 where there are none."""
     if labels is None:
         return logits.flatten()[:0].float().sum()
-    if task == "regression":
+    if not task.has_classes:
         return F.mse_loss(logits.float(), labels.view_as(logits).float())
     return hard_label(logits, labels, mask=mask)
 
@@ -410,7 +425,7 @@ def _count(task: Task, objective: Objective, batch: Any) -> Tensor:
 
 def _towards(task: Task, logits: Tensor, target: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
     """How far logits are from soft targets; in regression the squared error."""
-    if task == "regression":
+    if not task.has_classes:
         return F.mse_loss(logits.float(), target.float())
     return soft_target(logits, target, temperature=temperature, mask=mask)
 

@@ -1,50 +1,52 @@
 """DistillationModule: a teacher and a student as one LightningModule."""
 
-import dataclasses
 import os
-import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from lightning_distill import tasks
 from lightning_distill.arguments import one_of
-from lightning_distill.functional.clipping import gradient_of, group_tensors, total_norm
-from lightning_distill.functional.projection import TopK
-from lightning_distill.models import tokenizers
-from lightning_distill.models.batch import batch_of, labels_of
+from lightning_distill.models.batch import batch_of
 from lightning_distill.models.calling import call_model, evaluating, logits_of
-from lightning_distill.models.heads import LANGUAGE_MODELS, Task
+from lightning_distill.models.class_names import check_data_classes
 from lightning_distill.models.pretrained import export, load_pretrained
 from lightning_distill.models.wrapped import compile_parts_in_place
-from lightning_distill.objectives import HardLabel, Loss, Objective, SoftTarget
-from lightning_distill.objectives.deferred import deferred_losses
-from lightning_distill.objectives.objective import named
-from lightning_distill.signals.description import describe
+from lightning_distill.objectives.logits import HardLabel, SoftTarget
+from lightning_distill.objectives.objective import Objective, named
+from lightning_distill.optim.configured import MakeOptimizer, MakeSchedule, configured
 from lightning_distill.signals.signals import Signals
-from lightning_distill.step import checks as preflight
 from lightning_distill.step.accumulation import AccumulatingModule
+from lightning_distill.step.checks import BatchCheck, check_eps, check_signals, enable_gradient_checkpointing
 from lightning_distill.step.counting import Counted
+from lightning_distill.step.evaluation import EvaluatedModule
 from lightning_distill.step.forwards import Forwards, before
-from lightning_distill.tasks.scores import Metrics, Scores
-from lightning_distill.teachers import precision
+from lightning_distill.step.losses import sums_and_counts
+from lightning_distill.step.pairing import pair
+from lightning_distill.tasks import TaskName, task_named
+from lightning_distill.tasks.scores import Metrics
+from lightning_distill.teachers.class_order import ClassOrder
 from lightning_distill.teachers.holder import TeacherModule
-from lightning_distill.teachers.precision import TeacherPrecision, cast_floats, load_teacher, own_precision
+from lightning_distill.teachers.precision import (
+    TeacherPrecision,
+    cast_floats,
+    load_teacher,
+    own_precision,
+    warn_of_slow_bf16,
+)
 from lightning_distill.training import parallel
 from lightning_distill.training.adapters import AdapterCheckpoints
 from lightning_distill.training.finite_loss import FiniteLoss
+from lightning_distill.training.scaled_steps import ScaledSteps
 
-_STAGES = ("val", "test")
 
-
-class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
+class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, ScaledSteps, EvaluatedModule):
     r"""Trains a student to imitate a frozen teacher.
 
     One step: the teacher's forward under ``no_grad``, the student's forward, each objective on what the two forwards
@@ -123,9 +125,9 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         student: nn.Module | str,
         objectives: list[Objective] | dict[str, Objective] | None = None,
         *,
-        task: Task | Literal["auto"] = "auto",
-        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] | None = None,
-        lr_scheduler: Callable[[Optimizer], LRScheduler | ReduceLROnPlateau | dict] | None = None,
+        task: TaskName | Literal["auto"] = "auto",
+        optimizer: MakeOptimizer | None = None,
+        lr_scheduler: MakeSchedule | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         lr_scheduler_monitor: str | None = None,
         metrics: Metrics | None = None,
@@ -135,8 +137,6 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         own_teacher_inputs: bool = False,
     ) -> None:
         super().__init__()
-        # It is about sharding, and `configure_model` does nothing without it.
-        warnings.filterwarnings("ignore", "You're using the WeightAveraging callback with a model that overrides")
         # Only paths and names are written to checkpoints: a module or a callable in the hyper-parameters would keep
         # the checkpoint from loading under `weights_only`.
         ignored = ["objectives", "optimizer", "lr_scheduler", "metrics", "tokenizer"]
@@ -144,88 +144,51 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         ignored += [name for name, model in models.items() if not isinstance(model, str)]
         ignored += [] if own_teacher_inputs else ["own_teacher_inputs"]
         self.save_hyperparameters(ignore=ignored)
+        one_of("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
+        one_of("own_teacher_inputs", own_teacher_inputs, (False, True))
 
         self.student = compile_parts_in_place(load_pretrained(student, "student")).train()
         if gradient_checkpointing:
-            preflight.enable_gradient_checkpointing(self.student)
+            enable_gradient_checkpointing(self.student)
         self.teacher_precision = teacher_precision
         self.teacher_is_given = not isinstance(teacher, str)
         self.teacher = None if teacher is None else load_teacher(teacher, teacher_precision)
-        one_of("task", task, ("auto", *get_args(Task)))
-        self.task: Task = tasks.infer_task(self.student) if task == "auto" else task
+        self._task = task_named(task, self.student)
+        self.task: TaskName = self._task.name
         self.tokenizer = tokenizer
-        one_of("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
-        self._schedule = {"interval": lr_scheduler_interval, "monitor": lr_scheduler_monitor}
-        self._label_order: Tensor | None = None
-        # Whether the classes of both mean the same, so that their predictions can be compared.
-        self._same_answers = True
-        self._checked: set[str] = set()
-        self._has_warned = False  # of a batch without labels
-        self._scale: float | None = None  # of the GradScaler, before the optimizer's step
+        self._schedule: dict[str, Any] = {"interval": lr_scheduler_interval, "monitor": lr_scheduler_monitor}
 
         if objectives is None:
-            objectives = (
-                [SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)]
-                if teacher is not None
-                else [HardLabel()]
-            )
+            soft = [] if teacher is None else [SoftTarget(temperature=2.0, weight=0.7)]
+            objectives = [*soft, HardLabel(weight=0.3 if soft else 1.0)]
         self.objectives = nn.ModuleDict(named(objectives))
-        headless = self._check_models()
-        one_of("own_teacher_inputs", own_teacher_inputs, (False, True))
-        self._own_teacher_inputs = own_teacher_inputs
-        shared_words = self._bind(headless)
-        self.forwards = Forwards(
-            self.task, self._each_objective(), shared_words, headless, own_teacher_inputs=self._own_teacher_inputs
+        self._own_steps = {role for role in models if self._has_own_step(role)}
+        self.pairing = pair(
+            self.student,
+            self.teacher,
+            self._task,
+            self._each_objective(),
+            own_steps=self._own_steps,
+            own_teacher_inputs=own_teacher_inputs,
         )
-
+        self.forwards = Forwards(self._task, self._each_objective(), self.pairing)
+        #: Gives the teacher's signals for a batch: the seam where what answers in its place, as a cache, is put.
+        self.teacher_source = self.teacher_step if "teacher" in self._own_steps else self.teacher_signals
+        #: What else is trained, by name: gives the new loss for that of a step, its batch and both signals.
+        self.loss_terms: dict[str, Callable[[Tensor, Any, Signals, Signals | None], Tensor]] = {}
+        self._batch_check = BatchCheck(self._task, self._each_objective())
         self._counted = Counted(self._each_objective())
-        self._scores = nn.ModuleDict({stage: Scores(self.task, metrics) for stage in _STAGES})
+        self._score_by(self._task, metrics)
 
-    def _check_models(self) -> set[str]:
-        """Refuse models that do not run or do not answer; returns the roles of those that give no logits."""
-        headless = set()
-        for role, model in (("student", self.student), ("teacher", self.teacher)):
-            step = f"{role}_step"
-            # Who calls a model in a way of their own knows what it gives.
-            if model is None or getattr(type(self), step) is not getattr(DistillationModule, step):
-                continue
-            preflight.check_forward(model, role)
-            if not preflight.check_answers(model, role, self._each_objective()):
-                headless.add(role)
-        return headless
+    def _has_own_step(self, role: str) -> bool:
+        step = f"{role}_step"
+        return getattr(type(self), step) is not getattr(DistillationModule, step)
 
-    def _bind(self, headless: set[str]) -> int | None:
-        """Tell the objectives the two models; returns the number of words that padded vocabularies share."""
-        shared_words = None
-        preflight.check_objectives(self.task, self._each_objective())
-        if self.teacher is None:
-            needy = [name for name, objective in self._each_objective().items() if objective.needs_teacher]
-            if needy:
-                raise ValueError(
-                    f"Expected argument `teacher` to be a model, because {needy} learn from it, but got None."
-                )
-            student_info = teacher_info = describe(self.student)
-        else:
-            objectives = self._each_objective().values()
-            comparing = [o.any_vocabulary for o in objectives if o.needs_teacher and o.reads_logits]
-            any_vocabulary = bool(comparing) and all(comparing)
-            self._label_order = preflight.check_pair(
-                self.student,
-                self.teacher,
-                self.task,
-                any_vocabulary=any_vocabulary,
-                same_answers=not headless,
-                own_inputs=self._own_teacher_inputs,
-            )
-            self._own_teacher_inputs |= any_vocabulary and tokenizers.other_tokenizers(self.student, self.teacher)
-            if self.task in LANGUAGE_MODELS and not any_vocabulary:
-                shared_words = tokenizers.shared_words(self.student, self.teacher)
-            self._same_answers = not any_vocabulary and not headless
-            student_info, teacher_info = describe(self.student), describe(self.teacher)
-        for objective in self._each_objective().values():
-            objective.bind(student_info, teacher_info)
-        return shared_words
+    @property
+    def teacher_source_has_own_order(self) -> bool:
+        """Whether :attr:`teacher_source` has the teacher's order of classes; a user's own step has the student's."""
+        return "teacher" not in self._own_steps
 
     @property
     def _needs_teacher(self) -> bool:
@@ -243,14 +206,12 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
     @torch.no_grad()
     def teacher_step(self, batch: Any) -> Signals:
         """The teacher's signals for a batch, under ``no_grad``, with its classes in the student's order."""
-        return self.in_student_order(self.teacher_signals(batch))
+        source = self.teacher_source if self.teacher_source_has_own_order else self.teacher_signals
+        return self.in_student_order(source(batch))
 
     @torch.no_grad()
     def teacher_signals(self, batch: Any) -> Signals:
-        """The teacher's forward for a batch, with its classes in its own order: the same whatever the student.
-
-        What answers in the teacher's place, as :class:`~lightning_distill.callbacks.TeacherCache` does, stands here.
-        """
+        """The teacher's forward for a batch, with its classes in its own order: the same whatever the student."""
         assert self.teacher is not None
         if any(module.training for module in self.teacher.modules()):  # outside a run
             with evaluating(self.teacher):
@@ -262,14 +223,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
 
     def in_student_order(self, signals: Signals) -> Signals:
         """The teacher's signals with their classes put, by name, in the student's order."""
-        if self._label_order is None:
-            return signals
-        order = self._label_order.to(signals.logits.device)
-        if not signals.top_k:
-            return dataclasses.replace(signals, logits=signals.logits[..., order])
-        places = order.argsort()  # of each of the teacher's classes among the student's
-        top_k = {t: TopK(best.log_probs, places[best.classes]) for t, best in signals.top_k.items()}
-        return dataclasses.replace(signals, top_k=top_k)
+        return ClassOrder(self.pairing.class_index)(signals)
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum of the objectives' losses.
@@ -283,34 +237,55 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         objectives = self._each_objective()
         return torch.stack([objectives[name].weight * loss for name, loss in losses.items()]).sum()
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """The optimizer over the student's and the objectives' trainable parameters, and its schedule."""
-        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        if self._optimizer is None:
-            lr = 5e-5 if hasattr(self.student, "config") else 1e-3
-            optimizer: Optimizer = torch.optim.AdamW(parameters, lr=lr)
-        else:
-            optimizer = self._optimizer(parameters)
-        schedule: Any = None if self._lr_scheduler is None else self._lr_scheduler(optimizer)
-        if schedule is None:
-            return optimizer
-        if not isinstance(schedule, dict):
-            own = getattr(schedule, "monitor", None)  # Lightning's own plateau has it
-            schedule = {"scheduler": schedule, **self._schedule, **({"monitor": own} if own else {})}
-        if isinstance(schedule["scheduler"], ReduceLROnPlateau) and schedule.get("monitor") is None:
-            raise ValueError(
-                "Expected argument `lr_scheduler_monitor` to be the name of a logged metric, such as 'val_loss', for a "
-                "schedule that waits for a plateau, but got None."
-            )
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """A loss that is not finite stops the run before the update, unless the Trainer's own callback says else."""
-        given = self.trainer.callbacks  # type: ignore[attr-defined]
-        own = any(isinstance(callback, FiniteLoss) for callback in given)
-        return [*super().configure_callbacks(), *([] if own else [FiniteLoss()])]
-
     # -- one step ----------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The total loss of a batch; every objective is logged by name."""
+        first = self._check_batch(batch)
+        student, teacher = self.signals(batch, with_teacher=self._needs_teacher)
+        if first:
+            check_signals(student, teacher, any_vocabulary=not self.pairing.same_answers)
+        losses, _ = self.mean_losses(student, teacher)
+        rows = len(student.logits)
+        self.log_dict({f"train_{name}": loss.detach() for name, loss in losses.items()}, batch_size=rows)
+        loss = self.total_loss(self.weighed_in_step("objectives", losses, self._counts))
+        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=rows)
+        for term in self.loss_terms.values():
+            loss = term(loss, batch, student, teacher)
+        return loss
+
+    def signals(self, batch: Any, *, with_teacher: bool) -> tuple[Signals, Signals | None]:
+        """What both forwards leave behind.
+
+        Args:
+            batch: The batch.
+            with_teacher: Whether the teacher is asked.
+
+        Returns:
+            The student's and the teacher's signals; without logits where the vocabulary is large and nothing needs them
+            whole.
+        """
+        with nullcontext() if self._own_steps else self.forwards.step(self.student, batch):
+            source = self.teacher_step if self.teacher_source_has_own_order else self.teacher_source
+            teacher = source(batch) if with_teacher else None
+            student = self.student_step(batch)
+        for signals in (student, *([] if teacher is None else [teacher])):
+            self._task.settle(signals)
+        return student, teacher
+
+    def mean_losses(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
+        """Each objective's mean over what counts, on all ranks, and how much counts, shape ``[objectives]``."""
+        runs = self._trainer is not None
+        losses = sums_and_counts(self._each_objective(), student, teacher, labels_may_lack=runs)
+        counts = self._mean_over_ranks(torch.stack([count for _, count in losses.values()]).float())
+        if runs and self.trainer.state.stage is not None:
+            self._counted.add(self.trainer.state.stage.value, counts)
+        counts = counts.clamp(min=torch.finfo(counts.dtype).tiny)
+        return {name: total / count for (name, (total, _)), count in zip(losses.items(), counts, strict=True)}, counts
+
+    def losses(self, batch: Any) -> dict[str, Tensor]:
+        """Each objective's loss on a batch, by name, unweighted: the mean over what counts, over all ranks."""
+        return self.mean_losses(*self.signals(batch, with_teacher=self._needs_teacher))[0]
 
     def forward(self, batch: Any) -> Tensor:
         """Logits of the student for a batch, as the student gives them."""
@@ -318,159 +293,43 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         self.forwards.look("student", self.student, batch)
         return logits_of(call_model(self.student, batch))
 
-    def losses(self, batch: Any) -> dict[str, Tensor]:
-        """Each objective's loss on a batch, by name, unweighted: the mean over what counts, over all ranks."""
-        student, teacher = self._signals(batch, self._needs_teacher)
-        return self._reduce(student, teacher)[0]
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The total loss of a batch; every objective is logged by name."""
-        first = "train" not in self._checked
-        self._check_batch(batch)
-        student, teacher = self._signals(batch, self._needs_teacher)
-        if first:
-            preflight.check_signals(student, teacher, any_vocabulary=not self._same_answers)
-        losses, _ = self._reduce(student, teacher)
-        size = len(student.logits)
-        self.log_dict({f"train_{name}": value.detach() for name, value in losses.items()}, batch_size=size)
-        if (shares := self._shares_of_step("objectives", self._counts)) is not None:
-            losses = {name: loss * share for (name, loss), share in zip(losses.items(), shares, strict=True)}
-        loss = self.total_loss(losses)
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=size)
-        return loss
-
     def _counts(self, batch: Any) -> Tensor:
-        """How much of a batch counts for each objective, shape ``[objectives]``."""
+        """How much of a batch counts for each objective, shape ``[objectives]``, before it is trained on."""
         objectives = self._each_objective().values()
-        if not self._has_own_steps and all(objective.counts_ahead for objective in objectives):
-            student, teacher = (before(self.task, batch_of(role, batch)) for role in ("student", "teacher"))
+        if not self._own_steps and all(objective.counts_ahead for objective in objectives):
+            student, teacher = (before(self._task, batch_of(role, batch)) for role in ("student", "teacher"))
             counts = [objective.count(student, teacher) for objective in objectives]
             if not any(count is None for count in counts):
                 return torch.stack(counts)  # type: ignore[arg-type]
         with evaluating(self.student), torch.no_grad():
-            return self._reduce(*self._signals(batch, self._needs_teacher))[1]
+            return self.mean_losses(*self.signals(batch, with_teacher=self._needs_teacher))[1]
 
-    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Losses, the student's metric and its agreement with the teacher."""
-        self._evaluate(batch, "val", dataloader_idx)
-
-    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As :meth:`validation_step`, logged as ``test_...``."""
-        self._evaluate(batch, "test", dataloader_idx)
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        """Logits of the student."""
-        return self(batch)
-
-    def _evaluate(self, batch: Any, stage: str, dataloader_idx: int = 0) -> None:
-        self._check_batch(batch)
-        student, teacher = self._signals(batch, self.teacher is not None)
-        losses, counts = self._reduce(student, teacher)
-        # Weights of classes make fractions of them.
-        sizes: list[Any] = [int(count) if count.is_integer() else count for count in counts.tolist()]
-        for (name, value), size in zip(losses.items(), sizes, strict=True):
-            self.log(f"{stage}_{name}", value, batch_size=size, sync_dist=True)
-        self.log(f"{stage}_loss", self.total_loss(losses), batch_size=max(sizes), sync_dist=True)
-
-        scores, path = self.scores(stage, dataloader_idx), f"_scores.{_key(stage, dataloader_idx)}"
-        compares = teacher is not None and self._same_answers
-        scored = student.labels is not None and "student" not in self.forwards.headless
-        scores.update(student, teacher if compares else None, scored)
-        if compares:
-            self.log(f"{stage}_agreement", scores.agreement, prog_bar=True, metric_attribute=f"{path}.agreement")
-        # One process of several may not have met a label yet; they compute together.
-        if scored and (scores.has_scores or self.trainer.world_size > 1):
-            for name, metric in scores.metrics.items():
-                attribute = f"{path}.metrics.{name}"
-                self.log(f"{stage}_{name}", metric, prog_bar=True, metric_attribute=attribute)  # type: ignore[arg-type]
-
-    def scores(self, stage: str, dataloader_idx: int = 0) -> Scores:
-        """What the student is scored by on one dataloader.
-
-        Args:
-            stage: ``"val"`` or ``"test"``.
-            dataloader_idx: Which of several dataloaders.
-        """
-        key = _key(stage, dataloader_idx)
-        if key not in self._scores:
-            self._scores[key] = self.scores(stage).fresh()
-        scores = self._scores[key]
-        assert isinstance(scores, Scores)
-        return scores
-
-    def _check_batch(self, batch: Any) -> None:
-        """Refuse a batch without a real token or with an impossible label.
-
-        Every batch on the CPU, where looking is free; elsewhere the first one of each stage, as each look would make
-        the device wait.
-        """
+    def _check_batch(self, batch: Any) -> bool:
         stage = self.trainer.state.stage
-        where = stage.value if stage else ""
-        labels = labels_of(batch)
-        if labels is None or labels.device.type == "cpu" or where not in self._checked:
-            self._warn_of_no_label(batch, where)
-        if where in self._checked and not (labels is not None and labels.device.type == "cpu"):
-            return
-        field = "vocab_size" if self.task in LANGUAGE_MODELS else "num_labels"
-        config, name = getattr(self.student, "config", None), f"a batch of the {where} data"
         # What the config of a body says of classes is a default that nobody chose.
-        num_classes = None if "student" in self.forwards.headless else getattr(config, field, None)
-        preflight.check_batch(self.task, batch, num_classes, name)
-        if where not in self._checked:
+        config = None if "student" in self.pairing.headless else getattr(self.student, "config", None)
+        num_classes = getattr(config, self._task.num_classes_field, None)
+        first = self._batch_check(batch, stage.value if stage else "", num_classes)
+        if first:
             self.forwards.look_again()
-        self._checked.add(where)
-
-    def _warn_of_no_label(self, batch: Any, where: str) -> None:
-        needy = [name for name, objective in self._each_objective().items() if objective.needs_labels]
-        if self.task in LANGUAGE_MODELS:
-            needy = list(self._each_objective())
-        if needy and not self._has_warned and not tasks.has_label(self.task, batch):
-            self._has_warned = True
-            warnings.warn(
-                f"A batch of the {where} data has no label, so it counts nothing for {needy}; neither will others.",
-                stacklevel=2,
-            )
-
-    @property
-    def _has_own_steps(self) -> bool:
-        own = type(self).student_step, type(self).teacher_step
-        return own != (DistillationModule.student_step, DistillationModule.teacher_step)
-
-    def _signals(self, batch: Any, with_teacher: bool) -> tuple[Signals, Signals | None]:
-        """What both forwards left behind; without logits where the vocabulary is large and nothing needs them whole."""
-        models: dict[str, Any] = {}
-        if not self._has_own_steps:
-            models = {"student": self.student} | ({"teacher": self.teacher} if with_teacher else {})
-            # Before the teacher runs, so that what the student cannot read is said first.
-            self.forwards.look("student", self.student, batch_of("student", batch))
-        with self.forwards.deferring(models):
-            teacher = self.teacher_step(batch) if with_teacher else None
-            student = self.student_step(batch)
-        if self.forwards.was_wrong(student, teacher):
-            return self._signals(batch, with_teacher)
-        for signals in (student, teacher):
-            if signals is not None:
-                tasks.settle(self.task, signals)
-        return student, teacher
-
-    def _reduce(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
-        """Each objective's mean over what counts, and how much counts for each, shape ``[objectives]``."""
-        found = {} if student.deferred is None else deferred_losses(self._each_objective(), student, teacher)
-        for name, objective in self._each_objective().items():
-            if name not in found:
-                unlabelled = self._trainer is not None and student.labels is None and objective.needs_labels
-                loss = Loss(student.logits.flatten()[:0].float()) if unlabelled else objective(student, teacher)
-                found[name] = loss.sum(), loss.count()
-        losses = {name: found[name] for name in self._each_objective()}
-        counts = torch.stack([count for _, count in losses.values()]).float()
-        counts = self._mean_over_ranks(counts)
-        if self._trainer is not None and self.trainer.state.stage is not None:
-            self._counted.add(self.trainer.state.stage.value, counts)
-        counts = counts.clamp(min=torch.finfo(counts.dtype).tiny)
-        means = {name: total / count for (name, (total, _)), count in zip(losses.items(), counts, strict=True)}
-        return means, counts
+        return first
 
     # -- hooks -------------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """The optimizer over the student's and the objectives' trainable parameters, and its schedule."""
+        parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        lr = 5e-5 if hasattr(self.student, "config") else 1e-3
+        return configured(parameters, self._optimizer, self._lr_scheduler, lr=lr, **self._schedule)
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """A loss that is not finite stops the run before the update, unless the Trainer's own callback says else."""
+        given, strategy = self.trainer.callbacks, self.trainer.strategy  # type: ignore[attr-defined]
+        if isinstance(strategy, ModelParallelStrategy):
+            # Nowhere else is there anything to do, and a module that has this hook is warned of by WeightAveraging.
+            self.configure_model = self.shard  # type: ignore[method-assign]
+        own = any(isinstance(callback, FiniteLoss) for callback in given)
+        return [*super().configure_callbacks(), *([] if own else [FiniteLoss()])]
 
     def setup(self, stage: str) -> None:
         """Refuse a Trainer that would train or save something else than is meant, and data of other classes.
@@ -478,15 +337,15 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         A CPU that emulates bfloat16 is said.
         """
         super().setup(stage)
-        if self.task not in LANGUAGE_MODELS:
-            preflight.check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
+        if not self._task.of_words:
+            check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
         models = {"student": self.student, "teacher": self.teacher}
-        precision.warn_of_slow_bf16(str(self.trainer.precision), models, self.trainer.strategy.root_device)
+        warn_of_slow_bf16(str(self.trainer.precision), models, self.trainer.strategy.root_device)
         if stage == "fit":
             parallel.check_trainer(self.trainer, self.student, self.teacher)
             parallel.look_for_unused(self.trainer.strategy, self._each_objective().values())
 
-    def configure_model(self) -> None:
+    def shard(self) -> None:
         """Under ``ModelParallelStrategy``: split student, teacher and objectives by plan and shard them by layer."""
         mesh = self.device_mesh
         if mesh is None or parallel.is_parallel(self):
@@ -498,7 +357,7 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
     def on_fit_start(self) -> None:
         """Refuse an optimizer that would divide by 0."""
         for optimizer in self.trainer.optimizers:
-            preflight.check_eps(optimizer)
+            check_eps(optimizer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Tell the objectives how much of the training is done, for their schedules."""
@@ -514,44 +373,6 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
         steps = self.trainer.estimated_stepping_batches
         for objective in self._each_objective().values():
             objective.set_progress(min(1.0, self.global_step / steps) if steps else 0.0)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the norm of the gradient on the steps that are logged; GradientClipping logs the one it computes."""
-        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        clips = any(getattr(callback, "checks_gradients", False) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
-        if not clips and every and (self.global_step + 1) % every == 0:
-            gradients = [gradient for p in self.parameters() if (gradient := gradient_of(p)) is not None]
-            norm = total_norm(group_tensors(gradients))
-            # A fused optimizer unscales in its step, which is to come.
-            fused = scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False)
-            self.log("grad_norm", norm / scaler.get_scale() if fused else norm)
-        self._scale = None if scaler is None else scaler.get_scale()
-
-    def lr_scheduler_step(self, scheduler: Any, metric: Any | None) -> None:
-        """Step the schedule, unless it follows the steps and the GradScaler has left this one out."""
-        scaler: Any = getattr(self.trainer.precision_plugin, "scaler", None)
-        config = next(config for config in self.trainer.lr_scheduler_configs if config.scheduler is scheduler)
-        follows = config.interval == "step" and config.frequency == 1
-        # It lowers its scale then, and only then.
-        if follows and self._scale is not None and scaler.get_scale() < self._scale:
-            return
-        super().lr_scheduler_step(scheduler, metric)
-
-    def on_train_epoch_end(self) -> None:
-        """Refuse training data without a label; see :class:`lightning_distill.step.counting.Counted`."""
-        self._counted.check("train", lambda counts: counts)
-
-    def on_validation_epoch_end(self) -> None:
-        """Refuse validation data without a label."""
-        self._check_counted("validate")
-
-    def on_test_epoch_end(self) -> None:
-        """Refuse test data without a label."""
-        self._check_counted("test")
-
-    def _check_counted(self, stage: str) -> None:
-        self._counted.check(stage, lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum"))
 
     def on_fit_end(self) -> None:
         """Refuse a fit in which there was nothing to learn from."""
@@ -582,7 +403,3 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule):
             )
         self.release_hooks()
         return export(self.student, folder, self.tokenizer)
-
-
-def _key(stage: str, dataloader_idx: int) -> str:
-    return f"{stage}_{dataloader_idx}" if dataloader_idx else stage

@@ -10,10 +10,10 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 
-from lightning_distill import tasks
 from lightning_distill.early_exit.criteria import Criterion
 from lightning_distill.early_exit.inference import EarlyExitInference
 from lightning_distill.models.batch import IGNORE_INDEX
+from lightning_distill.tasks import TASKS
 
 
 @dataclass
@@ -132,7 +132,7 @@ def _answers_of(model: EarlyExitInference, batch: Any) -> Answers:
     task, device = model.ramps.task, next(model.parameters()).device
     batch = move_data_to_device(batch, device)
     asked, final = model.answers(batch)
-    final, labels, mask = tasks.align(task, final, batch)
+    final, labels, mask = TASKS[task].align(final, batch)
     if labels is None:
         labels = torch.full(final.shape[:-1], IGNORE_INDEX, device=device)
     labels = labels.argmax(-1) if labels.is_floating_point() else labels
@@ -140,7 +140,7 @@ def _answers_of(model: EarlyExitInference, batch: Any) -> Answers:
     # A sequence without a real item would have no measure: it is not counted.
     counted = items.view(len(items), -1).any(1)
     sequence = (counted.cumsum(0) - 1).view(-1, *[1] * (items.ndim - 1)).expand(items.shape)
-    logits = torch.stack([*(tasks.answers(task, logits) for logits, _ in asked.values()), final])[:, items]
+    logits = torch.stack([*(TASKS[task].answers(logits) for logits, _ in asked.values()), final])[:, items]
     gates = [gate for _, gate in asked.values() if gate is not None]
     return Answers(
         logits.float().cpu(),

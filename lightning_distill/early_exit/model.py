@@ -7,19 +7,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_distill import tasks
 from lightning_distill.early_exit.calibration import calibrate
 from lightning_distill.early_exit.criteria import criterion_from
 from lightning_distill.early_exit.inference import EarlyExitInference, Prediction
 from lightning_distill.early_exit.onnx import export_onnx
 from lightning_distill.early_exit.ramps import CONFIG, Ramps
 from lightning_distill.early_exit.report import Calibration
+from lightning_distill.models.class_names import check_data_classes
 from lightning_distill.models.exporting import source_of, write_model
 from lightning_distill.models.files import BROKEN, one_line, read_json
 from lightning_distill.models.folders import writing
 from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.quantization.checkpoint import load as load_quantized
-from lightning_distill.step.checks import check_data_classes
+from lightning_distill.tasks import TASKS
 
 
 class EarlyExitModel(EarlyExitInference):
@@ -71,14 +71,14 @@ class EarlyExitModel(EarlyExitInference):
         """Log the metric of the task as ``test_<metric>`` and the mean number of layers as ``test_mean_depth``."""
         logits, exit_layer = self.predict(batch)
         task = self.ramps.task
-        logits, labels, mask = tasks.align(task, logits, batch)
+        logits, labels, mask = TASKS[task].align(logits, batch)
         self.log("test_mean_depth", (exit_layer + 1).float().mean(), batch_size=len(exit_layer), sync_dist=True)
         if labels is not None:
-            (name, metric), attribute = tasks.default_metric(task), f"metric_{dataloader_idx}"
+            (name, metric), attribute = TASKS[task].metric(), f"metric_{dataloader_idx}"
             if not hasattr(self, attribute):
                 setattr(self, attribute, metric.to(self.device))
             metric = getattr(self, attribute)
-            metric.update(*tasks.flatten(task, logits, labels, mask))
+            metric.update(*TASKS[task].scored(logits, labels, mask))
             self.log(f"test_{name}", metric, metric_attribute=attribute)
 
     def calibrate(self, dataloader: Iterable[Any], **options: Any) -> Calibration:

@@ -11,14 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_distill import tasks
 from lightning_distill.arguments import integer, one_of, typed
 from lightning_distill.early_exit.criteria import Confidence, Criterion, criterion_from
 from lightning_distill.models.class_names import class_names, class_order
 from lightning_distill.models.files import BROKEN, Tensors, one_line, read_json
-from lightning_distill.models.heads import Task
 from lightning_distill.signals.description import describe, find_layers, get_submodule
 from lightning_distill.students.initialization import Policy, initialize
+from lightning_distill.tasks import TaskName, infer_task
 
 RampKind = Literal["auto", "linear", "pooler", "attention"]
 Pooling = Literal["first", "last", "none"]
@@ -124,7 +123,7 @@ class Ramps(nn.ModuleDict):
         pooling: Pooling = "first",
         *,
         layers: str | None = None,
-        task: Task = "classification",
+        task: TaskName = "classification",
         criterion: dict[str, Any] | None = None,
         class_names: list[str] | None = None,
     ) -> None:
@@ -323,7 +322,7 @@ def make_ramps(
     *,
     kind: RampKind = "auto",
     criterion: Criterion | None = None,
-    task: Task | Literal["auto"] = "auto",
+    task: TaskName | Literal["auto"] = "auto",
     layers: str | None = None,
     widths: int | Sequence[int] | None = None,
     num_outputs: int | None = None,
@@ -362,7 +361,7 @@ def make_ramps(
     stack = find_stack(student, layers)
     chosen = resolve_exits(exits, len(stack))
     if task == "auto":
-        task = tasks.infer_task(student)
+        task = infer_task(student)
     if task not in ("classification", "regression", "token_classification"):
         raise ValueError(
             "Expected argument `task` to be 'classification', 'regression' or 'token_classification', but got "

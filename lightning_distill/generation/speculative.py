@@ -13,7 +13,7 @@ from lightning_distill.generation.sampling import Prompt, own_settings_aside, pa
 from lightning_distill.generation.speed import tokens_per_second
 from lightning_distill.models.calling import evaluating
 from lightning_distill.models.tokenizers import check_vocabulary
-from lightning_distill.step.checks import check_not_shared
+from lightning_distill.step.pairing import check_not_shared
 
 
 @dataclass

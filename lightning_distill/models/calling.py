@@ -10,7 +10,7 @@ from typing import Any, get_args, get_type_hints
 from torch import Tensor, nn
 
 from lightning_distill.models.batch import LABEL_KEYS
-from lightning_distill.models.heads import TOKEN_TASKS, Task, task_of_class
+from lightning_distill.models.heads import task_of_class
 from lightning_distill.models.wrapped import inside
 
 
@@ -92,10 +92,10 @@ def gives_logits(model: nn.Module) -> bool:
     return not outputs or any(field.name == "logits" for kind in outputs for field in fields(kind))
 
 
-def no_logits(task: Task, output: Any) -> Tensor:
-    """Logits of width 0, of a model that gives none: of each row or, in token tasks, of each token."""
+def no_logits(output: Any, *, of_tokens: bool) -> Tensor:
+    """Logits of width 0, of a model that gives none: of each row or of each token."""
     first = next(value for value in output.values() if isinstance(value, Tensor))
-    return (first if task in TOKEN_TASKS else first.flatten(1))[..., :0]
+    return (first if of_tokens else first.flatten(1))[..., :0]
 
 
 def logits_of(output: Any) -> Tensor:

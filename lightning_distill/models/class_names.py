@@ -144,3 +144,30 @@ def class_order(
             "the other."
         )
     return None if index == sorted(index) else torch.tensor(index)
+
+
+def check_data_classes(model: nn.Module, data: Any) -> None:
+    """Refuse data whose classes are numbered in another order than those of a model.
+
+    Args:
+        model: The model that learns from the data, or is tested on it.
+        data: A LightningDataModule with ``label_names``, as :class:`lightning_distill.data.TextClassificationData`;
+            anything else is taken as it is.
+
+    Raises:
+        ValueError: If both name their classes, and their numbers or names differ, or their order.
+    """
+    names, of_data = class_names(model, "student"), getattr(data, "label_names", None)
+    # Labels that are whole numbers are the names of nothing.
+    if (
+        not names
+        or not of_data
+        or not isinstance(of_data, (list, tuple))
+        or all(str(name).lstrip("-").isdigit() for name in of_data)
+    ):
+        return
+    if class_order(names, of_data, "student", "the data") is not None:
+        raise ValueError(
+            f"Expected the data to number their classes as the student does, {names}, but got {list(of_data)}. Pass "
+            f"`label_names={names}` to the data."
+        )

@@ -6,18 +6,11 @@ from torch import nn
 
 from lightning_distill.models.wrapped import inside
 
-Task = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
-
-
-#: Tasks whose logits have one row per token.
-TOKEN_TASKS = ("token_classification", "masked_lm", "causal_lm")
-
-
+TaskName = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
 #: Token tasks whose classes are the words of a vocabulary.
 LANGUAGE_MODELS = ("masked_lm", "causal_lm")
 
-
-_SUFFIXES: tuple[tuple[str, Task], ...] = (
+_SUFFIXES: tuple[tuple[str, TaskName], ...] = (
     ("ForSequenceClassification", "classification"),
     ("ForImageClassification", "classification"),
     ("ForTokenClassification", "token_classification"),
@@ -27,7 +20,7 @@ _SUFFIXES: tuple[tuple[str, Task], ...] = (
 )
 
 
-def task_of_class(kind: type) -> Task | None:
+def task_of_class(kind: type) -> TaskName | None:
     """The task that a transformers class is made for, or what it is derived from; None where it has no head."""
     # A class of the user's own is what it is derived from, whatever its name.
     names = [base.__name__ for base in kind.__mro__]

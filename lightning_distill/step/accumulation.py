@@ -41,10 +41,22 @@ class AccumulatingModule(L.LightningModule):
             counts = self._mean_over_ranks(count(batch).float()[None])
         return mean * _share(count(batch).float(), counts)
 
-    def _shares_of_step(self, name: str, count: Callable[[Any], Tensor]) -> Tensor | None:
-        """How much the means of the batch under way, taken over all processes, weigh; None where it is the step."""
+    def weighed_in_step(self, name: str, means: dict[str, Tensor], count: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+        """Weigh the means of the batch under way, taken over all processes, as :meth:`mean_over_step` does one.
+
+        Args:
+            name: A name that no other such losses have.
+            means: Scalars by name.
+            count: Gives the number of items of any batch of the step, shape ``[means]``.
+
+        Returns:
+            Scalars by name.
+        """
         counts = self._counts_in_step(name, count)
-        return None if counts is None else _share(counts[self._window.place], counts)
+        if counts is None:
+            return means
+        shares = _share(counts[self._window.place], counts)
+        return {name: mean * share for (name, mean), share in zip(means.items(), shares, strict=True)}
 
     def _counts_in_step(self, name: str, count: Callable[[Any], Tensor]) -> Tensor | None:
         window = self._window

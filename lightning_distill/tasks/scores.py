@@ -7,13 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics import Metric, MetricCollection
 
-from lightning_distill import tasks
-from lightning_distill.models.heads import Task
 from lightning_distill.signals.parts import parts
 from lightning_distill.signals.signals import Signals
-from lightning_distill.tasks.metrics import Pearson
+from lightning_distill.tasks.task import Task
 
 Metrics = Metric | MetricCollection | Mapping[str, Metric] | Sequence[Metric]
 
@@ -62,16 +60,16 @@ class Scores(nn.Module):
     """The metrics of one dataloader, which keep what they have seen until they are computed.
 
     Args:
-        task: The name of the task.
+        task: The task.
         metrics: See :func:`by_name`; None for the task's own.
     """
 
     def __init__(self, task: Task, metrics: Metrics | None) -> None:
         super().__init__()
-        self.task: Task = task
-        named = dict([tasks.default_metric(task)]) if metrics is None else by_name(metrics)
+        self.task = task
+        named = dict([task.metric()]) if metrics is None else by_name(metrics)
         self.metrics = nn.ModuleDict({name: metric.clone() for name, metric in named.items()})
-        self.agreement: Metric = Pearson() if task == "regression" else MeanMetric()
+        self.agreement: Metric = task.agreement_metric()
 
     def update(self, student: Signals, teacher: Signals | None, scored: bool = True) -> None:
         """Add a batch.
@@ -83,10 +81,10 @@ class Scores(nn.Module):
         """
         for part, of_teacher in parts(student, teacher):
             if of_teacher is not None:
-                self.agreement.update(*tasks.agreement(self.task, part, of_teacher))
+                self.agreement.update(*self.task.agreement(part, of_teacher))
             if part.labels is None or not scored:
                 continue
-            logits, labels = tasks.flatten(self.task, part.logits, part.labels, part.mask)
+            logits, labels = self.task.scored(part.logits, part.labels, part.mask)
             if len(labels):
                 for metric in self.metrics.values():
                     assert isinstance(metric, Metric)

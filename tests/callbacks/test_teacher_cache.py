@@ -250,7 +250,7 @@ def test_a_step_of_the_users_own_is_kept_for_students_of_the_same_classes(tmp_pa
                 cache.attach(module)
             continue
         cache.attach(module)
-        torch.testing.assert_close(module.teacher_step(data).logits, plain)
+        torch.testing.assert_close(module.teacher_source(data).logits, plain)
         cache.detach()
         assert cache.misses == misses
 
@@ -314,7 +314,7 @@ def test_nested_batches(name: str, tmp_path: Path) -> None:
     for misses in (4, 0):
         cache = TeacherCache(tmp_path / "cache", top_k=None, dtype="float32")
         cache.attach(module)
-        torch.testing.assert_close(module.teacher_step(data).logits, plain)
+        torch.testing.assert_close(module.teacher_source(data).logits, plain)
         cache.detach()
         assert cache.misses == misses
 

@@ -28,6 +28,7 @@ from lightning_distill.objectives import (
 )
 from lightning_distill.signals.signals import Signals
 from lightning_distill.step.forwards import before
+from lightning_distill.tasks import TASKS
 from tests.helpers.models import batch, bert, llama
 
 X = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
@@ -396,7 +397,7 @@ def test_a_validation_within_a_window_disturbs_nothing(tmp_path: Path) -> None:
 
 def test_labels_and_masks_are_all_that_is_known_of_a_batch_ahead() -> None:
     made = batch("causal_lm", rows=3)
-    signals = before("causal_lm", made)
+    signals = before(TASKS["causal_lm"], made)
     assert signals.logits.shape == (3, 7, 0)
     assert signals.mask is not None
     assert torch.equal(signals.mask, made["labels"][:, 1:] != -100)

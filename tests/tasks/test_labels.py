@@ -19,7 +19,7 @@ from lightning_distill import DistillationModule
 from lightning_distill.callbacks import GPTQ, EarlyExit, TeacherCache
 from lightning_distill.early_exit import Confidence, EarlyExitModel, Entropy, Margin, Patience, calibrate, make_ramps
 from lightning_distill.objectives import Decoupled, HardLabel, LogitsMSE, SoftTarget, TopKSoftTarget
-from lightning_distill.tasks.task import has_label
+from lightning_distill.tasks import TASKS
 from tests.helpers.models import batch, bert, llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:The number of training batches .* is smaller than the logging interval")
@@ -295,7 +295,7 @@ def test_real_values_of_a_plain_module() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             module.losses((x, labels))
-    assert has_label("regression", (x, torch.full((6, 2), -100.0)))
+    assert TASKS["regression"].has_label((x, torch.full((6, 2), -100.0)))
     for objective in (TopKSoftTarget(), Decoupled()):
         with pytest.raises(ValueError, match="objectives on real values in regression"):
             DistillationModule(linear(4, 2), linear(4, 2, 1), [objective], task="regression")
@@ -352,7 +352,7 @@ def test_sentences_without_labels_are_learned_from_the_teacher() -> None:
     labelled = rows["labels"][:2]
     module = DistillationModule(make(), make(), [SoftTarget(1.0), HardLabel()]).eval()
     mixed = {**rows, "labels": torch.cat([labelled, torch.full_like(labelled, -100)])}
-    student, _ = module._signals(mixed, True)
+    student, _ = module.signals(mixed, with_teacher=True)
     assert student.mask is not None
     assert student.mask.tolist() == rows["attention_mask"].bool().tolist()
     found = module.losses(mixed)

@@ -1,0 +1,22 @@
+"""One class a row."""
+
+from torch import Tensor
+
+from lightning_distill.functional.binary import two_logits
+from lightning_distill.signals.signals import Signals
+from lightning_distill.tasks.task import Task, row_logits
+
+
+class Classification(Task):
+    """One class a row; a model of one logit has two classes."""
+
+    name = "classification"
+
+    def answers(self, logits: Tensor) -> Tensor:
+        """Logits ``[B, C]`` of at least two classes."""
+        return two_logits(row_logits(self, logits, "rows, classes"))
+
+    def settle(self, signals: Signals) -> None:
+        """Two classes where there was one logit."""
+        super().settle(signals)
+        signals.logits = two_logits(signals.logits)
