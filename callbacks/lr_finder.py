@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
@@ -19,10 +19,7 @@ from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.functional.range_test import Suggestion, lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.optim.peak_lr import peak_lrs, scale_peak_lrs, set_lr
 from lightning_distill.optim.recommended import LRRange
-from lightning_distill.training.dry_run import rehearse, stateful_parts
-from lightning_distill.training.snapshot import Snapshot, available_host_memory
-
-_RULES: tuple[Suggestion, ...] = ("valley", "steepest", "slide", "minimum")
+from lightning_distill.training.dry_run import available_host_memory, dry_run, num_bytes, stateful_parts
 
 
 @typed
@@ -100,7 +97,7 @@ class LRFinder(L.Callback):
         output_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
-        one_of("suggestion", suggestion, _RULES)
+        one_of("suggestion", suggestion, get_args(Suggestion))
         one_of("mode", mode, ("exponential", "linear"))
         one_of("snapshot", snapshot, ("auto", "memory", "disk"))
         between("min_lr", min_lr, 0)
@@ -119,12 +116,9 @@ class LRFinder(L.Callback):
                 "Expected argument `recommended_range` to be a pair of positive, rising learning rates, but got "
                 f"{recommended_range!r}."
             )
-        if isinstance(keep_callbacks, str):
-            raise ValueError(f"Expected argument `keep_callbacks` to be a list of names, but got {keep_callbacks!r}.")
-        self.suggestion, self.min_lr, self.max_lr, self.num_steps, self.mode = (
-            suggestion, min_lr, max_lr, num_steps, mode,
-        )  # fmt: skip
-        self.monitor, self.val_batches, self.smoothing, self.divergence = monitor, val_batches, smoothing, divergence
+        self.suggestion, self.min_lr, self.max_lr, self.num_steps = suggestion, min_lr, max_lr, num_steps
+        self.mode, self.monitor, self.val_batches = mode, monitor, val_batches
+        self.smoothing, self.divergence = smoothing, divergence
         self.attribute, self.keep_callbacks, self.snapshot = attribute, tuple(keep_callbacks), snapshot
         self.recommended_range = None if recommended_range is None else tuple(recommended_range[:2])
         self.output_dir = output_dir
@@ -148,11 +142,12 @@ class LRFinder(L.Callback):
                 "Expected argument `strategy` of the Trainer to leave weights and optimizers to callbacks, but got "
                 "DeepSpeedStrategy; find the learning rate under another strategy, such as ModelParallelStrategy"
             )
-        peaks = peak_lrs(trainer.optimizers, _schedules(trainer))
         attribute = self._attribute(pl_module)
         held = None if attribute is None else float(lightning_getattr(pl_module, attribute))  # type: ignore[arg-type]
-        named = held is not None and any(math.isclose(lr, held) for group in peaks for lr in group)
-        configured = held if named and held is not None else peaks[0][0]
+        peaks = peak_lrs(trainer.optimizers, _schedules(trainer))
+        configured = peaks[0][0]
+        if held is not None and any(math.isclose(lr, held) for group in peaks for lr in group):
+            configured = held
         if configured <= 0:
             raise ValueError(
                 f"Expected the first parameter group to have a positive learning rate, but got {configured}"
@@ -160,41 +155,21 @@ class LRFinder(L.Callback):
         ratios = [[peak / configured for peak in group] for group in peaks]
         report = self._sweep(trainer, ratios) | {"configured_lr": configured, "problem": None}
         try:
-            lrs, smoothed = trim_curve(
-                report["lrs"], report["losses"], self.smoothing, skip_start=max(1, self.num_steps // 10)
-            )
-            report["suggestions"] = {rule: lr_suggestion(lrs, smoothed, rule) for rule in _RULES}
+            curve = trim_curve(report["lrs"], report["losses"], self.smoothing, max(1, self.num_steps // 10))
+            report["suggestions"] = {rule: lr_suggestion(*curve, rule) for rule in get_args(Suggestion)}
         except ValueError as problem:
             report["problem"] = str(problem)
             rank_zero_warn(f"LRFinder keeps the configured learning rate {configured:g}. {problem}")
         else:
-            self.lr = trainer.strategy.broadcast(report["suggestions"][self.suggestion])
-            self._apply(trainer, pl_module, attribute, configured, ratios)
-            rank_zero_info(f"LRFinder: learning rate {self.lr:.3g} in place of {configured:.3g} ({self.suggestion})")
-            self._check_recommended()
+            self.lr = found = float(trainer.strategy.broadcast(report["suggestions"][self.suggestion]))
+            if attribute is not None and held is not None:
+                new = found if held == configured else held * found / configured
+                lightning_setattr(pl_module, attribute, new)
+                trainer.strategy.setup_optimizers(trainer)
+                _optimizers_to_device(trainer.strategy.optimizers, trainer.strategy.root_device)
+            _set_peaks(trainer, [[ratio * found for ratio in group] for group in ratios])
+            rank_zero_info(f"LRFinder: learning rate {found:.3g} in place of {configured:.3g} ({self.suggestion})")
         self._save(trainer, report | {"lr": self.lr})
-
-    def _apply(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        attribute: str | None,
-        configured: float,
-        ratios: list[Any],
-    ) -> None:
-        wanted = self.lr
-        assert wanted is not None
-        if attribute is not None:
-            held = float(lightning_getattr(pl_module, attribute))  # type: ignore[arg-type]
-            value = held * wanted / configured
-            lightning_setattr(pl_module, attribute, wanted if held == configured else value)
-            trainer.strategy.setup_optimizers(trainer)
-            _optimizers_to_device(trainer.strategy.optimizers, trainer.strategy.root_device)
-        factors = [
-            [_factor(ratio * wanted, now) for ratio, now in zip(*group, strict=True)]
-            for group in zip(ratios, peak_lrs(trainer.optimizers, _schedules(trainer)), strict=True)
-        ]
-        scale_peak_lrs(trainer.optimizers, _schedules(trainer), factors)
 
     def _attribute(self, pl_module: L.LightningModule) -> str | None:
         names = ("lr", "learning_rate") if self.attribute is None else (self.attribute,)
@@ -213,9 +188,9 @@ class LRFinder(L.Callback):
         kept = [c for c in trainer.callbacks if {cls.__name__ for cls in type(c).__mro__} & set(self.keep_callbacks)]
         sweep, file = _Sweep(self, ratios), self._snapshot_file(trainer)
         val_batches = 0 if self.monitor is None else self.val_batches
-        rehearse(trainer, sweep, kept, max_steps=self.num_steps, val_batches=val_batches, file=file)
+        dry_run(trainer, sweep, kept, max_steps=self.num_steps, val_batches=val_batches, file=file)
         return {
-            "lrs": sweep.lrs,
+            "lrs": sweep.plan[: len(sweep.losses)],
             "losses": sweep.losses,
             "smoothed": smooth_losses(sweep.losses, self.smoothing).tolist(),
             "diverged": sweep.diverged,
@@ -223,50 +198,45 @@ class LRFinder(L.Callback):
         }
 
     def _snapshot_file(self, trainer: Any) -> Path | None:
-        available, num_bytes = available_host_memory(), Snapshot.num_bytes(stateful_parts(trainer))
-        processes = trainer.num_devices  # on this machine, each with its own copy
-        fits = available is None or num_bytes * processes < 0.8 * available
+        """Where to keep the state; None for host memory."""
+        available, size = available_host_memory(), num_bytes(stateful_parts(trainer))
+        # Each process on this machine has its own copy.
+        fits = available is None or size * trainer.num_devices < 0.8 * available
         fits = trainer.strategy.reduce_boolean_decision(fits)
         in_memory = fits if self.snapshot == "auto" else self.snapshot == "memory"
         place = "host memory" if in_memory else "a file"
-        rank_zero_info(
-            f"LRFinder: sweep of {self.num_steps} steps, {num_bytes / 2**20:.0f} MiB of state kept in {place}"
-        )
-        if in_memory:
-            return None
-        folder = self._folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder / f".lr_finder_{trainer.global_rank}.pt"
+        rank_zero_info(f"LRFinder: sweep of {self.num_steps} steps, {size / 2**20:.0f} MiB of state kept in {place}")
+        return None if in_memory else self._folder(trainer) / f".lr_finder_{trainer.global_rank}.pt"
 
     def _folder(self, trainer: L.Trainer) -> Path:
-        return Path(self.output_dir if self.output_dir is not None else trainer.default_root_dir)
-
-    @rank_zero_only
-    def _check_recommended(self) -> None:
-        if self.recommended_range is None or self.lr is None:
-            return
-        low, high = self.recommended_range
-        LRRange(low, high, "look at lr_finder.png before a long training").warn_if_far(self.lr)
+        folder = Path(self.output_dir if self.output_dir is not None else trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @rank_zero_only
     def _save(self, trainer: L.Trainer, report: dict[str, Any]) -> None:
-        folder = self._folder(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
+        if self.recommended_range is not None and self.lr is not None:
+            LRRange(*self.recommended_range, "look at lr_finder.png before a long training").warn_if_far(self.lr)
         settings = ("suggestion", "min_lr", "max_lr", "num_steps", "mode", "monitor", "smoothing", "recommended_range")
         report = {name: getattr(self, name) for name in settings} | report
-        plot_sweep(report).savefig(folder / "lr_finder.png", dpi=120)
+        plot_sweep(report).savefig(self._folder(trainer) / "lr_finder.png", dpi=120)
         for name in ("losses", "smoothed"):  # JSON has no NaN
             report[name] = [loss if math.isfinite(loss) else None for loss in report[name]]
-        (folder / "lr_finder.json").write_text(json.dumps(report, indent=1))
+        (self._folder(trainer) / "lr_finder.json").write_text(json.dumps(report, indent=1))
 
 
 def _schedules(trainer: L.Trainer) -> list[Any]:
     return [config.scheduler for config in trainer.lr_scheduler_configs]
 
 
-def _factor(wanted: float, lr: float) -> float:
-    # A group that is held at zero stays there, and one that has followed already is not moved by a rounding error.
-    return 1.0 if lr == 0 or math.isclose(wanted, lr) else wanted / lr
+def _set_peaks(trainer: L.Trainer, wanted: list[list[float]]) -> None:
+    def factor(wanted: float, lr: float) -> float:
+        # A group that is held at zero stays there; one that has followed already is not moved by a rounding error.
+        return 1.0 if lr == 0 or math.isclose(wanted, lr) else wanted / lr
+
+    peaks = peak_lrs(trainer.optimizers, _schedules(trainer))
+    factors = [[*map(factor, *group)] for group in zip(wanted, peaks, strict=True)]
+    scale_peak_lrs(trainer.optimizers, _schedules(trainer), factors)
 
 
 class _Sweep(L.Callback):
@@ -275,18 +245,13 @@ class _Sweep(L.Callback):
     def __init__(self, finder: LRFinder, ratios: list[list[float]]) -> None:
         steps = torch.linspace(0, 1, finder.num_steps, dtype=torch.float64)
         low, high = finder.min_lr, finder.max_lr
-        self.plan = (
-            low * (high / low) ** steps if finder.mode == "exponential" else low + (high - low) * steps
-        ).tolist()
+        plan = low * (high / low) ** steps if finder.mode == "exponential" else low + (high - low) * steps
+        self.plan: list[float] = plan.tolist()
         self.finder, self.ratios = finder, ratios
         self.losses: list[float] = []
         self.diverged = False
         self._micro_losses: list[Tensor] = []
         self._average, self._best = 0.0, math.inf
-
-    @property
-    def lrs(self) -> list[float]:
-        return self.plan[: len(self.losses)]
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         for optimizer, ratios in zip(trainer.optimizers, self.ratios, strict=True):
@@ -341,36 +306,34 @@ def plot_sweep(report: dict[str, Any]) -> Figure:
         >>> [axes.get_xlabel() for axes in plot_sweep(report).axes]
         ['learning rate']
     """
-    lrs, losses, smoothed = report["lrs"], report["losses"], report["smoothed"]
-    suggestions, chosen = report.get("suggestions", {}), report.get("suggestion")
+    lrs, losses, curve = (torch.tensor(report[name]) for name in ("lrs", "losses", "smoothed"))
     figure = Figure(figsize=(8, 5.5), layout="constrained")
     axes = figure.subplots()
     axes.plot(lrs, losses, color="0.75", linewidth=1, label=report.get("monitor") or "training loss")
-    axes.plot(lrs, smoothed, color="C0", linewidth=2, label="smoothed")
-    for (rule, lr), marker in zip(suggestions.items(), "osD^", strict=False):
-        height = torch.tensor(smoothed)[(torch.tensor(lrs) - lr).abs().argmin()].item()
-        size, color = (12, "C3") if rule == chosen else (8, "0.25")
-        text = f"{rule} {lr:.2g}" + (" (taken)" if rule == chosen else "")
-        axes.plot([lr], [height], marker, markersize=size, color=color, markeredgecolor="white", label=text, zorder=3)
-    axes.axvline(
-        report["configured_lr"], color="0.25", linestyle=":", label=f"configured {report['configured_lr']:.2g}"
-    )
+    axes.plot(lrs, curve, color="C0", linewidth=2, label="smoothed")
+    for (rule, lr), marker in zip(report.get("suggestions", {}).items(), "osD^", strict=False):
+        taken = rule == report.get("suggestion")
+        style = {"markersize": 12, "color": "C3"} if taken else {"markersize": 8, "color": "0.25"}
+        label = f"{rule} {lr:.2g}{' (taken)' if taken else ''}"
+        axes.plot(
+            [lr], [curve[(lrs - lr).abs().argmin()]], marker, markeredgecolor="white", label=label, zorder=3, **style
+        )
+    configured = report["configured_lr"]
+    axes.axvline(configured, color="0.25", linestyle=":", label=f"configured {configured:.2g}")
     if report.get("recommended_range"):
         low, high = report["recommended_range"]
         axes.axvspan(low, high, color="C2", alpha=0.15, label=f"recommended {low:.2g} to {high:.2g}")
-    curve = torch.tensor(smoothed)
     if curve.isfinite().any():
         # Up to its lowest point, where the rules look: the explosion after it would flatten the valley.
         down = slice(0, int(curve.nan_to_num(math.inf).argmin()) + 1)
-        low, high = torch.tensor(losses)[down].quantile(torch.tensor([0.02, 0.98])).tolist()
+        low, high = losses[down].quantile(torch.tensor([0.02, 0.98])).tolist()
         low, high = min(low, curve[down].min().item()), max(high, curve[down].max().item())
         margin = 0.1 * (high - low) or 1.0
         axes.set_ylim(low - margin, high + margin)
     if report["mode"] == "exponential":
         axes.set_xscale("log")
-    axes.set(xlabel="learning rate", ylabel="loss", title="Learning-rate range test")
-    if report.get("problem"):
-        axes.set_title("Learning-rate range test: no suggestion")
+    title = "Learning-rate range test: no suggestion" if report.get("problem") else "Learning-rate range test"
+    axes.set(xlabel="learning rate", ylabel="loss", title=title)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=3, fontsize=9, frameon=False)
     return figure

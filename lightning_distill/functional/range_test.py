@@ -51,31 +51,23 @@ def _valley(lrs: Tensor, losses: Tensor) -> float:
     return lrs[end - longest + int(longest / 3) + int(longest / 6)].item()
 
 
-def _steepest(lrs: Tensor, losses: Tensor) -> float:
-    return lrs[(losses.diff() / lrs.log().diff()).argmin()].item()
-
-
 def _slide(lrs: Tensor, losses: Tensor) -> float:
     interval, threshold = 15, 0.005
-    slope = torch.gradient(losses)[0]
-    # A window slides from the right end to the left until the slopes at its two ends agree.
+    gradient = torch.gradient(losses)[0]
+    # A window slides from the right end to the left until the gradients at its two ends agree.
     right = len(losses) - 1
     chosen = lrs[right - interval]
-    while right >= interval and (slope[right] - slope[right - interval]).abs() > threshold:
+    while right >= interval and (gradient[right] - gradient[right - interval]).abs() > threshold:
         chosen = lrs[right - interval]
         right -= 1
     return chosen.item()
 
 
-def _minimum(lrs: Tensor, losses: Tensor) -> float:
-    return lrs[losses.argmin()].item() / 10
-
-
 _RULES: dict[str, Callable[[Tensor, Tensor], float]] = {
     "valley": _valley,
-    "steepest": _steepest,
+    "steepest": lambda lrs, losses: lrs[(losses.diff() / lrs.log().diff()).argmin()].item(),
     "slide": _slide,
-    "minimum": _minimum,
+    "minimum": lambda lrs, losses: lrs[losses.argmin()].item() / 10,
 }
 _FALL = 4.0  # standard errors
 _FEWEST_POINTS = 16  # the interval of "slide" and one point more

@@ -13,8 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lightning_distill.functional import range_test as lr_suggestion
-from lightning_distill.functional import smooth_losses, trim_curve
+from lightning_distill.functional import lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.functional.range_test import height_of_fall
 
 # fastai hands torch tensors to numpy functions.
