@@ -216,7 +216,8 @@ class LRFinder(L.Callback):
     @rank_zero_only
     def _save(self, trainer: L.Trainer, report: dict[str, Any]) -> None:
         if self.recommended_range is not None and self.lr is not None:
-            LRRange(*self.recommended_range, "look at lr_finder.png before a long training").warn_if_far(self.lr)
+            low, high = self.recommended_range
+            LRRange(low, high, "look at lr_finder.png before a long training").warn_if_far(self.lr)
         settings = ("suggestion", "min_lr", "max_lr", "num_steps", "mode", "monitor", "smoothing", "recommended_range")
         report = {name: getattr(self, name) for name in settings} | report
         plot_sweep(report).savefig(self._folder(trainer) / "lr_finder.png", dpi=120)
@@ -313,7 +314,7 @@ def plot_sweep(report: dict[str, Any]) -> Figure:
     axes.plot(lrs, curve, color="C0", linewidth=2, label="smoothed")
     for (rule, lr), marker in zip(report.get("suggestions", {}).items(), "osD^", strict=False):
         taken = rule == report.get("suggestion")
-        style = {"markersize": 12, "color": "C3"} if taken else {"markersize": 8, "color": "0.25"}
+        style: dict[str, Any] = {"markersize": 12, "color": "C3"} if taken else {"markersize": 8, "color": "0.25"}
         label = f"{rule} {lr:.2g}{' (taken)' if taken else ''}"
         axes.plot(
             [lr], [curve[(lrs - lr).abs().argmin()]], marker, markeredgecolor="white", label=label, zorder=3, **style
