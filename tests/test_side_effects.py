@@ -126,7 +126,7 @@ def state_before_a_run(folder: Path) -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:Expected at least as many calibration tokens")
 @pytest.mark.parametrize(
-    "row", [pytest.param(row, id=str(row), marks=of_module if row.distils else ()) for row in ROWS]
+    "row", [pytest.param(row, id=str(row), marks=of_module if row.of == "Distillation" else ()) for row in ROWS]
 )
 def test_a_run_with_a_callback_leaves_everything_as_it_was(row: Row, tmp_path: Path) -> None:
     before = state_before_a_run(tmp_path)

@@ -20,6 +20,7 @@ from lightning_distill.callbacks import (
     LossAdvice,
     LRFinder,
     Resumable,
+    ScheduleFree,
     TeacherCache,
 )
 
@@ -31,11 +32,12 @@ class Row:
     callback: type[L.Callback]
     arguments: dict[str, Any] = field(default_factory=dict)
     bad: tuple[dict[str, Any], ...] = ()
-    #: Whether it needs a teacher; the run is then a distillation of the same network.
-    distils: bool = False
+    #: Makes the module of its runs; a word, as the classes are below.
+    of: str = "Regression"
 
     def module(self) -> L.LightningModule:
-        return Distillation() if self.distils else Regression()
+        made: L.LightningModule = globals()[self.of]()
+        return made
 
     def build(self, folder: Path | None = None, **changes: Any) -> L.Callback:
         """The callback; what it writes goes to a folder of its own, as that of the checkpoints must be empty."""
@@ -141,8 +143,9 @@ ROWS = [
         TeacherCache,
         {"path": FOLDER, "top_k": None, "dtype": "float32"},
         bad=({"signals": "logits"}, {"signals": ["hidden_states"]}, {"top_k": 0}, {"dtype": "int8"}),
-        distils=True,
+        of="Distillation",
     ),
+    Row(ScheduleFree, of="Averaged"),
 ]
 
 
@@ -200,6 +203,15 @@ class Regression(L.LightningModule):
         optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class Averaged(Regression):
+    """The same with an optimizer that averages. (SGD: Adam's first steps turn round with the sign of a rounding.)"""
+
+    def configure_optimizers(self) -> Any:
+        from schedulefree import SGDScheduleFree
+
+        return SGDScheduleFree(self.parameters(), lr=0.1)
 
 
 class Distillation(DistillationModule):

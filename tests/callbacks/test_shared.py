@@ -14,6 +14,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.plugins.precision import MixedPrecision
 
+from lightning_distill import callbacks
 from tests.callbacks.registry import ROWS, Regression, Row, same, trainer
 
 pytestmark = [
@@ -24,6 +25,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected at least as many calibration tokens"),
 ]
 every_row = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+def test_every_public_callback_is_in_the_registry() -> None:
+    assert {row.callback.__name__ for row in ROWS} == set(callbacks.__all__)
 
 
 def checkpoint(folder: Path, step: int) -> dict[str, Any]:

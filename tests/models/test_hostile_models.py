@@ -52,7 +52,7 @@ def test_a_folder_that_is_no_whole_model_is_refused(
     assert "mine" in said
     assert len(said) < 800
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
-    assert not caplog.records
+    assert not [record for record in caplog.records if not record.name.startswith("bitsandbytes")]  # its own import
     assert "REPORT" not in capfd.readouterr().err
 
 

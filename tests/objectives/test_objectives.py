@@ -14,12 +14,18 @@ import yaml
 from jsonargparse import ArgumentParser
 from torch import Tensor
 
+from lightning_distill import objectives
 from lightning_distill.objectives import Loss, Objective
 from lightning_distill.signals.signals import Signals
 
 from .registry import CASES, Case, changed, signals, tensors
 
 every_case = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+
+
+def test_every_public_objective_is_in_the_registry() -> None:
+    public = {kind for kind in vars(objectives).values() if isinstance(kind, type) and issubclass(kind, Objective)}
+    assert {type(case.make()) for case in CASES} == public - {Objective, objectives.FeatureObjective}
 
 
 def leaves(source: Signals, dtype: torch.dtype = torch.float64) -> Signals:
