@@ -24,7 +24,7 @@ from lightning_distill.optim.peak_lr import scale_peak_lrs
 from lightning_distill.signals.description import get_submodule
 from lightning_distill.signals.signals import Signals
 from lightning_distill.step.accumulation import AccumulatingModule
-from lightning_distill.step.forwards import before
+from lightning_distill.step.counting import before
 from lightning_distill.students.initialization import Policy
 from lightning_distill.tasks import TASKS, Task, TaskName
 

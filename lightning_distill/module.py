@@ -6,16 +6,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from lightning_distill.arguments import one_of
 from lightning_distill.models.batch import batch_of
 from lightning_distill.models.calling import call_model, evaluating, logits_of
-from lightning_distill.models.class_names import check_data_classes
 from lightning_distill.models.pretrained import export, load_pretrained
 from lightning_distill.models.wrapped import compile_parts_in_place
 from lightning_distill.objectives.logits import HardLabel, SoftTarget
@@ -23,39 +20,29 @@ from lightning_distill.objectives.objective import Objective, named
 from lightning_distill.optim.configured import MakeOptimizer, MakeSchedule, configured
 from lightning_distill.signals.signals import Signals
 from lightning_distill.step.accumulation import AccumulatingModule
-from lightning_distill.step.checks import BatchCheck, check_eps, check_signals, enable_gradient_checkpointing
-from lightning_distill.step.counting import Counted
+from lightning_distill.step.checks import BatchCheck, check_signals, enable_gradient_checkpointing
+from lightning_distill.step.counting import Counted, counted_ahead
 from lightning_distill.step.evaluation import EvaluatedModule
-from lightning_distill.step.forwards import Forwards, before
+from lightning_distill.step.forwards import Forwards, TeacherForward, TeacherSource
 from lightning_distill.step.losses import sums_and_counts
 from lightning_distill.step.pairing import pair
 from lightning_distill.tasks import TaskName, task_named
 from lightning_distill.tasks.scores import Metrics
 from lightning_distill.teachers.class_order import ClassOrder
-from lightning_distill.teachers.holder import TeacherModule
-from lightning_distill.teachers.precision import (
-    TeacherPrecision,
-    cast_floats,
-    load_teacher,
-    own_precision,
-    warn_of_slow_bf16,
-)
+from lightning_distill.teachers.precision import TeacherPrecision, load_teacher
 from lightning_distill.training import parallel
 from lightning_distill.training.adapters import AdapterCheckpoints
-from lightning_distill.training.finite_loss import FiniteLoss
+from lightning_distill.training.checked_run import CheckedRun
 from lightning_distill.training.scaled_steps import ScaledSteps
 
 
-class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, ScaledSteps, EvaluatedModule):
+class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, ScaledSteps, EvaluatedModule):
     r"""Trains a student to imitate a frozen teacher.
 
     One step: the teacher's forward under ``no_grad``, the student's forward, each objective on what the two forwards
     left behind, the weighted sum :math:`\sum_i w_i L_i`. Each :math:`L_i` is a mean over the items that count (rows,
     or real tokens), over all ranks and over the batches that ``accumulate_grad_batches`` puts into one step: the
-    gradient does not depend on how a batch is split. (The batches of a step are fetched and moved to the device
-    together. What a subclass adds to the loss is averaged over them, or weighed by :meth:`mean_over_step`. For an
-    objective of one's own without :meth:`~lightning_distill.objectives.Objective.count`, one on module paths, and for
-    overridden steps, both models run once more, without gradient, to find out what counts.)
+    gradient does not depend on how a batch is split.
 
     Logged: ``train_loss``, ``train_<objective>``, ``grad_norm`` (before clipping), and for validation and test
     ``<stage>_loss``, ``<stage>_<objective>``, ``<stage>_<metric>`` (the student's) and ``<stage>_agreement``: the share
@@ -140,10 +127,9 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, 
         # Only paths and names are written to checkpoints: a module or a callable in the hyper-parameters would keep
         # the checkpoint from loading under `weights_only`.
         ignored = ["objectives", "optimizer", "lr_scheduler", "metrics", "tokenizer"]
-        models = {"teacher": teacher, "student": student}
-        ignored += [name for name, model in models.items() if not isinstance(model, str)]
-        ignored += [] if own_teacher_inputs else ["own_teacher_inputs"]
-        self.save_hyperparameters(ignore=ignored)
+        others = {"teacher": isinstance(teacher, str), "student": isinstance(student, str)}
+        others["own_teacher_inputs"] = own_teacher_inputs
+        self.save_hyperparameters(ignore=[*ignored, *(name for name, kept in others.items() if not kept)])
         one_of("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         one_of("own_teacher_inputs", own_teacher_inputs, (False, True))
 
@@ -163,7 +149,9 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, 
             soft = [] if teacher is None else [SoftTarget(temperature=2.0, weight=0.7)]
             objectives = [*soft, HardLabel(weight=0.3 if soft else 1.0)]
         self.objectives = nn.ModuleDict(named(objectives))
-        self._own_steps = {role for role in models if self._has_own_step(role)}
+        steps = {role: f"{role}_step" for role in ("student", "teacher")}
+        base = DistillationModule
+        self._own_steps = {role for role, step in steps.items() if getattr(type(self), step) is not getattr(base, step)}
         self.pairing = pair(
             self.student,
             self.teacher,
@@ -174,16 +162,12 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, 
         )
         self.forwards = Forwards(self._task, self._each_objective(), self.pairing)
         #: Gives the teacher's signals for a batch: the seam where what answers in its place, as a cache, is put.
-        self.teacher_source = self.teacher_step if "teacher" in self._own_steps else self.teacher_signals
+        self.teacher_source: TeacherSource = self.teacher_step if "teacher" in self._own_steps else TeacherForward(self)
         #: What else is trained, by name: gives the new loss for that of a step, its batch and both signals.
         self.loss_terms: dict[str, Callable[[Tensor, Any, Signals, Signals | None], Tensor]] = {}
         self._batch_check = BatchCheck(self._task, self._each_objective())
         self._counted = Counted(self._each_objective())
         self._score_by(self._task, metrics)
-
-    def _has_own_step(self, role: str) -> bool:
-        step = f"{role}_step"
-        return getattr(type(self), step) is not getattr(DistillationModule, step)
 
     @property
     def teacher_source_has_own_order(self) -> bool:
@@ -194,9 +178,6 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, 
     def _needs_teacher(self) -> bool:
         return any(objective.needs_teacher for objective in self._each_objective().values())
 
-    def _each_objective(self) -> dict[str, Objective]:
-        return dict(self.objectives.items())  # type: ignore[arg-type]
-
     # -- the parts of a step, each there to be overridden ------------------------------------------------------------
 
     def student_step(self, batch: Any) -> Signals:
@@ -206,34 +187,15 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, 
     @torch.no_grad()
     def teacher_step(self, batch: Any) -> Signals:
         """The teacher's signals for a batch, under ``no_grad``, with its classes in the student's order."""
-        source = self.teacher_source if self.teacher_source_has_own_order else self.teacher_signals
+        source = self.teacher_source if self.teacher_source_has_own_order else TeacherForward(self)
         return self.in_student_order(source(batch))
-
-    @torch.no_grad()
-    def teacher_signals(self, batch: Any) -> Signals:
-        """The teacher's forward for a batch, with its classes in its own order: the same whatever the student."""
-        assert self.teacher is not None
-        if any(module.training for module in self.teacher.modules()):  # outside a run
-            with evaluating(self.teacher):
-                return self.teacher_signals(batch)
-        if self.teacher_precision is None:
-            return self.forwards.run("teacher", self.teacher, batch)
-        with own_precision(self.teacher_precision, self.device) as dtype:
-            return self.forwards.run("teacher", self.teacher, cast_floats(batch, dtype))
 
     def in_student_order(self, signals: Signals) -> Signals:
         """The teacher's signals with their classes put, by name, in the student's order."""
         return ClassOrder(self.pairing.class_index)(signals)
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
-        """Weighted sum of the objectives' losses.
-
-        Args:
-            losses: One scalar per objective, by name.
-
-        Returns:
-            A scalar.
-        """
+        """Weighted sum of the objectives' losses, scalars by name."""
         objectives = self._each_objective()
         return torch.stack([objectives[name].weight * loss for name, loss in losses.items()]).sum()
 
@@ -255,22 +217,14 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, 
         return loss
 
     def signals(self, batch: Any, *, with_teacher: bool) -> tuple[Signals, Signals | None]:
-        """What both forwards leave behind.
-
-        Args:
-            batch: The batch.
-            with_teacher: Whether the teacher is asked.
-
-        Returns:
-            The student's and the teacher's signals; without logits where the vocabulary is large and nothing needs them
-            whole.
-        """
+        """What both forwards leave behind; no logits where the vocabulary is large and nothing needs them whole."""
         with nullcontext() if self._own_steps else self.forwards.step(self.student, batch):
             source = self.teacher_step if self.teacher_source_has_own_order else self.teacher_source
             teacher = source(batch) if with_teacher else None
             student = self.student_step(batch)
-        for signals in (student, *([] if teacher is None else [teacher])):
-            self._task.settle(signals)
+        self._task.settle(student)
+        if teacher is not None:
+            self._task.settle(teacher)
         return student, teacher
 
     def mean_losses(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:
@@ -295,12 +249,9 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, 
 
     def _counts(self, batch: Any) -> Tensor:
         """How much of a batch counts for each objective, shape ``[objectives]``, before it is trained on."""
-        objectives = self._each_objective().values()
-        if not self._own_steps and all(objective.counts_ahead for objective in objectives):
-            student, teacher = (before(self._task, batch_of(role, batch)) for role in ("student", "teacher"))
-            counts = [objective.count(student, teacher) for objective in objectives]
-            if not any(count is None for count in counts):
-                return torch.stack(counts)  # type: ignore[arg-type]
+        ahead = None if self._own_steps else counted_ahead(self._task, self._each_objective(), batch)
+        if ahead is not None:
+            return ahead
         with evaluating(self.student), torch.no_grad():
             return self.mean_losses(*self.signals(batch, with_teacher=self._needs_teacher))[1]
 
@@ -321,63 +272,6 @@ class DistillationModule(AdapterCheckpoints, TeacherModule, AccumulatingModule, 
         parameters = [parameter for parameter in self.parameters() if parameter.requires_grad]
         lr = 5e-5 if hasattr(self.student, "config") else 1e-3
         return configured(parameters, self._optimizer, self._lr_scheduler, lr=lr, **self._schedule)
-
-    def configure_callbacks(self) -> list[L.Callback]:
-        """A loss that is not finite stops the run before the update, unless the Trainer's own callback says else."""
-        given, strategy = self.trainer.callbacks, self.trainer.strategy  # type: ignore[attr-defined]
-        if isinstance(strategy, ModelParallelStrategy):
-            # Nowhere else is there anything to do, and a module that has this hook is warned of by WeightAveraging.
-            self.configure_model = self.shard  # type: ignore[method-assign]
-        own = any(isinstance(callback, FiniteLoss) for callback in given)
-        return [*super().configure_callbacks(), *([] if own else [FiniteLoss()])]
-
-    def setup(self, stage: str) -> None:
-        """Refuse a Trainer that would train or save something else than is meant, and data of other classes.
-
-        A CPU that emulates bfloat16 is said.
-        """
-        super().setup(stage)
-        if not self._task.of_words:
-            check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
-        models = {"student": self.student, "teacher": self.teacher}
-        warn_of_slow_bf16(str(self.trainer.precision), models, self.trainer.strategy.root_device)
-        if stage == "fit":
-            parallel.check_trainer(self.trainer, self.student, self.teacher)
-            parallel.look_for_unused(self.trainer.strategy, self._each_objective().values())
-
-    def shard(self) -> None:
-        """Under ``ModelParallelStrategy``: split student, teacher and objectives by plan and shard them by layer."""
-        mesh = self.device_mesh
-        if mesh is None or parallel.is_parallel(self):
-            return
-        if mesh["tensor_parallel"].size() > 1:
-            parallel.check_signals(self._each_objective().values())
-        parallel.parallelize(self.student, self.teacher, self.objectives, mesh)
-
-    def on_fit_start(self) -> None:
-        """Refuse an optimizer that would divide by 0."""
-        for optimizer in self.trainer.optimizers:
-            check_eps(optimizer)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell the objectives how much of the training is done, for their schedules."""
-        self._set_progress()
-
-    def on_validation_start(self) -> None:
-        """Tell the objectives too: a run that resumes at its validation has not had a training batch yet."""
-        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self._set_progress()
-
-    def _set_progress(self) -> None:
-        # Read from the step, not counted here, so that a resumed run stands where it stood.
-        steps = self.trainer.estimated_stepping_batches
-        for objective in self._each_objective().values():
-            objective.set_progress(min(1.0, self.global_step / steps) if steps else 0.0)
-
-    def on_fit_end(self) -> None:
-        """Refuse a fit in which there was nothing to learn from."""
-        if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
-            raise ValueError("Expected the training data to have at least one batch, but got none. Give it rows.")
 
     def give_back(self) -> None:
         """Put both models into the modes they were given in, and take every hook off them."""

@@ -15,7 +15,8 @@ class AccumulatingModule(L.LightningModule):
     Lightning averages the means of accumulated batches, so an item of a batch with few would weigh more. What a batch's
     mean is worth depends on how many items the others have, those to come too. So with ``accumulate_grad_batches``
     above 1 the batches of a step are fetched and moved to the device before the first one is trained on, and none of
-    the step after it. Those batches, not their activations, take the device's memory at one time.
+    the step after it. Those batches, not their activations, take the device's memory at one time. What a subclass adds
+    to the loss is averaged over them, or weighed by :meth:`mean_over_step`.
     """
 
     def __init__(self) -> None:

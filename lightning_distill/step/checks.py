@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from lightning_distill.models.batch import labels_of
 from lightning_distill.objectives.objective import Objective
@@ -100,27 +99,6 @@ def check_signals(student: Signals, teacher: Signals | None, *, any_vocabulary: 
         and student.logits.shape[-1] > 1
     ):
         check_range(labels, student.logits.shape[-1], "the first batch")
-
-
-def check_eps(optimizer: Optimizer) -> None:
-    """Refuse an optimizer whose ``eps`` is 0 in the type of its parameters, as 1e-8 is in float16.
-
-    Args:
-        optimizer: The optimizer, with the parameters as they are trained.
-
-    Raises:
-        ValueError: If so: where a squared gradient is 0 in that type too, the step would be 0 / 0.
-    """
-    for group in optimizer.param_groups:
-        eps = group.get("eps")
-        if not isinstance(eps, float) or eps == 0:
-            continue
-        for dtype in {parameter.dtype for parameter in group["params"]}:
-            if torch.tensor(eps, dtype=torch.float64).to(dtype) == 0:
-                raise ValueError(
-                    f"Expected argument `eps` of the optimizer to be above 0 in {dtype}, but got {eps}, which is 0 "
-                    "there: the step would be 0 / 0. Use `precision='bf16-true'` or `'16-mixed'`, or pass `eps=1e-4`."
-                )
 
 
 def enable_gradient_checkpointing(student: nn.Module) -> None:

@@ -1,11 +1,64 @@
 """How much of the data has counted for each objective, so that data without a label are an error and a batch is not."""
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from lightning_distill.models.batch import batch_of, labels_of, offsets, token_mask
 from lightning_distill.objectives import Objective
+from lightning_distill.signals.signals import Signals
+from lightning_distill.tasks.task import Task
+
+
+def before(task: Task, batch: Any) -> Signals:
+    """What a batch says before a model runs on it: labels and masks, with logits of width 0.
+
+    Args:
+        task: What it asks for.
+        batch: What the model reads, see :func:`lightning_distill.models.batch.batch_of`.
+
+    Returns:
+        Signals for :meth:`lightning_distill.objectives.Objective.count`.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.step.counting import before
+        >>> from lightning_distill.tasks import TASKS
+        >>> before(TASKS["classification"], (torch.zeros(5, 4), torch.arange(5))).logits.shape
+        torch.Size([5, 0])
+    """
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    dims = 2 if task.of_tokens else 1
+    first = next(x for x in (labels_of(batch), ids, *tree_leaves(batch)) if isinstance(x, Tensor))
+    logits, labels, mask = task.align(torch.empty(*first.shape[:dims], 0, device=first.device), batch)
+    real = token_mask(batch)
+    if real is None and ids is not None:
+        real = torch.ones_like(ids, dtype=torch.bool)
+    return Signals(logits, labels, mask, real, regression=not task.has_classes, offsets=offsets(batch))
+
+
+def counted_ahead(task: Task, objectives: Mapping[str, Objective], batch: Any) -> Tensor | None:
+    """How much of a batch counts for each objective, as far as its labels and masks tell.
+
+    For an objective of one's own without :meth:`~lightning_distill.objectives.Objective.count`, and one on module
+    paths, they do not; then both models run once more, without gradient.
+
+    Args:
+        task: What it asks for.
+        objectives: By name.
+        batch: The batch.
+
+    Returns:
+        Shape ``[objectives]``; None where only the forwards can tell.
+    """
+    if not all(objective.counts_ahead for objective in objectives.values()):
+        return None
+    student, teacher = (before(task, batch_of(role, batch)) for role in ("student", "teacher"))
+    counts = [objective.count(student, teacher) for objective in objectives.values()]
+    return None if any(count is None for count in counts) else torch.stack(counts)  # type: ignore[arg-type]
 
 
 class Counted:

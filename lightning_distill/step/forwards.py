@@ -1,15 +1,14 @@
 """The two forwards of a step, and what they leave behind for the objectives."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
-from lightning_distill.models.batch import batch_of, decoder_token_mask, labels_of, offsets, token_mask
-from lightning_distill.models.calling import call_model, logits_of, no_logits
+from lightning_distill.models.batch import batch_of, decoder_token_mask, offsets, token_mask
+from lightning_distill.models.calling import call_model, evaluating, logits_of, no_logits
 from lightning_distill.models.inputs import InputCheck
 from lightning_distill.objectives.objective import Objective
 from lightning_distill.signals.description import find_decoder
@@ -19,33 +18,7 @@ from lightning_distill.signals.signals import Request, Signals
 from lightning_distill.step.large_vocabulary import LargeVocabulary
 from lightning_distill.step.pairing import Pairing
 from lightning_distill.tasks import Task
-
-
-def before(task: Task, batch: Any) -> Signals:
-    """What a batch says before a model runs on it: labels and masks, with logits of width 0.
-
-    Args:
-        task: What it asks for.
-        batch: What the model reads, see :func:`lightning_distill.models.batch.batch_of`.
-
-    Returns:
-        Signals for :meth:`lightning_distill.objectives.Objective.count`.
-
-    Example:
-        >>> import torch
-        >>> from lightning_distill.step.forwards import before
-        >>> from lightning_distill.tasks import TASKS
-        >>> before(TASKS["classification"], (torch.zeros(5, 4), torch.arange(5))).logits.shape
-        torch.Size([5, 0])
-    """
-    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
-    dims = 2 if task.of_tokens else 1
-    first = next(x for x in (labels_of(batch), ids, *tree_leaves(batch)) if isinstance(x, Tensor))
-    logits, labels, mask = task.align(torch.empty(*first.shape[:dims], 0, device=first.device), batch)
-    real = token_mask(batch)
-    if real is None and ids is not None:
-        real = torch.ones_like(ids, dtype=torch.bool)
-    return Signals(logits, labels, mask, real, regression=not task.has_classes, offsets=offsets(batch))
+from lightning_distill.teachers.precision import cast_floats, own_precision
 
 
 class Forwards:
@@ -173,3 +146,30 @@ class Forwards:
         for check in self._checks.values():
             check.remove()
         self._recorders, self._checks = {}, {}
+
+
+#: A teacher: gives the signals of a batch, its classes in its own order. A cache or a remote one is another.
+TeacherSource = Callable[[Any], Signals]
+
+
+class TeacherForward:
+    """The teacher of a module as a source: without gradient, in eval, in its own precision, in its order of classes.
+
+    Args:
+        module: A DistillationModule with a teacher.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+
+    @torch.no_grad()
+    def __call__(self, batch: Any) -> Signals:
+        """The teacher's forward for a batch: the same whatever the student."""
+        module, precision = self.module, self.module.teacher_precision
+        with ExitStack() as stack:
+            if any(part.training for part in module.teacher.modules()):  # outside a run
+                stack.enter_context(evaluating(module.teacher))
+            if precision is not None:
+                batch = cast_floats(batch, stack.enter_context(own_precision(precision, module.device)))
+            signals: Signals = module.forwards.run("teacher", module.teacher, batch)
+            return signals

@@ -14,7 +14,7 @@ from lightning_distill import DistillationModule, functional
 from lightning_distill.models.batch import batch_of
 from lightning_distill.objectives import HardLabel, UniversalLogit
 from lightning_distill.signals.signals import Signals
-from lightning_distill.step.forwards import before
+from lightning_distill.step.counting import before
 from tests.helpers.models import llama
 
 TEXTS = ["the tokenizers tokenize the tokenized token", "zwölf  Boxkämpfer jagen 東京 🙂🙂 tokens", "a b  ab a"]

@@ -27,7 +27,7 @@ from lightning_distill.objectives import (
     UncertaintyBalance,
 )
 from lightning_distill.signals.signals import Signals
-from lightning_distill.step.forwards import before
+from lightning_distill.step.counting import before
 from lightning_distill.tasks import TASKS
 from tests.helpers.models import batch, bert, llama
 

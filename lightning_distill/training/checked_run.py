@@ -1,0 +1,110 @@
+"""A run that is looked at before its first step, and tells its objectives how far it is."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_distill.models.class_names import check_data_classes
+from lightning_distill.objectives.objective import Objective
+from lightning_distill.tasks import Task
+from lightning_distill.teachers.holder import TeacherModule
+from lightning_distill.teachers.precision import warn_of_slow_bf16
+from lightning_distill.training import parallel
+from lightning_distill.training.finite_loss import FiniteLoss
+
+
+class CheckedRun(TeacherModule):
+    """A LightningModule of student, teacher and objectives that refuses a run which would do something else than meant.
+
+    Its loss and gradients are looked at by :class:`FiniteLoss`, its schedules follow the share of the steps that are
+    done, and under ``ModelParallelStrategy`` its models are split.
+    """
+
+    student: nn.Module
+    objectives: nn.ModuleDict
+    _task: Task
+
+    def _each_objective(self) -> dict[str, Objective]:
+        return dict(self.objectives.items())  # type: ignore[arg-type]
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """A loss that is not finite stops the run before the update, unless the Trainer's own callback says else."""
+        given, strategy = self.trainer.callbacks, self.trainer.strategy  # type: ignore[attr-defined]
+        if isinstance(strategy, ModelParallelStrategy):
+            # Nowhere else is there anything to do, and a module that has this hook is warned of by WeightAveraging.
+            self.configure_model = self.shard  # type: ignore[method-assign]
+        own = any(isinstance(callback, FiniteLoss) for callback in given)
+        return [*super().configure_callbacks(), *([] if own else [FiniteLoss()])]
+
+    def setup(self, stage: str) -> None:
+        """Refuse a Trainer that would train or save something else than is meant, and data of other classes.
+
+        A CPU that emulates bfloat16 is said.
+        """
+        super().setup(stage)
+        if not self._task.of_words:
+            check_data_classes(self.student, getattr(self.trainer, "datamodule", None))
+        models = {"student": self.student, "teacher": self.teacher}
+        warn_of_slow_bf16(str(self.trainer.precision), models, self.trainer.strategy.root_device)
+        if stage == "fit":
+            parallel.check_trainer(self.trainer, self.student, self.teacher)
+            parallel.look_for_unused(self.trainer.strategy, self._each_objective().values())
+
+    def shard(self) -> None:
+        """Under ``ModelParallelStrategy``: split student, teacher and objectives by plan and shard them by layer."""
+        mesh = self.device_mesh
+        if mesh is None or parallel.is_parallel(self):
+            return
+        if mesh["tensor_parallel"].size() > 1:
+            parallel.check_signals(self._each_objective().values())
+        parallel.parallelize(self.student, self.teacher, self.objectives, mesh)
+
+    def on_fit_start(self) -> None:
+        """Refuse an optimizer that would divide by 0."""
+        for optimizer in self.trainer.optimizers:
+            check_eps(optimizer)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell the objectives how much of the training is done, for their schedules."""
+        self._set_progress()
+
+    def on_validation_start(self) -> None:
+        """Tell the objectives too: a run that resumes at its validation has not had a training batch yet."""
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._set_progress()
+
+    def _set_progress(self) -> None:
+        # Read from the step, not counted here, so that a resumed run stands where it stood.
+        steps = self.trainer.estimated_stepping_batches
+        for objective in self._each_objective().values():
+            objective.set_progress(min(1.0, self.global_step / steps) if steps else 0.0)
+
+    def on_fit_end(self) -> None:
+        """Refuse a fit in which there was nothing to learn from."""
+        if self.trainer.num_training_batches == 0 and self.trainer.limit_train_batches != 0:
+            raise ValueError("Expected the training data to have at least one batch, but got none. Give it rows.")
+
+
+def check_eps(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose ``eps`` is 0 in the type of its parameters, as 1e-8 is in float16.
+
+    Args:
+        optimizer: The optimizer, with the parameters as they are trained.
+
+    Raises:
+        ValueError: If so: where a squared gradient is 0 in that type too, the step would be 0 / 0.
+    """
+    for group in optimizer.param_groups:
+        eps = group.get("eps")
+        if not isinstance(eps, float) or eps == 0:
+            continue
+        for dtype in {parameter.dtype for parameter in group["params"]}:
+            if torch.tensor(eps, dtype=torch.float64).to(dtype) == 0:
+                raise ValueError(
+                    f"Expected argument `eps` of the optimizer to be above 0 in {dtype}, but got {eps}, which is 0 "
+                    "there: the step would be 0 / 0. Use `precision='bf16-true'` or `'16-mixed'`, or pass `eps=1e-4`."
+                )
