@@ -9,7 +9,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import nn
 
 from lightning_distill.arguments import between, one_of, typed
-from lightning_distill.objectives.logits import SoftTarget
 from lightning_distill.tasks import TASKS
 from lightning_distill.teachers.cached import cached_teacher
 from lightning_distill.teachers.cached_signals import CacheCount, CachedSignals, KeptSignals, described
@@ -211,21 +210,17 @@ class TeacherCache(L.Callback):
                 )
         if self.top_k is None or not TASKS[module.task].has_classes:
             return KeptSignals(self.dtype, layers)
-        temperatures = set()
+        temperatures: set[float] = set()
         for objective in objectives:
             if not objective.reads_logits:
                 continue
-            if not (isinstance(objective, SoftTarget) and objective.divergence == "forward_kl"):
+            if objective.top_k_temperatures is None:
                 raise ValueError(
                     f"Expected argument `top_k` to be None for the objective `{objective.name}`, but got {self.top_k}: "
-                    "of the best classes alone, only the forward KL divergence of `SoftTarget` can be computed."
+                    "of the best classes alone, only the forward KL divergence of `SoftTarget` at a temperature that "
+                    "does not change can be computed."
                 )
-            if callable(objective._temperature):
-                raise ValueError(
-                    f"Expected argument `top_k` to be None for a temperature that changes, as that of "
-                    f"`{objective.name}`, but got {self.top_k}: the mass of the other classes is kept for one."
-                )
-            temperatures.add(objective.temperature)
+            temperatures.update(objective.top_k_temperatures)
         return KeptSignals(self.dtype, layers, self.top_k, tuple(sorted(temperatures)) or (1.0,))
 
 

@@ -7,12 +7,11 @@ from lightning_distill.functional.batch_relations import (
     relational_distance,
     similarity_preserving,
 )
-from lightning_distill.functional.chunked import linear_soft_target
 from lightning_distill.functional.early_exit import agreement_run, confidence, margin, normalized_entropy
 from lightning_distill.functional.features import attention_transfer, flow, neuron_selectivity, normalized_mse
 from lightning_distill.functional.hard_label import IGNORE_INDEX, hard_label
 from lightning_distill.functional.hidden_state import hidden_state_cosine, hidden_state_mse
-from lightning_distill.functional.linear_cosine import linear_cosine
+from lightning_distill.functional.linear import linear_cosine, linear_soft_target
 from lightning_distill.functional.logits import (
     combine_teachers,
     decoupled,

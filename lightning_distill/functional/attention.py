@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_distill.functional.reduction import full_precision
+from lightning_distill.functional.tensors import full_precision
 
 
 @dataclass

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_distill.functional.attention import Attention
-from lightning_distill.functional.reduction import Reduction, check_same_shape, full_precision, reduce
-from lightning_distill.functional.soft_target import LOG_ZERO
+from lightning_distill.functional.divergences import LOG_ZERO
+from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce
+from lightning_distill.functional.tensors import full_precision
 
 AttentionDivergence = Literal["mse", "kl"]
 

@@ -1,18 +1,16 @@
-"""Losses on a vocabulary that never hold the logits of more than one chunk of tokens."""
+"""Losses over a vocabulary in one pass over a model's last layer, with the logits of one chunk of tokens in memory."""
 
 import functools
-import math
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from lightning_distill.functional.gradients import Options, block_losses
-from lightning_distill.functional.hard_label import IGNORE_INDEX
 from lightning_distill.functional.projection import Projection, TopK
-from lightning_distill.functional.reduction import check_num_items, full_precision
-from lightning_distill.functional.soft_target import Divergence, beside_limits, check_shares
+from lightning_distill.functional.tensors import full_precision
+from lightning_distill.functional.terms import Chunk, Term
 
 # Tokens of a chunk. A chunk must be long enough for the gradient of the weight, which every chunk reads and writes
 # once, to cost little beside the matrix products, and short enough for two chunks of logits to be small.
@@ -20,208 +18,95 @@ _CHUNK = {"cpu": 256, "cuda": 1024}
 # What a CPU works through at a time inside a chunk: as many logits as stay in its cache with their temporaries.
 _BLOCK = 2**18
 
-
-class LinearLoss(NamedTuple):
-    """What :func:`linear_soft_target` returns.
-
-    Args:
-        loss: ``soft_weight * soft_target + hard_weight * hard_label``, a scalar with a gradient.
-        soft_target: The divergence from the teacher, a scalar.
-        hard_label: The cross entropy with the labels, a scalar, 0 without labels.
-    """
-
-    loss: Tensor
-    soft_target: Tensor
-    hard_label: Tensor
+#: What a teacher predicts from, its logits ``[..., W]``, its k best words by temperature, or None for no teacher.
+Teacher: TypeAlias = Projection | Tensor | Mapping[float, TopK] | None
+ChunkSize: TypeAlias = int | Literal["auto"]
 
 
-def linear_soft_target(
-    student_hidden: Tensor,
-    student_weight: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight: Tensor,
-    labels: Tensor | None = None,
-    *,
-    temperature: float = 1.0,
-    divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
-    soft_weight: float = 1.0,
-    hard_weight: float = 0.0,
-    label_smoothing: float = 0.0,
-    student_bias: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    student_softcap: float | None = None,
-    teacher_softcap: float | None = None,
-    student_logit_scale: float = 1.0,
-    teacher_logit_scale: float = 1.0,
-    chunk_size: int | Literal["auto"] = "auto",
-    ignore_index: int = IGNORE_INDEX,
-    reduction: Literal["mean", "sum"] = "mean",
-    num_items: float | Tensor | None = None,
-) -> LinearLoss:
-    r"""Soft target and hard label of a language model from hidden states, without its logits in memory.
-
-    The same numbers as :func:`soft_target` and :func:`hard_label` on the logits of the two linear layers, computed
-    chunk by chunk; the gradient is computed in the same pass, so a chunk's logits are forgotten at once. With two
-    vocabularies of different sizes that share their words and differ in padding, the first words of both are compared.
-
-    Args:
-        student_hidden: Shape ``[..., D]``, what the student's last linear layer reads.
-        student_weight: Shape ``[V, D]``, its weight; a tied embedding gets its gradient like any other use of it.
-        teacher_hidden: Shape ``[..., E]``.
-        teacher_weight: Shape ``[W, E]``.
-        labels: Integer ``[...]``, a word, or ``ignore_index`` for a token that does not count. None: all count, and
-            there is no hard label.
-        temperature: Divides both logits in the soft target, above 0; the soft target is multiplied by its square.
-        divergence: As in :func:`soft_target`.
-        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1].
-        alpha: Share that the skewed divergences mix in, in (0, 1).
-        soft_weight: Weight of the soft target, at least 0.
-        hard_weight: Weight of the hard label, at least 0.
-        label_smoothing: Share of the label that is spread evenly over the words, in [0, 1).
-        student_bias: Shape ``[V]``.
-        teacher_bias: Shape ``[W]``.
-        student_softcap: Cap of the student's logits, as Gemma 2 has.
-        teacher_softcap: Cap of the teacher's logits.
-        student_logit_scale: Factor of the student's logits before the cap, as Cohere and Granite have.
-        teacher_logit_scale: Factor of the teacher's logits.
-        chunk_size: Tokens of a chunk; ``"auto"``: 256 on a CPU, 1024 on an accelerator.
-        ignore_index: The label of a token that does not count.
-        reduction: ``"mean"`` over the tokens that count, or ``"sum"``.
-        num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
-
-    Returns:
-        The loss and its two parts, float32, or float64 for float64 inputs.
-
-    Raises:
-        ValueError: If shapes do not fit or an argument is out of its range.
-
-    Example:
-        >>> import torch
-        >>> from lightning_distill import functional
-        >>> student, teacher = torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0, 0.0]])
-        >>> words = torch.tensor([[2.0, 0.0], [0.0, 0.0]])
-        >>> loss = functional.linear_soft_target(student, words, teacher, words, torch.tensor([1]), hard_weight=1.0)
-        >>> round(loss.soft_target.item(), 4), round(loss.hard_label.item(), 4), round(loss.loss.item(), 4)
-        (0.3278, 0.6931, 1.021)
-
-    Source: the divergences as in :func:`soft_target`; loss and gradient in one pass over chunks as in Hsu et al.,
-    "Liger Kernel: Efficient Triton Kernels for LLM Training", 2024.
-    """
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            "Expected arguments `student_hidden` and `teacher_hidden` to have the same tokens, but got shapes "
-            f"{list(student_hidden.shape)} and {list(teacher_hidden.shape)}."
-        )
-    if divergence not in get_args(Divergence):
-        raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
-    if labels is None and hard_weight:
-        raise ValueError("Expected argument `labels` to be given with a `hard_weight` above 0, but got None.")
-    if reduction not in ("mean", "sum"):
-        raise ValueError(f'Expected argument `reduction` to be "mean" or "sum", but got {reduction!r}.')
-    mask = None if labels is None else labels != ignore_index
-    soft, hard = linear_losses(
-        Projection(student_hidden, student_weight, student_bias, student_softcap, student_logit_scale),
-        Projection(teacher_hidden, teacher_weight, teacher_bias, teacher_softcap, teacher_logit_scale),
-        labels,
-        mask,
-        temperature=temperature,
-        divergence=divergence,
-        share=beta if divergence == "js" else alpha,
-        label_smoothing=label_smoothing,
-        weights=(soft_weight, hard_weight),
-        chunk_size=chunk_size,
-    )
-    if reduction == "mean":
-        count: Any = student_hidden[..., 0].numel() if mask is None else mask.sum().clamp(min=1)
-        count = count if num_items is None else check_num_items(num_items)
-        soft, hard = soft / count, hard / count
-    return LinearLoss(soft_weight * soft + hard_weight * hard, soft.detach(), hard.detach())
-
-
-def linear_losses(
+def chunked_losses(
     student: Projection,
-    teacher: Projection | TopK | Tensor | None,
-    labels: Tensor | None,
-    mask: Tensor | None,
+    terms: Sequence[tuple[float, Term]],
+    teacher: Teacher = None,
+    labels: Tensor | None = None,
+    mask: Tensor | None = None,
     *,
-    temperature: float = 1.0,
-    divergence: str = "forward_kl",
-    share: float = 0.5,
-    label_smoothing: float = 0.0,
-    weights: tuple[float, float] = (1.0, 1.0),
     words: int | None = None,
-    chunk_size: int | Literal["auto"] = "auto",
+    chunk_size: ChunkSize = "auto",
 ) -> Tensor:
-    """Sums of soft target and hard label over the tokens that count.
+    """Sums of losses over the tokens that count.
 
     The gradient is computed with the losses, for a total in which they have these weights. Where backward then asks
     for others (a balance between losses, say) it is exact too, and costs a second pass.
 
     Args:
         student: What the student predicts from.
-        teacher: What the teacher predicts from, its logits ``[..., W]``, its k best words, or None for no soft target.
-        labels: Integer ``[...]``, or None for no hard label. A token that counts must have one.
+        terms: Each loss with its weight in the total.
+        teacher: What the teacher predicts from, or what it predicts.
+        labels: Integer ``[...]``, or None where no term reads them. A token that counts must have one.
         mask: Bool ``[...]``, the tokens that count; None where all do.
-        temperature: Divides both logits, above 0.
-        divergence: Name of the divergence, or ``"cosine"``; with k best words, ``"forward_kl"`` alone.
-        share: The divergence's ``beta`` or ``alpha``, in (0, 1).
-        label_smoothing: In [0, 1).
-        weights: Of soft target and hard label in the total.
         words: How many of the student's words there are, where the last ones are padding; None for all of them, or as
             many as the teacher has.
-        chunk_size: Tokens of a chunk, at least 1, or ``"auto"``.
+        chunk_size: Tokens of a chunk, at least 1; ``"auto"``: 256 on a CPU, 1024 on an accelerator.
 
     Returns:
-        Shape ``[2]``, float32, or float64 for float64 inputs; 0 for the one that is not asked for.
+        Shape ``[terms]``, float32, or float64 for float64 inputs.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If the chunk size or a label is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.functional.chunked import chunked_losses
+        >>> from lightning_distill.functional.projection import Projection
+        >>> from lightning_distill.functional.terms import SoftTargetTerm
+        >>> terms = [(0.5, SoftTargetTerm(1.0)), (0.5, SoftTargetTerm(2.0))]
+        >>> hidden = torch.tensor([[2.0, 0.0]], requires_grad=True)
+        >>> losses = chunked_losses(Projection(hidden, torch.eye(2)), terms, teacher=torch.zeros(1, 2))
+        >>> losses.detach(), torch.autograd.grad(0.5 * losses.sum(), hidden)
+        (tensor([0.4338, 0.4802]), (tensor([[ 0.4214, -0.4214]]),))
     """
-    _check(temperature, divergence, share, label_smoothing, chunk_size, teacher)
-    divergence, share = beside_limits(divergence, share)
-    items: Any = slice(None) if mask is None else mask
-    student = student.take(items)
-    hidden = student.hidden.flatten(0, -2)
-    teacher = None if teacher is None else _flat(teacher[items] if isinstance(teacher, Tensor) else teacher.take(items))
-    labels = None if labels is None else labels[items].flatten()
-    options = Options(temperature, divergence, share, label_smoothing, student.scale, student.softcap)
-    size = _CHUNK.get(hidden.device.type, _CHUNK["cuda"]) if chunk_size == "auto" else chunk_size
-    weighted = (float(teacher is not None) * weights[0], float(labels is not None) * weights[1])
+    if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size > 0):
+        raise ValueError(f'Expected argument `chunk_size` to be "auto" or at least 1, but got {chunk_size!r}.')
+    student, teacher = _counted(student, mask), _of_teacher(teacher, lambda part: _counted(part, mask))
+    labels = None if labels is None else (labels if mask is None else labels[mask]).flatten()
     words = min(_shared_words(student.weight, teacher), words or len(student.weight))
     if labels is not None:
         _check_labels(labels, words, len(student.weight))
-    sums: Tensor = _LinearLosses.apply(
-        hidden, student.weight, student.bias, teacher, labels, options, weighted, words, size
+    # Under autocast a linear layer computes in another type than its inputs have; so do the chunks here.
+    device = student.hidden.device.type
+    head_pass = _HeadPass(
+        terms=tuple(term for _, term in terms),
+        teacher=teacher,
+        labels=labels,
+        scale=student.scale,
+        softcap=student.softcap,
+        words=words,
+        size=_CHUNK.get(device, _CHUNK["cuda"]) if chunk_size == "auto" else chunk_size,
+        dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
     )
+    weights = tuple(weight for weight, _ in terms)
+    sums: Tensor = _ChunkedLosses.apply(student.hidden, student.weight, student.bias, head_pass, weights)
     return sums
 
 
-def _flat(teacher: Projection | TopK | Tensor) -> Projection | TopK | Tensor:
+def _counted(part: Any, mask: Tensor | None) -> Any:
+    """Of a projection, logits or the best words, the tokens that count, in one row."""
+    if mask is not None:
+        return part[mask] if isinstance(part, Tensor) else part.take(mask)
+    return part.flatten(0, -2) if isinstance(part, Tensor) else part.flat()
+
+
+def _of_teacher(teacher: Any, take: Callable[[Any], Any]) -> Any:
+    """What a function makes of each thing that stands for a teacher."""
+    if isinstance(teacher, Mapping):
+        return {temperature: take(best) for temperature, best in teacher.items()}
+    return None if teacher is None else take(teacher)
+
+
+def _shared_words(weight: Tensor, teacher: Teacher) -> int:
     if isinstance(teacher, Tensor):
-        return teacher.flatten(0, -2)
-    if isinstance(teacher, TopK):
-        return TopK(teacher.log_probs.flatten(0, -2), teacher.classes.flatten(0, -2))
-    return Projection(teacher.hidden.flatten(0, -2), teacher.weight, teacher.bias, teacher.softcap, teacher.scale)
-
-
-def _check(
-    temperature: float, divergence: str, share: float, label_smoothing: float, chunk_size: object, teacher: object
-) -> None:
-    allowed = (*get_args(Divergence), "cosine") if not isinstance(teacher, TopK) else ("forward_kl",)
-    if divergence not in allowed:
-        raise ValueError(f"Expected argument `divergence` to be one of {allowed}, but got {divergence!r}.")
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"Expected argument `temperature` to be finite and above 0, but got {temperature}.")
-    if divergence == "js":
-        check_shares(share, 0.5)
-    else:
-        check_shares(0.5, share)
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
-    if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size > 0):
-        raise ValueError(f'Expected argument `chunk_size` to be "auto" or at least 1, but got {chunk_size!r}.')
+        return min(len(weight), teacher.shape[-1])
+    return min(len(weight), len(teacher.weight)) if isinstance(teacher, Projection) else len(weight)
 
 
 def _check_labels(labels: Tensor, words: int, own: int) -> None:
@@ -238,8 +123,8 @@ def _check_labels(labels: Tensor, words: int, own: int) -> None:
         )
 
 
-class _LinearLosses(torch.autograd.Function):
-    """Sums of both losses; their gradient is ready when they are."""
+class _ChunkedLosses(torch.autograd.Function):
+    """Sums of the terms; their gradient is ready when they are."""
 
     @staticmethod
     def forward(
@@ -247,167 +132,165 @@ class _LinearLosses(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        teacher: Projection | TopK | Tensor | None,
-        labels: Tensor | None,
-        options: Options,
-        weights: tuple[float, float],
-        words: int,
-        size: int,
+        head_pass: "_HeadPass",
+        weights: tuple[float, ...],
     ) -> Tensor:
-        needed = ctx.needs_input_grad[:3]
-        # Under autocast a linear layer computes in another type than its inputs have; so do the chunks here.
-        device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        ctx.again = functools.partial(
-            _chunks, teacher=teacher, labels=labels, options=options, words=words, size=size, dtype=dtype
-        )
         ctx.save_for_backward(hidden, weight, bias)
-        ctx.weights = weights
-        sums, gradients = ctx.again(hidden, weight, bias, weights=weights, needed=needed)
-        ctx.gradients = gradients
+        ctx.head_pass, ctx.weights = head_pass, weights
+        sums, ctx.gradients = head_pass.run((hidden, weight, bias), weights, ctx.needs_input_grad[:3])
         return sums
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
-        hidden, weight, bias = ctx.saved_tensors
+        inputs = ctx.saved_tensors
         expected = upstream.new_tensor(ctx.weights)
         scale = (upstream * expected).sum() / (expected * expected).sum().clamp(min=torch.finfo(expected.dtype).tiny)
-        # One look at two numbers, which makes the device wait once; without it a total with other weights than those
-        # that were announced would silently have a wrong gradient.
-        active = upstream.new_tensor([ctx.again.keywords[name] is not None for name in ("teacher", "labels")])
         # Scaled in place: a copy of the weight's gradient is what this function is here to avoid.
         gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None or not torch.allclose(scale * expected, upstream * active, rtol=1e-5, atol=0.0):
-            asked = tuple(upstream.tolist())
-            _, gradients = ctx.again(hidden, weight, bias, weights=asked, needed=ctx.needs_input_grad[:3])
+        # One look at a few numbers, which makes the device wait once; without it a total with other weights than those
+        # that were announced would silently have a wrong gradient.
+        if gradients is None or not torch.allclose(scale * expected, upstream, rtol=1e-5, atol=0.0):
+            _, gradients = ctx.head_pass.run(inputs, tuple(upstream.tolist()), ctx.needs_input_grad[:3])
             scale = upstream.new_ones(())
         scaled = [
             None if gradient is None else gradient.mul_(scale).to(of.dtype)
-            for gradient, of in zip(gradients, (hidden, weight, bias), strict=True)
+            for gradient, of in zip(gradients, inputs, strict=True)
         ]
-        return (*scaled, *(None,) * 6)
+        return (*scaled, None, None)
 
 
-def _chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *,
-    teacher: Projection | TopK | Tensor | None,
-    labels: Tensor | None,
-    options: Options,
-    weights: tuple[float, float],
-    needed: tuple[bool, bool, bool],
-    words: int,
-    size: int,
-    dtype: torch.dtype | None,
-) -> tuple[Tensor, list[Tensor | None]]:
-    """Sums ``[2]`` of the losses and the gradients of hidden states, weight and bias."""
-    exact = torch.promote_types(hidden.dtype, torch.float32)
-    sums = torch.zeros(2, dtype=exact, device=hidden.device)
-    shapes = [
-        of.shape if need and of is not None else None for of, need in zip((hidden, weight, bias), needed, strict=True)
-    ]
-    gradients = [None if shape is None else torch.empty(shape, dtype=exact, device=hidden.device) for shape in shapes]
-    for gradient in gradients[1:]:
-        if gradient is not None:
-            # The first chunk writes the rest: zeros there would be one more pass over the largest tensor there is.
-            gradient[words if len(hidden) else 0 :].zero_()
-    cast: Callable[[Tensor], Tensor] = (lambda x: x) if dtype is None else (lambda x: x.to(dtype))
-    with torch.autocast(hidden.device.type, enabled=False):
-        own = Projection(cast(hidden), cast(weight[:words]), None if bias is None else cast(bias[:words]), None, 1.0)
-        if isinstance(teacher, Projection):
-            teacher = Projection(
-                cast(teacher.hidden),
-                cast(teacher.weight[:words]),
-                None if teacher.bias is None else cast(teacher.bias[:words]),
-                teacher.softcap,
-                teacher.scale,
+@dataclass(frozen=True)
+class _HeadPass:
+    """All that a pass over the student's last layer computes with, but the layer and its input."""
+
+    terms: tuple[Term, ...]
+    teacher: Teacher
+    labels: Tensor | None
+    scale: float
+    softcap: float | None
+    words: int
+    size: int
+    dtype: torch.dtype | None
+
+    def run(
+        self, inputs: tuple[Tensor, Tensor, Tensor | None], weights: tuple[float, ...], needed: Sequence[bool]
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """Sums ``[terms]``, and the gradients of hidden states, weight and bias of the weighted total."""
+        hidden, device = inputs[0], inputs[0].device
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        sums = torch.zeros(len(self.terms), dtype=exact, device=device)
+        gradients = [
+            torch.empty(of.shape, dtype=exact, device=device) if need and of is not None else None
+            for of, need in zip(inputs, needed, strict=True)
+        ]
+        for gradient in gradients[1:]:
+            if gradient is not None:
+                # The first chunk writes the rest: zeros there would be one more pass over the largest tensor there is.
+                gradient[self.words if len(hidden) else 0 :].zero_()
+        with torch.autocast(device.type, enabled=False):
+            student, teacher = self._cast(Projection(*inputs)), self.teacher
+            teacher = self._cast(teacher) if isinstance(teacher, Projection) else teacher
+            rooms = [
+                torch.empty(min(self.size, len(hidden)) if used else 0, self.words, dtype=exact, device=device)
+                for used in (True, isinstance(teacher, Projection))
+            ]
+            for start in range(0, len(hidden), self.size):
+                tokens = slice(start, start + self.size)
+                chunk = self._chunk(student, teacher, tokens, rooms)
+                sums += self._sums(chunk, weights, any(needed))
+                if any(needed):
+                    _accumulate(gradients, tokens, chunk.logits.to(student.hidden.dtype), student, self.words)
+        return sums, gradients
+
+    def _cast(self, model: Projection) -> Projection:
+        """The words that both models have, in the type of autocast."""
+        bias = None if model.bias is None else model.bias[: self.words]
+        hidden, weight = model.hidden, model.weight[: self.words]
+        if self.dtype is not None:
+            hidden, weight, bias = (
+                hidden.to(self.dtype),
+                weight.to(self.dtype),
+                None if bias is None else bias.to(self.dtype),
             )
-        rows = min(size, len(hidden))
-        own_room, teacher_room = (
-            torch.empty(rows if used else 0, words, dtype=exact, device=hidden.device)
-            for used in (True, isinstance(teacher, Projection))
-        )
-        for start in range(0, len(hidden), size):
-            chunk = slice(start, start + size)
-            count = len(hidden[chunk])
-            logits = own.take(chunk).write_logits(own_room[:count])
-            beside = _rows_of(teacher, chunk, words, teacher_room[:count])
-            chunk_labels = None if labels is None else labels[chunk]
-            values, slope = _losses(logits, beside, chunk_labels, options, weights, any(needed))
-            sums += values
-            if any(needed):
-                _accumulate(gradients, chunk, slope.to(own.hidden.dtype), own, words)
-    return sums, gradients
+        return Projection(hidden, weight, bias, model.softcap, model.scale)
+
+    def _chunk(self, student: Projection, teacher: Any, tokens: slice, rooms: list[Tensor]) -> Chunk:
+        """Some tokens of the batch, with the student's raw logits: before scale and cap."""
+
+        def of_teacher(part: Any) -> Any:
+            if isinstance(part, Tensor):
+                return full_precision(part[tokens, : self.words])
+            taken = part.take(tokens)
+            return taken.write_logits(rooms[1][: len(taken.hidden)]) if isinstance(taken, Projection) else taken
+
+        taken = student.take(tokens)
+        logits = taken.write_logits(rooms[0][: len(taken.hidden)])
+        return Chunk(logits, _of_teacher(teacher, of_teacher), None if self.labels is None else self.labels[tokens])
+
+    def _sums(self, chunk: Chunk, weights: tuple[float, ...], with_gradient: bool) -> Tensor:
+        """Sums ``[terms]`` of a chunk; the gradient of the weighted total at its raw logits is written over them."""
+        on_cpu, count = chunk.logits.device.type == "cpu", len(chunk.logits)
+        compute = _block if on_cpu else _compiled_block()
+        rows = max(1, _BLOCK // self.words) if on_cpu else count
+        total = chunk.logits.new_zeros(len(self.terms))
+        for start in range(0, count, rows):
+            block = slice(start, start + rows)
+            part = chunk.take(block)
+            sums, gradient = compute(part, self.terms, weights, self.scale, self.softcap, with_gradient)
+            total += sums
+            if with_gradient:
+                chunk.logits[block] = gradient
+        return total
 
 
-def _shared_words(weight: Tensor, teacher: Projection | TopK | Tensor | None) -> int:
-    if teacher is None or isinstance(teacher, TopK):
-        return len(weight)
-    return min(len(weight), teacher.shape[-1] if isinstance(teacher, Tensor) else len(teacher.weight))
-
-
-def _rows_of(
-    teacher: Projection | TopK | Tensor | None, chunk: slice, words: int, room: Tensor
-) -> Tensor | TopK | None:
-    if teacher is None:
-        return None
-    if isinstance(teacher, Tensor):
-        return full_precision(teacher[chunk, :words])
-    part = teacher.take(chunk)
-    return part if isinstance(part, TopK) else part.write_logits(room)
-
-
-def _accumulate(gradients: list[Tensor | None], chunk: slice, slope: Tensor, own: Projection, words: int) -> None:
-    """Add a chunk's share to the gradients, in float32 whatever the inputs are."""
-    of_hidden, of_weight, of_bias = gradients
-    hidden, kept = own.hidden[chunk], float(chunk.start > 0)
-    if of_hidden is not None:
-        of_hidden[chunk] = slope @ own.weight
-    if of_weight is not None:
-        if slope.dtype == of_weight.dtype:
-            of_weight[:words].addmm_(slope.T, hidden, beta=kept)
-        elif kept:
-            of_weight[:words] += slope.T @ hidden
-        else:
-            of_weight[:words] = slope.T @ hidden
-    if of_bias is not None:
-        shares = slope.sum(0, dtype=of_bias.dtype)
-        of_bias[:words] = of_bias[:words] + shares if kept else shares
-
-
-def _losses(
-    logits: Tensor,
-    teacher: Tensor | TopK | None,
-    labels: Tensor | None,
-    options: Options,
-    weights: tuple[float, float],
-    with_slope: bool,
+def _block(
+    raw: Chunk,
+    terms: tuple[Term, ...],
+    weights: tuple[float, ...],
+    scale: float,
+    softcap: float | None,
+    with_gradient: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Sums ``[2]`` of a chunk and the slope of the weighted total at its raw logits, which is written over them."""
-    compute: Callable[..., tuple[Tensor, Tensor]] = block_losses if logits.device.type == "cpu" else _compiled_block()
-    rows = max(1, _BLOCK // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    sums = logits.new_zeros(2)
-    for start in range(0, len(logits), rows):
-        block = slice(start, start + rows)
-        of_teacher = teacher.take(block) if isinstance(teacher, TopK) else None if teacher is None else teacher[block]
-        values, slope = compute(
-            logits[block],
-            of_teacher,
-            None if labels is None else labels[block],
-            options,
-            weights,
-            with_slope,
-        )
-        sums += values
-        if with_slope:
-            logits[block] = slope
-    return sums, logits
+    """Sums ``[terms]`` over some tokens, and the gradient ``[N, V]`` of the weighted total at their raw logits."""
+    logits = raw.logits if scale == 1.0 else raw.logits * scale
+    capped = None if softcap is None else torch.tanh(logits / softcap)
+    logits = logits if capped is None or softcap is None else softcap * capped
+    chunk = Chunk(logits, raw.teacher, raw.labels)
+    sums, total = [], None
+    for weight, term in zip(weights, terms, strict=True):
+        values, gradient = term(chunk)
+        sums.append(values.sum())
+        if with_gradient:
+            total = weight * gradient() if total is None else total.add_(weight * gradient())
+    if total is None:
+        return torch.stack(sums), logits
+    if capped is not None:
+        total = total * (1 - capped * capped)
+    return torch.stack(sums), total if scale == 1.0 else total * scale
 
 
 @functools.cache
 def _compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
     # A last chunk that is shorter than the others must not compile anew for every length.
-    return torch.compile(block_losses, dynamic=True)
+    return torch.compile(_block, dynamic=True)
+
+
+def _accumulate(
+    gradients: list[Tensor | None], tokens: slice, at_logits: Tensor, student: Projection, words: int
+) -> None:
+    """Add a chunk's share to the gradients, in float32 whatever the inputs are."""
+    of_hidden, of_weight, of_bias = gradients
+    hidden, kept = student.hidden[tokens], float(tokens.start > 0)
+    if of_hidden is not None:
+        of_hidden[tokens] = at_logits @ student.weight
+    if of_weight is not None:
+        if at_logits.dtype == of_weight.dtype:
+            of_weight[:words].addmm_(at_logits.T, hidden, beta=kept)
+        elif kept:
+            of_weight[:words] += at_logits.T @ hidden
+        else:
+            of_weight[:words] = at_logits.T @ hidden
+    if of_bias is not None:
+        shares = at_logits.sum(0, dtype=of_bias.dtype)
+        of_bias[:words] = of_bias[:words] + shares if kept else shares

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_distill.functional.binary import two_logits
-from lightning_distill.functional.reduction import full_precision
+from lightning_distill.functional.tensors import full_precision
 
 
 def confidence(logits: Tensor) -> Tensor:

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_distill.functional.reduction import Reduction, check_same_shape, full_precision, reduce, select
+from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
+from lightning_distill.functional.tensors import full_precision
 
 
 def normalized_mse(

@@ -1,8 +1,8 @@
 """Distances between hidden states of student and teacher."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_distill.functional.divergences import cosine_distance
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
 
 
@@ -76,4 +76,5 @@ def hidden_state_cosine(
     """
     check_same_shape(student, teacher, "student", "teacher")
     s, t = select(mask, student, teacher)
-    return reduce(1 - F.cosine_similarity(s, t, dim=-1), student.shape[:-1], mask, reduction, num_items)
+    values, _ = cosine_distance(s, t)
+    return reduce(values, student.shape[:-1], mask, reduction, num_items)

@@ -4,12 +4,12 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from lightning_distill.functional.binary import two_logits
+from lightning_distill.functional.divergences import LOG_ZERO, cosine_distance, kl, log_probabilities, top_k_kl
 from lightning_distill.functional.hard_label import IGNORE_INDEX
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
-from lightning_distill.functional.soft_target import LOG_ZERO, check_classes, kl, log_probabilities
+from lightning_distill.functional.soft_target import check_classes
 
 
 def logits_mse(
@@ -81,7 +81,7 @@ def logits_cosine(
     """
     check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
     student, teacher = select(mask, student_logits, teacher_logits)
-    values = 1 - cosine_similarity(student, teacher, dim=-1)
+    values, _ = cosine_distance(student, teacher)
     return reduce(values, student_logits.shape[:-1], mask, reduction, num_items)
 
 
@@ -198,15 +198,8 @@ def top_k_soft_target(
         )
     logits, log_p = select(mask, student_logits, teacher_log_probs)
     classes = teacher_classes.flatten(0, -2) if mask is None else teacher_classes[mask]
-    log_q = log_probabilities(logits, temperature)
-    student_tail = log_q.scatter(-1, classes, LOG_ZERO).logsumexp(-1, keepdim=True)
-    of_best = log_p.exp().sum(-1, keepdim=True).clamp(max=1)
-    # Where all classes are there is no tail, whatever rounding leaves of it.
-    of_best = of_best if classes.shape[-1] < log_q.shape[-1] else torch.ones_like(of_best)
-    teacher_tail = torch.log1p(-of_best).clamp(min=LOG_ZERO)
-    student = torch.cat([log_q.gather(-1, classes), student_tail], -1)
-    teacher = torch.cat([log_p.clamp(min=LOG_ZERO), teacher_tail], -1)
-    return reduce(temperature**2 * kl(teacher, student), student_logits.shape[:-1], mask, reduction, num_items)
+    values, _ = top_k_kl(log_probabilities(logits, temperature), log_p, classes)
+    return reduce(temperature**2 * values, student_logits.shape[:-1], mask, reduction, num_items)
 
 
 Combination = Literal["logits", "probabilities"]

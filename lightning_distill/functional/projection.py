@@ -1,12 +1,12 @@
 """A prediction over a vocabulary that is not there as logits: what it would be computed of, or the best of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_distill.functional.reduction import full_precision
+from lightning_distill.functional.tensors import full_precision
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,11 @@ class Projection:
 
     def take(self, items: Any) -> "Projection":
         """The projection of some of the items: a slice, or a bool mask."""
-        return Projection(self.hidden[items], self.weight, self.bias, self.softcap, self.scale)
+        return replace(self, hidden=self.hidden[items])
+
+    def flat(self) -> "Projection":
+        """The projection of all items in one row."""
+        return replace(self, hidden=self.hidden.flatten(0, -2))
 
     def logits(self) -> Tensor:
         """Logits ``[..., V]``, in float32, or in float64 for float64 inputs."""
@@ -72,3 +76,7 @@ class TopK:
     def take(self, items: Any) -> "TopK":
         """The k best words of some of the items."""
         return TopK(self.log_probs[items], self.classes[items])
+
+    def flat(self) -> "TopK":
+        """The k best words of all items in one row."""
+        return TopK(self.log_probs.flatten(0, -2), self.classes.flatten(0, -2))

@@ -5,12 +5,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_distill.functional.tensors import full_precision
+
 Reduction = Literal["mean", "sum", "none"]
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """The tensor in float32, or as it is in float64."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def check_same_shape(student: Tensor, teacher: Tensor, student_name: str, teacher_name: str) -> None:

@@ -1,20 +1,19 @@
 """Divergences of predictions whose classes are spread over processes, as tensor parallelism leaves them."""
 
-from typing import Any, get_args
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
-from lightning_distill.functional.soft_target import (
-    DIVERGENCES,
+from lightning_distill.functional.divergences import (
     LOG_ZERO,
     Divergence,
-    beside_limits,
-    check_shares,
+    check_divergence,
     check_temperature,
+    divergence_of,
 )
+from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
 
 
 def sharded_soft_target(
@@ -64,17 +63,14 @@ def sharded_soft_target(
     Source: the pair of operators whose forward or backward is a sum over processes is that of Shoeybi et al.,
     "Megatron-LM", 2019.
     """
-    if divergence not in get_args(Divergence):
-        raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
-    check_shares(beta, alpha)
+    check_divergence(divergence, beta, alpha)
     check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
     check_temperature(temperature)
-    formula, share = beside_limits(divergence, beta if divergence == "js" else alpha)
     student, teacher = (
         _log_probabilities(logits / temperature, group) for logits in select(mask, student_logits, teacher_logits)
     )
     # Each divergence is a sum over classes.
-    values = temperature**2 * _summed(DIVERGENCES[formula](student, teacher, share), group)
+    values = temperature**2 * _summed(divergence_of(student, teacher, divergence, beta, alpha)[0], group)
     return reduce(values, student_logits.shape[:-1], mask, reduction, num_items)
 
 

@@ -1,21 +1,15 @@
 """Divergences between the predictions of student and teacher."""
 
-import math
-from collections.abc import Callable
-from typing import Literal, get_args
-
-import torch
 from torch import Tensor
 
+from lightning_distill.functional.divergences import (
+    Divergence,
+    check_divergence,
+    check_temperature,
+    divergence_of,
+    log_probabilities,
+)
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
-
-Divergence = Literal[
-    "forward_kl", "reverse_kl", "jeffreys", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation"
-]
-
-# Stands for log 0. Infinite log-probabilities would give 0 * inf = NaN where both models exclude a class; with this
-# number such a class adds exactly 0, and one that only one of them excludes adds a finite amount.
-LOG_ZERO = -1e30
 
 
 def soft_target(
@@ -80,30 +74,13 @@ def soft_target(
     al., "DistiLLM", 2024 (skew); Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
     2023 (total variation).
     """
-    if divergence not in DIVERGENCES:
-        raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
-    check_shares(beta, alpha)
+    check_divergence(divergence, beta, alpha)
     check_classes(student_logits, teacher_logits, temperature)
     student, teacher = (
         log_probabilities(logits, temperature) for logits in select(mask, student_logits, teacher_logits)
     )
-    formula, share = beside_limits(divergence, beta if divergence == "js" else alpha)
-    values = temperature**2 * DIVERGENCES[formula](student, teacher, share)
-    return reduce(values, student_logits.shape[:-1], mask, reduction, num_items)
-
-
-def check_shares(beta: float, alpha: float) -> None:
-    """Refuse a ``beta`` outside [0, 1] and an ``alpha`` outside (0, 1)."""
-    if not 0 <= beta <= 1:
-        raise ValueError(f"Expected argument `beta` to be in [0, 1], but got {beta}.")
-    if not 0 < alpha < 1:
-        raise ValueError(f"Expected argument `alpha` to be in (0, 1), but got {alpha}.")
-
-
-def beside_limits(divergence: str, share: float) -> tuple[str, float]:
-    """The divergence and its share, with the names of the limits in the place of ``"js"`` with a share of 0 or 1."""
-    limits = {0.0: "forward_kl", 1.0: "reverse_kl"}
-    return (limits.get(float(share), "js") if divergence == "js" else divergence), share
+    values, _ = divergence_of(student, teacher, divergence, beta, alpha)
+    return reduce(temperature**2 * values, student_logits.shape[:-1], mask, reduction, num_items)
 
 
 def check_classes(student_logits: Tensor, teacher_logits: Tensor, temperature: float) -> None:
@@ -124,66 +101,3 @@ def check_classes(student_logits: Tensor, teacher_logits: Tensor, temperature: f
             "always 1, and the loss 0. Use `functional.logits_mse`."
         )
     check_temperature(temperature)
-
-
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature that is not finite and above 0."""
-    if not (temperature > 0 and math.isfinite(temperature)):
-        raise ValueError(f"Expected argument `temperature` to be finite and above 0, but got {temperature}.")
-
-
-def log_probabilities(logits: Tensor, temperature: float) -> Tensor:
-    """Log of the softened prediction, with a large negative number for log 0.
-
-    Args:
-        logits: Shape ``[N, C]``, float32 or float64.
-        temperature: Divides the logits.
-
-    Returns:
-        Shape ``[N, C]``.
-    """
-    return torch.log_softmax(logits / temperature, dim=-1).clamp(min=LOG_ZERO)
-
-
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    r"""Kullback-Leibler divergence :math:`\mathrm{KL}(p \| q)` over the last dimension.
-
-    Args:
-        log_p: Shape ``[..., C]``, no less than ``LOG_ZERO``.
-        log_q: Likewise.
-
-    Returns:
-        Shape ``[...]``.
-    """
-    return (log_p.exp() * (log_p - log_q)).sum(-1)
-
-
-def mixture(log_p: Tensor, log_q: Tensor, share: float) -> Tensor:
-    """Log of the mixture that has a share of p and the rest of q.
-
-    Args:
-        log_p: Shape ``[..., C]``.
-        log_q: Likewise.
-        share: In (0, 1).
-
-    Returns:
-        Shape ``[..., C]``.
-    """
-    return torch.logaddexp(log_p + math.log(share), log_q + math.log1p(-share))
-
-
-def _js(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
-    middle = mixture(teacher, student, beta)
-    return beta * kl(teacher, middle) + (1 - beta) * kl(student, middle)
-
-
-#: By name, of the log-probabilities of student and teacher and the share that is mixed in; shape ``[N]``.
-DIVERGENCES: dict[str, Callable[[Tensor, Tensor, float], Tensor]] = {
-    "forward_kl": lambda student, teacher, _: kl(teacher, student),
-    "reverse_kl": lambda student, teacher, _: kl(student, teacher),
-    "jeffreys": lambda student, teacher, _: 0.5 * (kl(teacher, student) + kl(student, teacher)),
-    "js": _js,
-    "skew_forward_kl": lambda student, teacher, alpha: kl(teacher, mixture(teacher, student, alpha)),
-    "skew_reverse_kl": lambda student, teacher, alpha: kl(student, mixture(student, teacher, alpha)),
-    "total_variation": lambda student, teacher, _: 0.5 * (teacher.exp() - student.exp()).abs().sum(-1),
-}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_distill import functional
 from lightning_distill.arguments import typed
-from lightning_distill.functional.reduction import full_precision
+from lightning_distill.functional.tensors import full_precision
 from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
 from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals.description import ModelInfo

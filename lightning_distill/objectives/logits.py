@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from lightning_distill import functional
 from lightning_distill.arguments import typed
-from lightning_distill.functional.soft_target import Divergence
+from lightning_distill.functional.divergences import Divergence
+from lightning_distill.functional.terms import HardLabelTerm, SoftTargetTerm
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals.signals import Signals
@@ -80,10 +81,14 @@ class SoftTarget(_Softened):
             raise self._error("alpha", "in (0, 1)", alpha)
         self.divergence, self.beta, self.alpha = divergence, beta, alpha
 
-    def options(self) -> dict[str, Any]:
-        """Temperature, divergence and the share that it mixes in, as the chunked losses take them."""
-        share = self.beta if self.divergence == "js" else self.alpha
-        return {"temperature": self.temperature, "divergence": self.divergence, "share": share}
+    def chunked_term(self) -> SoftTargetTerm:
+        """The divergence of a chunk of tokens."""
+        return SoftTargetTerm(self.temperature, self.divergence, self.beta, self.alpha)
+
+    @property
+    def top_k_temperatures(self) -> tuple[float, ...] | None:
+        """Its own, where it is the forward KL and its temperature stays: the mass of other classes is kept for one."""
+        return (self.temperature,) if self.divergence == "forward_kl" and not callable(self._temperature) else None
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
@@ -303,6 +308,10 @@ class HardLabel(Objective):
             return _count_labelled(self, student)
         labels, mask = _labelled(self, student)
         return Loss(labels, mask, self._counts(labels)).count()
+
+    def chunked_term(self) -> HardLabelTerm | None:
+        """The cross entropy of a chunk of tokens, where all classes weigh the same."""
+        return None if self.class_weights is not None else HardLabelTerm(self.label_smoothing)
 
     def _counts(self, labels: Tensor) -> Tensor:
         """The weight of each label that is a class; of others, which count nothing, that of class 0."""

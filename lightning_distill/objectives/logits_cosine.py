@@ -1,9 +1,8 @@
 """The objective on the direction of the logits."""
 
-from typing import Any
-
 from lightning_distill import functional
 from lightning_distill.arguments import typed
+from lightning_distill.functional.terms import CosineTerm
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals.signals import Signals
@@ -32,9 +31,9 @@ class LogitsCosine(Objective):
     def __init__(self, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__(weight, name)
 
-    def options(self) -> dict[str, Any]:
-        """What it is called in the chunked losses."""
-        return {"divergence": "cosine"}
+    def chunked_term(self) -> CosineTerm:
+        """The distance of a chunk of tokens."""
+        return CosineTerm()
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """One minus the cosine per row, or per token."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_distill.arguments import typed
 from lightning_distill.functional.reduction import check_num_items
+from lightning_distill.functional.terms import Term
 from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals.description import ModelInfo, near
 from lightning_distill.signals.signals import Request, Signals, is_within
@@ -163,9 +164,35 @@ class Objective(nn.Module):
     @property
     def counts_ahead(self) -> bool:
         """Whether :meth:`count` is known to agree with :meth:`forward`: a class of one's own says so by having both."""
-        what = {"forward", "compare", "compare_rows", "count"}
-        kind = next(kind for kind in type(self).__mro__ if what & vars(kind).keys())
+        kind = self._latest("count")
         return "count" in vars(kind) or kind.__module__.startswith("lightning_distill.")
+
+    def chunked_term(self) -> Term | None:
+        """The loss of a chunk of tokens, which spares a language model the logits of a whole batch.
+
+        Over a large vocabulary it takes the place of :meth:`forward`, and means the same: the mean of its values over
+        the tokens that count.
+
+        Returns:
+            See :data:`lightning_distill.functional.terms.Term`, at the current progress; None where whole logits are
+            needed, as here.
+        """
+        return None
+
+    @property
+    def can_be_chunked(self) -> bool:
+        """Whether :meth:`chunked_term` stands for :meth:`forward`: a class with another forward has to have both."""
+        return "chunked_term" in vars(self._latest("chunked_term")) and self.chunked_term() is not None
+
+    @property
+    def top_k_temperatures(self) -> tuple[float, ...] | None:
+        """Temperatures at which it can do with a teacher's k best classes, ``Signals.top_k``; None: with all alone."""
+        return None
+
+    def _latest(self, method: str) -> type:
+        """The class that was last to say what the loss is, or what one of its methods is."""
+        what = {"forward", "compare", "compare_rows", method}
+        return next(kind for kind in type(self).__mro__ if what & vars(kind).keys())
 
     def extra_repr(self) -> str:
         """Weight and name, for ``print``."""

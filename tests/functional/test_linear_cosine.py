@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_distill import functional
-from lightning_distill.functional.chunked import linear_losses
+from lightning_distill.functional.chunked import chunked_losses
 from lightning_distill.functional.projection import Projection
+from lightning_distill.functional.terms import CosineTerm, HardLabelTerm
 
 MASK = torch.arange(12) % 4 != 0
 
@@ -83,7 +84,8 @@ def test_beside_a_hard_label_each_has_its_own_gradient() -> None:
         Projection(*(given[f"{role}_{name}"] for name in ("hidden", "weight", "bias")))
         for role in ("student", "teacher")
     )
-    soft, hard = linear_losses(student, teacher, labels, None, divergence="cosine", weights=(0.7, 0.3), chunk_size=5)
+    terms = [(0.7, CosineTerm()), (0.3, HardLabelTerm())]
+    soft, hard = chunked_losses(student, terms, teacher, labels, chunk_size=5)
     theirs = 0.7 * whole(given).sum() + 0.3 * F.cross_entropy(student.logits(), labels, reduction="sum")
     assert_same(0.7 * soft + 0.3 * hard, theirs, given)
 

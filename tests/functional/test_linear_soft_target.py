@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_distill import functional
-from lightning_distill.functional.chunked import linear_losses
+from lightning_distill.functional.chunked import chunked_losses
 from lightning_distill.functional.projection import Projection, TopK
+from lightning_distill.functional.terms import HardLabelTerm, SoftTargetTerm
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation")
 TOKENS, WORDS, WIDTH, TEACHER_WIDTH = 23, 50, 6, 9
@@ -186,7 +187,8 @@ def test_another_total_than_announced_has_its_own_gradient() -> None:
     teacher = Projection(given["teacher_hidden"], given["teacher_weight"], given["teacher_bias"])
     count = (words != -100).sum()
     for weigh in (lambda soft, hard: 3 * soft + hard, lambda soft, hard: soft * hard, lambda soft, hard: hard):
-        sums = linear_losses(student, teacher, words, words != -100, weights=(0.7, 0.3), chunk_size=4)
+        terms = [(0.7, SoftTargetTerm()), (0.3, HardLabelTerm())]
+        sums = chunked_losses(student, terms, teacher, words, words != -100, chunk_size=4)
         theirs = (eager(given, words), eager(given, words, soft_weight=0.0, hard_weight=1.0))
         assert_same(weigh(*(value / count for value in sums)), weigh(*theirs), given)
 
@@ -234,13 +236,14 @@ def test_the_k_best_words_of_a_teacher(temperature: float, k: int) -> None:
     student = Projection(given["student_hidden"], given["student_weight"], given["student_bias"])
     logits = F.linear(given["teacher_hidden"], given["teacher_weight"], given["teacher_bias"])
     best, mask = top_k(logits, k, temperature), words != -100
-    soft, _ = linear_losses(student, best, words, mask, temperature=temperature, chunk_size=4)
+    terms = [(1.0, SoftTargetTerm(temperature)), (1.0, HardLabelTerm())]
+    soft, _ = chunked_losses(student, terms, {temperature: best}, words, mask, chunk_size=4)
     theirs = functional.top_k_soft_target(
         student.logits(), best.log_probs, best.classes, temperature=temperature, mask=mask, reduction="sum"
     )
     assert_same(soft / mask.sum(), theirs / mask.sum(), given)
     # The teacher's own logits, as a cache of all of them has them, are the same as its hidden states.
-    whole, _ = linear_losses(student, logits, words, mask, temperature=temperature, chunk_size=4)
+    whole, _ = chunked_losses(student, terms, logits, words, mask, chunk_size=4)
     assert_same(whole / mask.sum(), eager(given, words, temperature=temperature), given)
 
 

@@ -11,7 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from lightning_distill import functional
-from lightning_distill.functional.soft_target import Divergence
+from lightning_distill.functional.divergences import Divergence
 
 SIZES = (4, 7)
 

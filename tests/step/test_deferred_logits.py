@@ -18,8 +18,20 @@ from torch.utils.data import DataLoader
 
 from lightning_distill import DistillationModule, functional
 from lightning_distill.callbacks import TeacherCache
-from lightning_distill.objectives import Decoupled, HardLabel, HiddenState, LogitsCosine, Objective, SoftTarget
+from lightning_distill.functional.terms import Term
+from lightning_distill.objectives import (
+    Decoupled,
+    HardLabel,
+    HiddenState,
+    LinearSchedule,
+    LogitsCosine,
+    Loss,
+    Objective,
+    SoftTarget,
+)
+from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals import head as vocabulary
+from lightning_distill.signals.signals import Signals
 from tests.helpers.models import SMALL, batch, bert, llama
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
@@ -193,9 +205,54 @@ def test_sharded_heads(tmp_path: Path) -> None:
 
 
 def test_what_needs_whole_logits_gets_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for made in (lambda: [SoftTarget(), Decoupled()], lambda: [SoftTarget(), SoftTarget(name="two"), HardLabel()]):
+    for made in (
+        lambda: [SoftTarget(), Decoupled()],
+        lambda: [_OtherForward(), HardLabel()],
+        lambda: [SoftTarget(), HardLabel(class_weights=[1.0] * 64)],
+    ):
         run = fit("causal_lm", tmp_path, words=10, monkeypatch=monkeypatch, objectives=made)
         assert min(run["widths"]) > 1
+
+
+class _OtherForward(SoftTarget):
+    """Its chunks are no longer what it computes."""
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        loss = super().forward(student, teacher)
+        return Loss(2 * loss.values, loss.mask)
+
+
+class _LogitsSize(Objective):
+    """A user's own, of the student's logits alone, whole and chunk by chunk."""
+
+    needs_teacher = False
+
+    def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
+        return Loss(student.logits.square().mean(-1), student.mask)
+
+    def chunked_term(self) -> Term:
+        return lambda chunk: (chunk.logits.square().mean(1), lambda: 2 * chunk.logits / chunk.logits.shape[1])
+
+
+@pytest.mark.parametrize("weight", [0.3, LinearSchedule(0.0, 1.0)], ids=["constant", "scheduled"])
+def test_any_objectives_with_a_chunked_form(weight: Scheduled, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def made() -> list[Objective]:
+        two = [SoftTarget(1.0, name="sharp", weight=weight), SoftTarget(4.0, "js", name="soft")]
+        return [
+            *two,
+            LogitsCosine(),
+            _LogitsSize(weight=0.1, name="logits_size"),
+            HardLabel(0.1),
+            HardLabel(name="plain", weight=0.2),
+        ]
+
+    whole, deferred = (
+        fit("softcap", tmp_path, words=words, monkeypatch=monkeypatch, objectives=made, precision="64-true")
+        for words in (16_000, 10)
+    )
+    assert {"train_sharp", "train_soft", "train_logits_size", "train_plain"} <= set(whole["logs"])
+    assert_same(whole, deferred)
+    assert set(deferred["widths"]) == {1}
 
 
 def test_a_model_that_changes_its_logits_in_its_own_way_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
