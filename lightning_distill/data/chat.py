@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from lightning_distill.data.files import check_text
+from lightning_distill.data.columns import check_text
 from lightning_distill.data.packing import Conversation, Document
 from lightning_distill.data.table import Table, one_line, shown
 

@@ -10,13 +10,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import between, integer, typed
-from lightning_distill.data import files, hub
 from lightning_distill.data.chat import CHAT_COLUMNS, Chat, Completion, Text, encode, texts_of
 from lightning_distill.data.embedded import embedded_corpus, train_causal_tokenizer
-from lightning_distill.data.module import Split, TextData
+from lightning_distill.data.hub import read_hub_dataset
+from lightning_distill.data.module import Split, TextData, check_sources, hold_out
 from lightning_distill.data.packing import Conversation, Document, PackedText
 from lightning_distill.data.progress import progress
-from lightning_distill.data.readers import kind_of
+from lightning_distill.data.readers import kind_of, read_table, read_text
 from lightning_distill.data.table import Table, listed
 
 
@@ -84,12 +84,7 @@ class LanguageModelData(TextData):
         num_workers: int = 0,
     ) -> None:
         super().__init__(tokenizer, batch_size, seed, num_workers)
-        if text_files and hub_dataset is not None:
-            raise ValueError("Expected one of the arguments `text_files` and `hub_dataset`, but got both")
-        for name, given in (("val_files", val_files), ("test_files", test_files)):
-            if given and not text_files:
-                beside = "none" if hub_dataset is None else "a `hub_dataset`, which has its own splits"
-                raise ValueError(f"Expected argument `text_files` beside `{name}`, to train on, but got {beside}")
+        check_sources(hub_dataset, text_files=text_files, val_files=val_files, test_files=test_files)
         for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
             integer(name, value, least)
         if max_train_documents is not None:
@@ -154,7 +149,7 @@ class LanguageModelData(TextData):
                       for name, texts in self._given.items()}  # fmt: skip
             found = {split: _texts_of_table(table) for split, table in tables.items()}
         elif self.hub_dataset is not None:
-            tables, _ = hub.read_hub_dataset(self.hub_dataset, *self._columns)
+            tables, _ = read_hub_dataset(self.hub_dataset, *self._columns)
             found = {split: _texts_of_table(table) for split, table in tables.items()}
         elif self.files["train"]:
             paths = dict.fromkeys(path for paths in self.files.values() for path in paths)
@@ -166,10 +161,19 @@ class LanguageModelData(TextData):
         generator = random.Random(self.seed)
         for split in ("val", "test"):
             if split not in found:
-                found["train"], found[split] = _hold_out(found["train"], self.val_split, generator)
+                found["train"], found[split] = self._hold_out(found["train"], generator)
         if self.max_train_documents is not None and self.max_train_documents < len(found["train"]):
             found["train"] = generator.sample(found["train"], self.max_train_documents)
         return found
+
+    def _hold_out(self, texts: list[Text], generator: random.Random) -> list[list[Text]]:
+        if len(texts) < 2:
+            raise ValueError(
+                "Expected the training text to have a document for each of training, validation and test, but got "
+                f"{len(texts)} left. Set `separator` to what stands between two documents, or give `val_files` and "
+                "`test_files`."
+            )
+        return [[texts[place] for place in part] for part in hold_out(len(texts), self.val_split, generator)]
 
     @property
     def _columns(self) -> list[list[str]]:
@@ -178,8 +182,8 @@ class LanguageModelData(TextData):
 
     def _read(self, path: str) -> list[Text]:
         if kind_of(Path(path)) != ".txt":
-            return _texts_of_table(files.read_table(path, *self._columns))
-        documents: list[Text] = [text for text in map(str.strip, files.read_text(path).split(self.separator)) if text]
+            return _texts_of_table(read_table(path, *self._columns))
+        documents: list[Text] = [text for text in map(str.strip, read_text(path).split(self.separator)) if text]
         if not documents:
             raise ValueError(f"{path}: the file has no text")
         return documents
@@ -254,16 +258,3 @@ def _encode(
         if eos is not None and isinstance(document, Document) and list(document.ids[-1:]) != [eos]:
             document = Document([*document.ids, eos], document.num_given)
         yield document
-
-
-def _hold_out(texts: list[Text], share: float, generator: random.Random) -> tuple[list[Text], list[Text]]:
-    """Take a share of the documents, at least one, at random; the order of both parts stays."""
-    if len(texts) < 2:
-        raise ValueError(
-            "Expected the training text to have a document for each of training, validation and test, but got "
-            f"{len(texts)} left. Set `separator` to what stands between two documents, or give `val_files` and "
-            "`test_files`."
-        )
-    size = min(max(round(share * len(texts)), 1), len(texts) - 1)
-    chosen = set(generator.sample(range(len(texts)), size))
-    return [t for i, t in enumerate(texts) if i not in chosen], [t for i, t in enumerate(texts) if i in chosen]

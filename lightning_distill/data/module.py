@@ -1,5 +1,6 @@
 """What data modules of text have in common: a tokenizer, and dataloaders whose order can be resumed."""
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -14,6 +15,32 @@ from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoad
 from lightning_distill.models.pretrained import load_tokenizer
 
 Split = Literal["train", "val", "test"]
+
+
+def check_sources(hub_dataset: str | None, **files: Any) -> None:
+    """Refuse sources that do not go together: a hub data set beside files, or files without one to train on.
+
+    Args:
+        hub_dataset: the argument of that name.
+        **files: the others by name, that to train on first.
+
+    Raises:
+        ValueError: if so.
+    """
+    train, *others = files
+    if files[train] and hub_dataset is not None:
+        raise ValueError(f"Expected one of the arguments `{train}` and `hub_dataset`, but got both")
+    for name in others:
+        if files[name] and not files[train]:
+            beside = "none" if hub_dataset is None else "a `hub_dataset`, which has its own splits"
+            raise ValueError(f"Expected argument `{train}` beside `{name}`, to train on, but got {beside}")
+
+
+def hold_out(count: int, share: float, generator: random.Random) -> tuple[list[int], list[int]]:
+    """Draw a share of so many things, at least one and not all: the places of what stays, and of what is drawn."""
+    size = min(max(round(share * count), 1), count - 1)
+    drawn = set(generator.sample(range(count), size))
+    return [place for place in range(count) if place not in drawn], sorted(drawn)
 
 
 class TextData(L.LightningDataModule):

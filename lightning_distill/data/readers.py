@@ -1,4 +1,4 @@
-"""Readers of each kind of file. What they cannot read is a ``ValueError`` of one line that names file and line.
+"""Files of rows as tables. What cannot be read is a ``ValueError`` of one line that begins with file and line.
 
 The ``datasets`` and pandas libraries read these kinds, too, but say neither the line of what is wrong nor that they
 guessed: a text ``NA`` becomes a missing value, a ragged row is filled up, a repeated column gets another name.
@@ -11,7 +11,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning_distill.data.progress import progress
 from lightning_distill.data.table import Table, check_columns, chosen_columns, one_line, shown
@@ -22,8 +22,61 @@ Choices = Sequence[Sequence[str]]
 _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a gz file without the ending .gz"}
 
 
-def check_file(path: Path) -> None:
-    """Raise a ``ValueError`` if a path is not that of a file."""
+def read_table(path: str | Path, columns: Sequence[str], *others: Sequence[str]) -> Table:
+    r"""Read named columns of a ``.tsv``, ``.csv``, ``.jsonl`` (``.ndjson``), ``.json`` or ``.parquet`` file.
+
+    A tsv file has a header, one row per line and no quoting, so a quotation mark is a character like any other; a csv
+    file is quoted as RFC 4180 says. A json file holds a list of objects, or an object of columns. Blank lines are
+    skipped. All but parquet may be packed, as ``.tsv.gz``.
+
+    Args:
+        path: the file, UTF-8 (parquet: any).
+        columns: the columns to keep.
+        *others: other lists of columns; the first list that is there in full is kept.
+
+    Returns:
+        The rows of the file, with values as they are in it (strings for tsv and csv).
+
+    Raises:
+        ValueError: the file is missing, empty or of an unknown kind, a column is missing (the nearest one is named) or
+            there twice, or a line cannot be read.
+        ModuleNotFoundError: a parquet file, and pyarrow is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "reviews.tsv"
+        >>> _ = file.write_text('sentence\tlabel\na "real" delight\t1\ndull\t0\n')
+        >>> read_table(file, ["sentence", "label"]).columns
+        {'sentence': ['a "real" delight', 'dull'], 'label': ['1', '0']}
+    """
+    path = Path(path)
+    kind = kind_of(path)
+    if kind not in _READERS:
+        raise ValueError(one_line(f"{path}: unknown kind of file {kind!r}; known are {', '.join(_READERS)}"))
+    _check_file(path)
+    table = _READERS[kind](path, [columns, *others])
+    if not len(table):
+        raise ValueError(f"{path}: the file has no rows")
+    return table
+
+
+def read_text(path: str | Path) -> str:
+    """Read a file of plain text in UTF-8, which may be packed as gz, with the line ends that are in it.
+
+    Raises:
+        ValueError: the file is missing, or a line is not UTF-8.
+    """
+    path = Path(path)
+    _check_file(path)
+    return "".join(line for _, line in _lines(path))
+
+
+def kind_of(path: Path) -> str:
+    """The ending that says the kind of a file, in lower case, without that of gz."""
+    return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+def _check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise ValueError(f"{path}: this is a folder; expected a file")
@@ -33,16 +86,13 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
-def _opened(path: Path) -> IO[bytes]:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
-
-
-def decoded_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Read the lines of a file of UTF-8 text, which may be packed as gz, with their numbers and their ends."""
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a file of UTF-8 text, which may be packed as gz, with their numbers and their ends."""
     # Lines end at a newline alone: str.splitlines would also break a sentence at U+2028 or a form feed.
     number = 0
+    opened: Callable[[Path, Any], Any] = gzip.open if path.suffix.lower() == ".gz" else Path.open
     try:
-        with _opened(path) as file:
+        with opened(path, "rb") as file:
             for number, line in enumerate(progress(file, f"Reading {path.name}", unit=" lines"), start=1):
                 yield number, _decoded(path, number, line)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -63,8 +113,39 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
     return text
 
 
+# -- records: tsv and csv ------------------------------------------------------------------------------------------
+
+
+def _read_tsv(path: Path, choices: Choices) -> Table:
+    """A header and one row per line, without quoting."""
+    rows = ((number, line.rstrip("\r\n")) for number, line in _lines(path))
+    return _from_records(path, choices, ((number, line.split("\t")) for number, line in rows if line))
+
+
+def _read_csv(path: Path, choices: Choices) -> Table:
+    """A header and rows as RFC 4180 says."""
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+
+    def records() -> Iterator[tuple[int, list[str]]]:
+        first_line = 1
+        try:
+            for record in reader:
+                if record:
+                    yield first_line, record
+                first_line = reader.line_num + 1
+        except csv.Error as error:
+            raise ValueError(f"{path}:{first_line}: not a csv record ({error})") from None
+
+    # The csv module refuses longer fields, for all readers of a process alike; a document may be longer.
+    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+    try:
+        return _from_records(path, choices, records())
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _from_records(path: Path, choices: Choices, records: Iterator[tuple[int, list[str]]]) -> Table:
-    """Make a table of records whose first is the header."""
+    """A table of records whose first is the header."""
     header_line, header = next(records, (1, []))
     if not header:
         raise ValueError(f"{path}: the file is empty")
@@ -72,8 +153,7 @@ def _from_records(path: Path, choices: Choices, records: Iterator[tuple[int, lis
         raise ValueError(f"{path}:{header_line}: a carriage return in the header; end lines with a newline")
     columns = chosen_columns(f"{path}:{header_line}", choices, header)
     positions = {column: header.index(column) for column in columns}
-    unused = [name for name in header if name not in columns]
-    table = Table(str(path), {column: [] for column in columns}, [], unused)
+    table = Table(str(path), {column: [] for column in columns}, [], [name for name in header if name not in columns])
     for line, record in records:
         if len(record) != len(header):
             raise ValueError(f"{path}:{line}: {len(record)} fields where the header has {len(header)}")
@@ -83,34 +163,35 @@ def _from_records(path: Path, choices: Choices, records: Iterator[tuple[int, lis
     return table
 
 
-def read_tsv(path: Path, choices: Choices) -> Table:
-    """Read a header and one row per line, without quoting."""
-    rows = ((number, line.rstrip("\r\n")) for number, line in decoded_lines(path))
-    return _from_records(path, choices, ((number, line.split("\t")) for number, line in rows if line))
+# -- objects: jsonl and json ---------------------------------------------------------------------------------------
 
 
-def read_csv(path: Path, choices: Choices) -> Table:
-    """Read a header and rows as RFC 4180 says."""
-    reader = csv.reader((line for _, line in decoded_lines(path)), strict=True)
+def _read_jsonl(path: Path, choices: Choices) -> Table:
+    """One JSON object per line."""
+    return _from_objects(path, choices, _objects(path, _lines(path)))
 
-    def records() -> Iterator[tuple[int, list[str]]]:
-        while True:
-            first_line = reader.line_num + 1
-            try:
-                record = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                raise ValueError(f"{path}:{first_line}: not a csv record ({error})") from None
-            if record:
-                yield first_line, record
 
-    # The csv module refuses longer fields, for all readers of a process alike; a document may be longer.
-    limit = csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    try:
-        return _from_records(path, choices, records())
-    finally:
-        csv.field_size_limit(limit)
+def _read_json(path: Path, choices: Choices) -> Table:
+    """A list of objects, an object of columns (lists, or as pandas writes them), or one JSON object per line."""
+    lines = list(_lines(path))
+    first = next((line for _, line in lines if line.strip()), None)
+    if first is None:
+        raise ValueError(f"{path}: the file is empty")
+    if len(lines) > 1 and first.rstrip().endswith("}"):  # whole in its first line, and goes on
+        return _from_objects(path, choices, _objects(path, lines))
+    data = _parsed(str(path), "".join(line for _, line in lines))
+    if isinstance(data, dict):
+        columns = chosen_columns(str(path), choices, list(data))
+        if all(isinstance(data[column], list | dict) for column in columns):
+            return _from_columns(path, columns, data)
+        data = [data]  # one row
+    if not isinstance(data, list):
+        raise ValueError(f"{path}: expected a list of JSON objects, but got {type(data).__name__}")
+    return _from_objects(path, choices, enumerate(data, start=1))
+
+
+def _objects(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
+    return ((number, _parsed(f"{path}:{number}", line)) for number, line in lines if line.strip())
 
 
 def _parsed(place: str, text: str) -> Any:
@@ -136,62 +217,39 @@ def _parsed(place: str, text: str) -> Any:
 
 
 def _from_objects(path: Path, choices: Choices, objects: Iterable[tuple[int, Any]]) -> Table:
-    """Make a table of JSON objects; the first says which columns are read."""
-    columns: Sequence[str] = []
-    others: dict[str, None] = {}
+    """A table of JSON objects; the first says which columns are read."""
+    names: dict[str, None] = {}
     table = Table(str(path), {}, [])
     for number, record in objects:
+        place = f"{path}:{number}"
         if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number}: expected a JSON object, but got {type(record).__name__}")
+            raise ValueError(f"{place}: expected a JSON object, but got {type(record).__name__}")
         if not table.lines:
-            columns = chosen_columns(f"{path}:{number}", choices, list(record))
-            table.columns.update({column: [] for column in columns})
-        check_columns(f"{path}:{number}", columns, list(record))
-        for column in columns:
-            table.columns[column].append(record[column])
-        others.update(dict.fromkeys(record))
+            table.columns.update({column: [] for column in chosen_columns(place, choices, list(record))})
+        check_columns(place, list(table.columns), list(record))
+        for column, values in table.columns.items():
+            values.append(record[column])
+        names.update(dict.fromkeys(record))
         table.lines.append(number)
-    return Table(table.name, table.columns, table.lines, [name for name in others if name not in columns])
+    return Table(table.name, table.columns, table.lines, [name for name in names if name not in table.columns])
 
 
-def _objects(path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[tuple[int, Any]]:
-    return ((number, _parsed(f"{path}:{number}", line)) for number, line in lines if line.strip())
+def _from_columns(path: Path, columns: Sequence[str], data: dict[str, Any]) -> Table:
+    """A table of an object of columns: lists, or objects of values by the number of their row."""
+    rows = {name: data[name] if isinstance(data[name], dict) else dict(enumerate(data[name])) for name in columns}
+    numbers = list(rows[columns[0]])
+    if any(list(values) != numbers for values in rows.values()):
+        lengths = ", ".join(f"{name!r} {len(values)}" for name, values in rows.items())
+        raise ValueError(one_line(f"{path}: the columns are of different rows; their numbers are {lengths}"))
+    found = {name: list(values.values()) for name, values in rows.items()}
+    return Table(str(path), found, list(range(1, len(numbers) + 1)), [name for name in data if name not in columns])
 
 
-def read_jsonl(path: Path, choices: Choices) -> Table:
-    """Read one JSON object per line."""
-    return _from_objects(path, choices, _objects(path, decoded_lines(path)))
+# -- Arrow: parquet and the hub ------------------------------------------------------------------------------------
 
 
-def read_json(path: Path, choices: Choices) -> Table:
-    """Read a list of objects, an object of columns (lists, or as pandas writes them), or one JSON object per line."""
-    lines = list(decoded_lines(path))
-    first = next((line for _, line in lines if line.strip()), None)
-    if first is None:
-        raise ValueError(f"{path}: the file is empty")
-    if len(lines) > 1 and first.rstrip().endswith("}"):  # whole in its first line, and goes on
-        return _from_objects(path, choices, _objects(path, lines))
-    data = _parsed(str(path), "".join(line for _, line in lines))
-    if isinstance(data, dict):
-        columns = chosen_columns(str(path), choices, list(data))
-        if not all(isinstance(data[column], list | dict) for column in columns):
-            data = [data]  # one row
-        else:
-            kept = {name: data[name] for name in columns}
-            found = {name: list(v.values()) if isinstance(v, dict) else v for name, v in kept.items()}
-            keys = [list(v) if isinstance(v, dict) else list(range(len(v))) for v in kept.values()]
-            if any(each != keys[0] for each in keys):
-                lengths = ", ".join(f"{name!r} {len(values)}" for name, values in found.items())
-                raise ValueError(one_line(f"{path}: the columns are of different rows; their numbers are {lengths}"))
-            unused = [name for name in data if name not in columns]
-            return Table(str(path), found, list(range(1, len(keys[0]) + 1)), unused)
-    if not isinstance(data, list):
-        raise ValueError(f"{path}: expected a list of JSON objects, but got {type(data).__name__}")
-    return _from_objects(path, choices, enumerate(data, start=1))
-
-
-def read_parquet(path: Path, choices: Choices) -> Table:
-    """Read a parquet file; the lines are its rows."""
+def _read_parquet(path: Path, choices: Choices) -> Table:
+    """A parquet file; the lines are its rows."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -220,45 +278,30 @@ def from_arrow(place: str, data: Any, columns: Sequence[str], present: Sequence[
         present: all columns of the source.
 
     Raises:
-        ValueError: a column holds times or bytes, or a value that is neither.
+        ValueError: a column holds times or bytes, or a value that cannot be read.
     """
     from pyarrow import types
 
+    table = Table(place, {}, list(range(1, len(data) + 1)), [name for name in present if name not in columns])
     for column in columns:
         kind = data.schema.field(column).type
         if types.is_temporal(kind) or types.is_binary(kind) or types.is_large_binary(kind):
             raise ValueError(one_line(f"{place}: column {column!r} is of type {kind}, neither text nor numbers"))
-    unused = [name for name in present if name not in columns]
-    table = Table(place, {}, list(range(1, len(data) + 1)), unused)
-    for column in columns:
-        table.columns[column] = _python_values(table, column, data[column])
+        table.columns[column] = values = []
+        try:
+            for value in data[column]:
+                values.append(value.as_py())
+        except (ValueError, OverflowError) as error:
+            problem = f"column {column!r} holds a value that cannot be read ({shown(str(error))})"
+            raise table.error(len(values), problem) from None
     return table
 
 
-def _python_values(table: Table, column: str, values: Any) -> list[Any]:
-    try:
-        found: list[Any] = values.to_pylist()
-        return found
-    except (ValueError, OverflowError):
-        for row, value in enumerate(values):
-            try:
-                value.as_py()
-            except (ValueError, OverflowError) as error:
-                problem = f"column {column!r} holds a value that cannot be read ({shown(str(error))})"
-                raise table.error(row, problem) from None
-        raise
-
-
-READERS: dict[str, Callable[[Path, Choices], Table]] = {
-    ".tsv": read_tsv,
-    ".csv": read_csv,
-    ".jsonl": read_jsonl,
-    ".parquet": read_parquet,
-    ".json": read_json,
-    ".ndjson": read_jsonl,
+_READERS: dict[str, Callable[[Path, Choices], Table]] = {
+    ".tsv": _read_tsv,
+    ".csv": _read_csv,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+    ".json": _read_json,
+    ".ndjson": _read_jsonl,
 }
-
-
-def kind_of(path: Path) -> str:
-    """The ending that says the kind of a file, in lower case, without that of gz."""
-    return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()

@@ -67,10 +67,7 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def check_columns(place: str, columns: Sequence[str], present: Sequence[str]) -> None:
-    """Raise a ``ValueError`` if one of ``columns`` is not among those ``present``, or is there twice.
-
-    The nearest name is said where one is missing.
-    """
+    """Raise a ``ValueError`` if one of ``columns`` is not ``present``, with the nearest name, or is there twice."""
     for column in columns:
         if column not in present:
             hint = nearest(column, present)
@@ -80,16 +77,7 @@ def check_columns(place: str, columns: Sequence[str], present: Sequence[str]) ->
 
 
 def chosen_columns(place: str, choices: Sequence[Sequence[str]], present: Sequence[str]) -> Sequence[str]:
-    """Choose the first list of columns that is there in full, and check it; the errors are about the first of all.
-
-    Args:
-        place: where the columns are, for the error.
-        choices: lists of columns.
-        present: the columns that are there.
-
-    Raises:
-        ValueError: none of them is there, or a column is there twice.
-    """
+    """Choose the first list of columns that is there in full; where none is, the error is about the first of all."""
     chosen = next((columns for columns in choices if set(columns) <= set(present)), choices[0])
     check_columns(place, chosen, present)
     return chosen

@@ -1,117 +1,28 @@
 """Labelled text for training and evaluation, from files, from the hub or from rows in memory."""
 
 import random
-import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
-from itertools import chain
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import integer, one_of, typed
-from lightning_distill.data import files, hub
+from lightning_distill.data import columns
 from lightning_distill.data.classes import check_class_weights, class_weights_of
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
-from lightning_distill.data.module import TextData
-from lightning_distill.data.progress import progress
+from lightning_distill.data.hub import read_hub_dataset
+from lightning_distill.data.module import Split, TextData, check_sources, hold_out
+from lightning_distill.data.readers import read_table
 from lightning_distill.data.table import Table, listed
+from lightning_distill.data.tokenized import TokenizedText, pad_rows
 from lightning_distill.models.class_names import are_placeholders
 
 Row = tuple[Any, ...]
-
-
-class TokenizedText(Dataset):
-    """Texts as token ids, in flat arrays: four bytes a token, and nothing for workers to copy.
-
-    Args:
-        texts: one tuple per row, of one text or of two.
-        labels: one label per row, ``[N]``.
-        tokenizer: makes the tokens.
-        max_length: longer texts are cut to this many tokens.
-        name: what the rows are called where progress is shown.
-
-    Attributes:
-        num_cut: how many texts were longer.
-
-    Example:
-        >>> tokenizer = train_tokenizer(["good", "bad"], vocab_size=20)
-        >>> data = TokenizedText([("good",), ("bad bad",)], torch.tensor([1, 0]), tokenizer, max_length=8)
-        >>> data.lengths, data[1]["labels"]
-        ([3, 4], tensor(0))
-    """
-
-    def __init__(
-        self,
-        texts: Sequence[tuple[str, ...]],
-        labels: Tensor,
-        tokenizer: PreTrainedTokenizerBase,
-        max_length: int,
-        name: str = "the texts",
-    ) -> None:
-        chunks: dict[str, list[Tensor]] = {}
-        self.lengths: list[int] = []
-        self.num_cut = 0
-        for begin in progress(range(0, len(texts), 1000), f"Tokenising {name}", unit="k texts"):
-            columns = [list(column) for column in zip(*texts[begin : begin + 1000], strict=True)]
-            encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
-            for name, rows in encoded.items():
-                chunks.setdefault(name, []).append(torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32))
-            self.lengths += map(len, encoded["input_ids"])
-            # Only fast tokenizers say what they cut; a row that is not full is not asked.
-            self.num_cut += sum(
-                bool(encoding.overflowing)
-                for encoding, ids in zip(encoded.encodings or (), encoded["input_ids"], strict=False)
-                if len(ids) >= max_length
-            )
-        self._tokens = {name: torch.cat(parts) for name, parts in chunks.items()}
-        self._ends = torch.tensor(self.lengths).cumsum(0)
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        end = int(self._ends[index])
-        row = {name: tokens[end - self.lengths[index] : end] for name, tokens in self._tokens.items()}
-        return row | {"labels": self.labels[index]}
-
-
-class PadBatch:
-    """Put rows of different lengths into one batch, as long as its longest row.
-
-    Args:
-        pad_token_id: fills ``input_ids``; the other fields are filled with 0.
-        side: ``"right"`` or ``"left"``, where the padding goes.
-
-    Example:
-        >>> rows = [{"input_ids": torch.tensor([5, 6, 7])}, {"input_ids": torch.tensor([8])}]
-        >>> batch = PadBatch(pad_token_id=1)(rows)
-        >>> batch["input_ids"].tolist(), batch["attention_mask"].tolist()
-        ([[5, 6, 7], [8, 1, 1]], [[1, 1, 1], [1, 0, 0]])
-    """
-
-    def __init__(self, pad_token_id: int, side: str = "right") -> None:
-        self.pad_token_id = pad_token_id
-        self.side = side
-
-    def __call__(self, rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Pad the rows, ``[length]`` each, to a batch ``[B, T]`` of int64 with its ``attention_mask``."""
-        rows = [row | {"attention_mask": torch.ones_like(row["input_ids"])} for row in rows]
-        batch = {}
-        for name in rows[0]:
-            fields = [row[name] for row in rows]
-            if name == "labels":
-                batch[name] = torch.stack(fields)
-            else:
-                fill = self.pad_token_id if name == "input_ids" else 0
-                batch[name] = torch.nn.utils.rnn.pad_sequence(fields, True, fill, self.side).long()
-        return batch
 
 
 @typed
@@ -184,22 +95,8 @@ class TextClassificationData(TextData):
         balanced: bool = False,
     ) -> None:
         super().__init__(tokenizer, batch_size, seed, num_workers)
-        if train_file is not None and hub_dataset is not None:
-            raise ValueError("Expected one of the arguments `train_file` and `hub_dataset`, but got both")
-        for name, file in (("val_file", val_file), ("test_file", test_file)):
-            if file is not None and train_file is None:
-                beside = "none" if hub_dataset is None else "a `hub_dataset`, which has its own splits"
-                raise ValueError(f"Expected argument `train_file` beside `{name}`, to train on, but got {beside}")
-        # "a,b" is what one types; a column whose name has a comma is given as a list.
-        columns = text_columns.split(",") if isinstance(text_columns, str) else text_columns
-        self.text_columns = [column.strip() for column in columns]
-        if len(self.text_columns) not in (1, 2) or not all(self.text_columns):
-            raise ValueError(f"Expected argument `text_columns` to name one or two columns, but got {text_columns!r}")
-        if len({*self.text_columns, label_column}) <= len(self.text_columns):
-            raise ValueError(
-                f"Expected argument `text_columns` to name other columns than each other and `label_column`, but got "
-                f"{text_columns!r} beside {label_column!r}"
-            )
+        check_sources(hub_dataset, train_file=train_file, val_file=val_file, test_file=test_file)
+        self.text_columns = _text_columns(text_columns, label_column)
         for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_train_rows", max_train_rows)):
             if value is not None:
                 integer(name, value, 1)
@@ -269,22 +166,26 @@ class TextClassificationData(TextData):
 
     @cached_property
     def _tables(self) -> dict[str, Table]:
-        columns = [*self.text_columns, self.label_column]
+        wanted = [*self.text_columns, self.label_column]
         if self._rows:
-            tables = {name: _table_of_rows(name, rows, columns) for name, rows in self._rows.items()}
+            tables = {name: _table_of_rows(name, rows, wanted) for name, rows in self._rows.items()}
         elif self.hub_dataset is not None:
-            tables, names = hub.read_hub_dataset(self.hub_dataset, columns, label_column=self.label_column)
+            tables, names = read_hub_dataset(self.hub_dataset, wanted, label_column=self.label_column)
             self._given_label_names = self._given_label_names or names
         elif self.files["train"] is not None:
             paths = {name: Path(path) for name, path in self.files.items() if path is not None}
-            read = {path: files.read_table(path, columns) for path in dict.fromkeys(paths.values())}
+            read = {path: read_table(path, wanted) for path in dict.fromkeys(paths.values())}
             tables = {name: read[path] for name, path in paths.items()}
         else:
             raise ValueError("There is no training data; set `train_file` or `hub_dataset`")
         if self.task == "classification":
-            self._found_label_names = files.label_names(tables["train"], self.label_column)
+            self._found_label_names = columns.label_names(tables["train"], self.label_column)
         if "val" not in tables:
-            tables["train"], tables["val"] = _split(tables["train"], self.val_split, self.seed)
+            whole = tables["train"]
+            if len(whole) < 2:
+                raise ValueError(f"{whole.name}: one row cannot be split into training and validation rows")
+            parts = hold_out(len(whole), self.val_split, random.Random(self.seed))
+            tables["train"], tables["val"] = map(whole.take, parts)
         if self.max_train_rows is not None and self.max_train_rows < len(tables["train"]):
             kept = random.Random(self.seed).sample(range(len(tables["train"])), self.max_train_rows)
             tables["train"] = tables["train"].take(sorted(kept))
@@ -313,7 +214,7 @@ class TextClassificationData(TextData):
         """The name of each class id, as a transformers config holds it."""
         return dict(enumerate(self.label_names))
 
-    def rows(self, split: Literal["train", "val", "test"]) -> list[tuple[tuple[str, ...], float]]:
+    def rows(self, split: Split) -> list[tuple[tuple[str, ...], float]]:
         """List texts and labels of a split in the order of its file.
 
         Args:
@@ -323,21 +224,19 @@ class TextClassificationData(TextData):
             For each row its texts, one or two, and its class id or number.
         """
         table = self._tables[split]
-        return list(zip(files.texts(table, self.text_columns), self._labels(table), strict=True))
+        return list(zip(columns.texts(table, self.text_columns), self._labels(table), strict=True))
 
     def _labels(self, table: Table) -> Sequence[float]:
         if self.task == "regression":
-            return files.scores(table, self.label_column)
+            return columns.scores(table, self.label_column)
         names = self.label_names
         found = self._found_label_names
-        if all(re.fullmatch(r"-?\d+", label) for label in found) and not set(found) <= set(
-            map(files.whole_number, names)
-        ):
+        if all(map(columns.is_whole, found)) and not set(found) <= set(map(columns.whole_number, names)):
             names = [str(index) for index in range(len(names))]  # the column holds ids, the names were given
         elif are_placeholders(found) and not set(found) <= set(names):
             names = found[: len(names)]  # they are ids too
         source = "`label_names`" if self._given_label_names else self._tables["train"].name
-        return files.label_ids(table, self.label_column, names, source)
+        return columns.label_ids(table, self.label_column, names, source)
 
     def setup(self, stage: str | None = None) -> None:
         """Read and tokenise all splits; a second call does nothing."""
@@ -350,7 +249,7 @@ class TextClassificationData(TextData):
             if same is not None:
                 self._datasets[split] = self._datasets[same]
                 continue
-            texts, labels = files.texts(table, self.text_columns), torch.tensor(self._labels(table), dtype=dtype)
+            texts, labels = columns.texts(table, self.text_columns), torch.tensor(self._labels(table), dtype=dtype)
             self._datasets[split] = rows = TokenizedText(texts, labels, tokenizer, self.max_length, table.name)
             said = [f"{rows.num_cut} of {len(rows)} texts are cut to {self.max_length} tokens"] if rows.num_cut else []
             if table.unused:
@@ -378,26 +277,29 @@ class TextClassificationData(TextData):
     def collate(self) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:  # type: ignore[override]
         """The function that makes a batch of rows."""
         tokenizer = self._load_tokenizer()
-        return PadBatch(tokenizer.pad_token_id, tokenizer.padding_side)
+        return partial(pad_rows, pad_token_id=tokenizer.pad_token_id, side=tokenizer.padding_side)
 
 
-def _table_of_rows(name: str, rows: Iterable[Row], columns: Sequence[str]) -> Table:
-    table = Table(f"{name} rows", {column: [] for column in columns}, [])
+def _text_columns(text_columns: list[str] | str, label_column: str) -> list[str]:
+    # "a,b" is what one types; a column whose name has a comma is given as a list.
+    found = text_columns.split(",") if isinstance(text_columns, str) else text_columns
+    found = [column.strip() for column in found]
+    if len(found) not in (1, 2) or not all(found):
+        raise ValueError(f"Expected argument `text_columns` to name one or two columns, but got {text_columns!r}")
+    if len({*found, label_column}) <= len(found):
+        raise ValueError(
+            f"Expected argument `text_columns` to name other columns than each other and `label_column`, but got "
+            f"{text_columns!r} beside {label_column!r}"
+        )
+    return found
+
+
+def _table_of_rows(name: str, rows: Sequence[Row], wanted: Sequence[str]) -> Table:
+    name = f"{name} rows"
+    if not len(rows):
+        raise ValueError(f"{name}: there are none")
     for number, row in enumerate(rows, start=1):
-        if len(row) != len(columns):
-            raise ValueError(f"{table.name}:{number}: {len(row)} fields, expected {len(columns)}: {', '.join(columns)}")
-        for column, value in zip(columns, row, strict=True):
-            table.columns[column].append(value)
-        table.lines.append(number)
-    if not len(table):
-        raise ValueError(f"{table.name}: there are none")
-    return table
-
-
-def _split(table: Table, share: float, seed: int) -> tuple[Table, Table]:
-    """Hold out a share of the rows, at least one, at random."""
-    if len(table) < 2:
-        raise ValueError(f"{table.name}: one row cannot be split into training and validation rows")
-    size = min(max(round(share * len(table)), 1), len(table) - 1)
-    held_out = set(random.Random(seed).sample(range(len(table)), size))
-    return table.take([i for i in range(len(table)) if i not in held_out]), table.take(sorted(held_out))
+        if len(row) != len(wanted):
+            raise ValueError(f"{name}:{number}: {len(row)} fields, expected {len(wanted)}: {', '.join(wanted)}")
+    values = (list(column) for column in zip(*rows, strict=True))
+    return Table(name, dict(zip(wanted, values, strict=True)), list(range(1, len(rows) + 1)))

@@ -99,7 +99,7 @@ def calibrate(
             f"{model.criterion!r} in {model.ramps.task}. Set `model.thresholds` or its parts by hand."
         )
     answers = collect(model, dataloader).only([ramps.index(layer) for layer in exits])
-    options = {"temperature_scaling": temperature_scaling, "search_share": search_share, "seed": seed}
+    options: dict[str, Any] = {"temperature_scaling": temperature_scaling, "search_share": search_share, "seed": seed}
     layers = [*exits, model.depth - 1]
     report = choose(answers, model.criterion, layers, max_drop=max_drop, confidence=confidence, **options)
     model.temperatures, model.thresholds = report.temperatures, report.thresholds

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_distill.data.files import Table, label_ids, label_names, read_table, scores, texts
+from lightning_distill.data.columns import label_ids, label_names, scores, texts
+from lightning_distill.data.readers import read_table
+from lightning_distill.data.table import Table
 
 COLUMNS = ["sentence", "label"]
 

@@ -1,82 +1,20 @@
-"""Labelled text in files: read rows and labels, and when a file is wrong say which file, which line and why.
-
-Every error is a ``ValueError`` of one line that starts with ``file:line:``, as compilers and editors write it.
-"""
+"""What the columns of a table hold: texts, numbers, labels. What is none is refused by its file and line."""
 
 import math
 import re
 from collections.abc import Sequence
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_distill.data.readers import READERS, check_file, decoded_lines, kind_of
-from lightning_distill.data.table import Table, check_columns, listed, nearest, one_line, shown
+from lightning_distill.data.table import Table, listed, nearest, one_line, shown
 from lightning_distill.models.class_names import placeholder, placeholder_index
-
-__all__ = ["Table", "check_columns", "label_ids", "label_names", "read_table", "read_text", "scores", "texts"]
 
 #: A label LABEL_<i> beyond this is taken for a mistake.
 MOST_CLASSES = 100_000
 _LONGEST_LABEL = 200  # characters; what is longer is no name of a class
 _FLOAT32_MAX = 3.4028234663852886e38
-
-
-def read_table(path: str | Path, columns: Sequence[str], *others: Sequence[str]) -> Table:
-    r"""Read named columns of a ``.tsv``, ``.csv``, ``.jsonl`` (``.ndjson``), ``.json`` or ``.parquet`` file.
-
-    A tsv file has a header, one row per line and no quoting, so a quotation mark is a character like any other; a csv
-    file is quoted as RFC 4180 says. A json file holds a list of objects, or an object of columns. Blank lines are
-    skipped. All but parquet may be packed, as ``.tsv.gz``.
-
-    Args:
-        path: the file, UTF-8 (parquet: any).
-        columns: the columns to keep.
-        *others: other lists of columns; the first list that is there in full is kept.
-
-    Returns:
-        The rows of the file, with values as they are in it (strings for tsv and csv).
-
-    Raises:
-        ValueError: the file is missing, empty or of an unknown kind, a column is missing (the nearest one is named) or
-            there twice, or a line cannot be read.
-        ModuleNotFoundError: a parquet file, and pyarrow is not installed.
-
-    Example:
-        >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "reviews.tsv"
-        >>> _ = file.write_text('sentence\tlabel\na "real" delight\t1\ndull\t0\n')
-        >>> read_table(file, ["sentence", "label"]).columns
-        {'sentence': ['a "real" delight', 'dull'], 'label': ['1', '0']}
-    """
-    path = Path(path)
-    kind = kind_of(path)
-    if kind not in READERS:
-        raise ValueError(one_line(f"{path}: unknown kind of file {kind!r}; known are {', '.join(READERS)}"))
-    check_file(path)
-    table = READERS[kind](path, [columns, *others])
-    if not len(table):
-        raise ValueError(f"{path}: the file has no rows")
-    return table
-
-
-def read_text(path: str | Path) -> str:
-    """Read a file of plain text, which may be packed as gz.
-
-    Args:
-        path: the file, UTF-8.
-
-    Returns:
-        Its text, with the line ends that are in it.
-
-    Raises:
-        ValueError: the file is missing, or a line is not UTF-8.
-    """
-    path = Path(path)
-    check_file(path)
-    return "".join(line for _, line in decoded_lines(path))
 
 
 def check_text(table: Table, row: int, column: str, value: object) -> None:
@@ -92,14 +30,7 @@ def check_text(table: Table, row: int, column: str, value: object) -> None:
 
 
 def texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Take the text of each row: one string, or two for a sentence pair.
-
-    Args:
-        table: the rows.
-        columns: the text columns.
-
-    Returns:
-        One tuple per row, with a string per column.
+    """The text of each row: one string, or two for a sentence pair.
 
     Raises:
         ValueError: a value is not text, has half of a character, or every text of a row is empty.
@@ -118,14 +49,7 @@ def texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def scores(table: Table, column: str) -> list[float]:
-    """Take the number of each row, for regression.
-
-    Args:
-        table: the rows.
-        column: the column of the numbers.
-
-    Returns:
-        One finite float per row.
+    """The number of each row, for regression.
 
     Raises:
         ValueError: a value is not a finite number.
@@ -136,30 +60,18 @@ def scores(table: Table, column: str) -> list[float]:
     """
     values = []
     for row, value in enumerate(table.columns[column]):
-        try:
-            number = math.nan if isinstance(value, bytes) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if not abs(number) <= _FLOAT32_MAX:
+        number = _number(value)
+        if number is None or not abs(number) <= _FLOAT32_MAX:
             raise table.error(row, f"column {column!r} holds {shown(value)}, which is not a finite number")
         values.append(number)
     return values
 
 
 def label_names(table: Table, column: str) -> list[str]:
-    """Name the classes of a training file, in the order of their ids: whole numbers by size, strings by alphabet.
+    """The classes of a training file in the order of their ids: whole numbers by size, strings by alphabet.
 
     Names that transformers makes up say which class they are: ``LABEL_10`` is class 10, whether there are rows of class
-    9 or not.
-
-    Whole numbers may be written as ``1.0``.
-
-    Args:
-        table: the rows to train on.
-        column: the label column.
-
-    Returns:
-        The distinct labels.
+    9 or not. Whole numbers may be written as ``1.0``.
 
     Raises:
         ValueError: a label is empty, a fraction or neither text nor a number, or all rows have the same label.
@@ -168,11 +80,12 @@ def label_names(table: Table, column: str) -> list[str]:
         >>> label_names(Table("rows", {"stars": ["10", "9", "10"]}, [1, 2, 3]), "stars")
         ['9', '10']
     """
-    names = sorted(set(_labels(table, column)))
+    labels = _labels(table, column)
+    names = sorted(set(labels))
     if len(names) == 1:
         problem = f"every row has the label {names[0]!r} in column {column!r}; expected two labels"
         raise ValueError(one_line(f"{table.name}: {problem}"))
-    if all(re.fullmatch(r"-?\d+", name) for name in names):
+    if all(map(is_whole, names)):
         return sorted(names, key=int)
     if classes := [index for name in names if (index := placeholder_index(name)) is not None]:
         if len(classes) < len(names) or max(classes) > MOST_CLASSES:
@@ -181,12 +94,11 @@ def label_names(table: Table, column: str) -> list[str]:
                 f"beside {len(names) - 1} other labels, which do not fit; set `label_names` to their names in order"
             )
         return [placeholder(index) for index in range(max(classes) + 1)]
-    if all(map(_is_number, names)):
-        labels = _labels(table, column)
-        for row, name in enumerate(labels):
-            if not math.isfinite(float(name)):
-                raise table.error(row, f"column {column!r} holds {name!r} for a label among numbers")
-        row = next(row for row, name in enumerate(labels) if not re.fullmatch(r"-?\d+", name))
+    if all(_number(name) is not None for name in names):
+        if infinite := [row for row, name in enumerate(labels) if not math.isfinite(float(name))]:
+            problem = f"column {column!r} holds {labels[infinite[0]]!r} for a label among numbers"
+            raise table.error(infinite[0], problem)
+        row = next(row for row, name in enumerate(labels) if not is_whole(name))
         value = shown(table.columns[column][row])
         raise table.error(row, f"the label {value} is a fraction; set task to 'regression'")
     folded: dict[str, str] = {}
@@ -199,16 +111,7 @@ def label_names(table: Table, column: str) -> list[str]:
 
 
 def label_ids(table: Table, column: str, names: Sequence[str], source: str) -> list[int]:
-    """Number the label of each row by its place among the names.
-
-    Args:
-        table: the rows.
-        column: the label column.
-        names: the classes in the order of their ids.
-        source: where the names come from, for the error.
-
-    Returns:
-        One id per row.
+    """The place of each row's label among the names of the classes, which the error says the ``source`` of.
 
     Raises:
         ValueError: a label is not among the names.
@@ -229,14 +132,22 @@ def label_ids(table: Table, column: str, names: Sequence[str], source: str) -> l
     return [ids[label] for label in labels]
 
 
+def whole_number(name: str) -> str:
+    """Take the decimal point off a whole number, which tables of numbers with gaps are written with."""
+    return str(int(name.partition(".")[0])) if re.fullmatch(r"-?\d{1,200}\.0*", name) else name
+
+
+def is_whole(name: str) -> bool:
+    """Whether a name of a class is a whole number."""
+    return re.fullmatch(r"-?\d+", name) is not None
+
+
 def _labels(table: Table, column: str) -> list[str]:
-    names: dict[Any, str] = {}  # a million rows have few labels; by type too, as True is 1
+    names: dict[Any, str] = {}  # a million rows have few labels
     labels = []
     for row, value in enumerate(table.columns[column]):
-        if not isinstance(value, str | int | float):
-            labels.append(_label(table, row, column, value))
-            continue
-        key = type(value), value
+        # By type too, as True is 1; what else there may be need not have a hash.
+        key = (type(value), value) if isinstance(value, str | int | float) else (None, row)
         if key not in names:
             names[key] = _label(table, row, column, value)
         labels.append(names[key])
@@ -268,14 +179,9 @@ def _label(table: Table, row: int, column: str, value: Any) -> str:
     return label
 
 
-def whole_number(name: str) -> str:
-    """Take the decimal point off a whole number, which tables of numbers with gaps are written with."""
-    return str(int(name.partition(".")[0])) if re.fullmatch(r"-?\d{1,200}\.0*", name) else name
-
-
-def _is_number(text: str) -> bool:
+def _number(value: Any) -> float | None:
+    """The number that a value is, or that a text says; None where it is none."""
     try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+        return None if isinstance(value, bytes) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
