@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,7 +16,6 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.models.pretrained import load_pretrained
@@ -23,7 +23,7 @@ from lightning_distill.students.activations import LAYERS, following_activations
 from lightning_distill.students.from_teacher import copy_from_teacher
 from lightning_distill.students.initialization import Initialized, Policy, Residual, initialize, materialize, whole
 from lightning_distill.students.layer_map import Layers
-from lightning_distill.students.untouched import new_parameters
+from lightning_distill.students.untouched import untouched_parameters
 
 
 @typed
@@ -49,8 +49,8 @@ class InitPolicy(L.Callback):
         policy: ``"auto"``, ``"from_teacher"``, or one rule for all layers, see
             :func:`lightning_distill.students.initialization.init_weight_`.
         only: ``"new"`` leaves alone what was loaded, copied, trained or frozen, see
-            :func:`lightning_distill.students.untouched.new_parameters`; ``"all"`` touches every trainable parameter; or
-            patterns on names of modules, such as ``["student.classifier*"]``.
+            :func:`lightning_distill.students.untouched.untouched_parameters`; ``"all"`` touches every trainable
+            parameter; or patterns on names of modules, such as ``["student.classifier*"]``.
         residual: scaling by depth, ``"gpt2"`` or ``"deepnorm"``, see
             :func:`lightning_distill.students.initialization.initialize`.
         std: standard deviation for embeddings and the truncated normal; None takes the ``initializer_range`` of the
@@ -98,7 +98,9 @@ class InitPolicy(L.Callback):
         if teacher is not None and policy != "from_teacher":
             raise ValueError(f"Expected argument `teacher` to be left out for policy {policy!r}, but got one.")
         self.policy: Policy | Literal["from_teacher"] = policy
-        self.only: str | list[str] = only if isinstance(only, str) else list(only)
+        self.only = only
+        patterns = () if only in ("new", "all") else (only,) if isinstance(only, str) else tuple(only)
+        self._patterns: tuple[str, ...] = patterns
         self.residual, self.std, self.teacher, self.layers = residual, std, teacher, layers
         self.seed, self.output_dir = seed, output_dir
         self.audit: list[Initialized] = []
@@ -166,48 +168,39 @@ class InitPolicy(L.Callback):
         variances = self._watch.take(getattr(trainer.precision_plugin, "scaler", None))
         self._watch = None
         if variances:
-            self._write(trainer, {"variances": variances})
-            plot_variances(variances, f"InitPolicy {self.policy}").savefig(
-                self._folder(trainer) / "init_policy.png", dpi=120
-            )
+            file = self._file(trainer, "json")
+            file.write_text(json.dumps(json.loads(file.read_text()) | {"variances": variances}, indent=1))
+            plot_variances(variances, f"InitPolicy {self.policy}").savefig(self._file(trainer, "png"), dpi=120)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Take off the hooks, if no batch came."""
         if self._watch is not None:
-            self._watch.take(None)
+            self._watch.take()
             self._watch = None
 
     def _chosen(self, pl_module: L.LightningModule) -> set[str]:
         if self.only == "new":
-            return new_parameters(pl_module)
+            return untouched_parameters(pl_module)
         if self.only == "all":
             return {name for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
-        return {
-            name
-            for name, _ in pl_module.named_parameters()
-            if any(fnmatchcase(name.rpartition(".")[0], pattern) for pattern in self._patterns())
-        }
-
-    def _patterns(self) -> list[str]:
-        if self.only in ("new", "all"):
-            return []
-        return [self.only] if isinstance(self.only, str) else self.only
+        named = ((name, name.rpartition(".")[0]) for name, _ in pl_module.named_parameters())
+        return {name for name, module in named if any(fnmatchcase(module, pattern) for pattern in self._patterns)}
 
     def _check_patterns(self, pl_module: L.LightningModule) -> None:
-        for pattern in self._patterns():
-            if not any(fnmatchcase(name, pattern) for name, _ in pl_module.named_modules()):
+        names = [name for name, _ in pl_module.named_modules()]
+        for pattern in self._patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
                 raise ValueError(
                     f"Expected argument `only` to match names of modules, but {pattern!r} matches none; they look like "
-                    f"{[name for name, _ in pl_module.named_modules()][1:4]}."
+                    f"{names[1:4]}."
                 )
 
     def _draw(self, pl_module: L.LightningModule, names: set[str]) -> None:
         if not names:
             return
-        policy = self.policy
-        if policy == "from_teacher":
-            copied = self._copy(pl_module, names)
-            names, policy = names - copied, "auto"
+        policy: Policy = "auto" if self.policy == "from_teacher" else self.policy
+        if self.policy == "from_teacher":
+            names = names - self._copy(pl_module, names)
         self.audit += initialize(pl_module, policy, names, std=self.std, residual=self.residual, seed=self.seed)
 
     def _copy(self, pl_module: L.LightningModule, names: set[str]) -> set[str]:
@@ -218,7 +211,8 @@ class InitPolicy(L.Callback):
                 "Expected argument `teacher` to be a model, a folder or a hub id for a module without a `teacher` of "
                 f"its own, but got {self.teacher!r}."
             )
-        alike = ((n, m) for n, m in pl_module.named_modules() if type(m) is type(teacher) and m not in (own, teacher))
+        modules = pl_module.named_modules()
+        alike = ((n, m) for n, m in modules if type(m) is type(teacher) and m not in (own, teacher))
         path, student = next(alike, (None, None))
         if student is None:
             raise ValueError(
@@ -230,39 +224,31 @@ class InitPolicy(L.Callback):
         copied = copy_from_teacher(student, teacher, self.layers, wanted)
         activations, parameters = following_activations(student), dict(student.named_parameters())
         for name in copied:
-            weight = parameters[name]
-            if weight.ndim > 1:
-                fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
-                activation = activations.get(name.rpartition(".")[0], ("linear", 0.0))[0]
-                std = whole(weight).float().std().item()
-                self.audit.append(
-                    Initialized(f"{prefix}{name}", activation, "from_teacher", fan_in, fan_out, None, std)
-                )
+            if parameters[name].ndim > 1:
+                fans = nn.init._calculate_fan_in_and_fan_out(parameters[name])
+                activation, _ = activations.get(name.rpartition(".")[0], ("linear", 0.0))
+                std = whole(parameters[name]).float().std().item()
+                self.audit.append(Initialized(f"{prefix}{name}", activation, "from_teacher", *fans, None, std))
         return {f"{prefix}{name}" for name in copied}
 
-    def _folder(self, trainer: L.Trainer) -> Path:
-        return Path(self.output_dir if self.output_dir is not None else trainer.default_root_dir)
+    def _file(self, trainer: L.Trainer, ending: str) -> Path:
+        folder = Path(self.output_dir if self.output_dir is not None else trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"init_policy.{ending}"
 
     @rank_zero_only
     def _report(self, trainer: L.Trainer) -> None:
-        lines = [line.as_dict() for line in self.audit]
-        self._write(trainer, {"policy": self.policy, "weights": lines, "left_alone": sorted(self._left)}, new=True)
+        lines, file = [line.as_dict() for line in self.audit], self._file(trainer, "json")
+        report = {"policy": self.policy, "weights": lines, "left_alone": sorted(self._left)}
+        file.write_text(json.dumps(report, indent=1))
         table = Table(*lines[0], title=f"InitPolicy {self.policy}", box=SIMPLE)
         for line in lines:
             table.add_row(*(f"{v:.4g}" if isinstance(v, float) else str(v) for v in line.values()))
         # Wider than a narrow terminal: a name that is cut off says nothing.
         Console(stderr=True, width=max(Console(stderr=True).width, 140)).print(table)
         rank_zero_info(
-            f"InitPolicy: {len(lines)} weights initialised, {len(self._left)} parameters left alone, all of them in "
-            f"{self._folder(trainer) / 'init_policy.json'}"
+            f"InitPolicy: {len(lines)} weights initialised, {len(self._left)} parameters left alone, all in {file}"
         )
-
-    @rank_zero_only
-    def _write(self, trainer: L.Trainer, part: dict[str, Any], *, new: bool = False) -> None:
-        file = self._folder(trainer) / "init_policy.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        before = {} if new else json.loads(file.read_text())
-        file.write_text(json.dumps(before | part, indent=1))
 
 
 class _Watch:
@@ -271,31 +257,26 @@ class _Watch:
     def __init__(self, model: nn.Module) -> None:
         self._outputs: dict[str, Tensor] = {}
         self._gradients: dict[str, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-        for name, module in model.named_modules():
-            if isinstance(module, LAYERS) and module.weight.requires_grad:
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+        layers = ((n, m) for n, m in model.named_modules() if isinstance(m, LAYERS) and m.weight.requires_grad)
+        self._handles = [layer.register_forward_hook(partial(self._note, name)) for name, layer in layers]
 
-    def _hook(self, name: str) -> Any:
-        def keep_gradient(gradient: Tensor) -> None:
+    def _note(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        def note_gradient(gradient: Tensor) -> None:
             self._gradients[name] = gradient.detach().float().square().mean()
 
-        def keep_output(module: nn.Module, args: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and output.requires_grad:
-                self._outputs.setdefault(name, output.detach().float().square().mean())
-                output.register_hook(keep_gradient)
+        if isinstance(output, Tensor) and output.requires_grad:
+            self._outputs.setdefault(name, output.detach().float().square().mean())
+            output.register_hook(note_gradient)
 
-        return keep_output
-
-    def take(self, scaler: Any) -> list[dict[str, Any]]:
+    def take(self, scaler: Any = None) -> list[dict[str, Any]]:
         """Take the hooks off; by layer, in the order of the forward, what was noted."""
         for handle in self._handles:
             handle.remove()
         scale = 1.0 if scaler is None else float(scaler.get_scale())
-        names = [name for name in self._outputs if name in self._gradients]
         return [
-            {"layer": n, "activation": float(self._outputs[n]), "gradient": float(self._gradients[n]) / scale**2}
-            for n in names
+            {"layer": name, "activation": float(output), "gradient": float(self._gradients[name]) / scale**2}
+            for name, output in self._outputs.items()
+            if name in self._gradients
         ]
 
 
@@ -318,14 +299,13 @@ def plot_variances(variances: list[dict[str, Any]], title: str = "InitPolicy") -
         values = torch.tensor([line[quantity] for line in variances])
         axes.plot(places, values, "o-", color=color, markersize=4, linewidth=1.5)
         axes.set_ylabel(quantity)
-        positive = values[values > 0]
-        if len(positive):
+        if len(positive := values[values > 0]):
             axes.set_yscale("log")
-            middle = positive.log().mean().exp().item()
-            # At least three decades, or a flat curve would fill the panel with its noise.
-            axes.set_ylim(
-                min(middle / 10**1.5, positive.min().item() / 2), max(middle * 10**1.5, positive.max().item() * 2)
+            low, middle, high = (
+                value.item() for value in (positive.min(), positive.log().mean().exp(), positive.max())
             )
+            # At least three decades, or a flat curve would fill the panel with its noise.
+            axes.set_ylim(min(middle / 10**1.5, low / 2), max(middle * 10**1.5, high * 2))
         axes.grid(alpha=0.3)
     step = max(1, len(variances) // 40)
     panels[1].set_xticks(list(places)[::step], labels[::step], rotation=90, fontsize=8)

@@ -8,17 +8,9 @@ from torch import fx, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 #: Modules with a weight that maps features to features. Conv1D is GPT-2's linear layer, with its weight transposed.
-LAYERS = (
-    nn.Linear,
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    Conv1D,
-)
+LAYERS = (nn.Linear, *_CONVOLUTIONS, Conv1D)
 #: Names of the layers that open the feed-forward part of a numbered block, in torch, transformers and timm.
 OPENS = re.compile(r"\.\d+\.(.*\.)?(intermediate\.dense|lin1|linear1|fc1|up_proj|gate_proj|c_fc|Wi|wi|wi_0|wi_1)$")
 _KNOWN = {"relu", "leaky_relu", "selu", "tanh", "sigmoid", "gelu", "silu"}
@@ -53,42 +45,45 @@ def following_activations(model: nn.Module) -> dict[str, Following]:
         >>> following_activations(BertModel(config))["encoder.layer.0.intermediate.dense"]
         ('gelu', 0.0)
     """
-    found = _of_part(model, whole=True)
-    return {name: found[name] for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    found = _in_registration_order(model) | _known(model, whole=True)
+    return {name: found[name] for name in _layers(model)}
 
 
-def _of_part(model: nn.Module, *, whole: bool) -> dict[str, Following]:
-    names = [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
-    if isinstance(model, PreTrainedModel):
-        activation = _of_config(model.config)
-        if activation in ("gelu", "silu"):
-            return dict.fromkeys(names, (activation, 0.0))
-        if any(OPENS.search(f".{name}") for name in names):
-            return {name: (activation if OPENS.search(f".{name}") else "linear", 0.0) for name in names}
+def _layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, LAYERS)]
+
+
+def _known(model: nn.Module, *, whole: bool) -> dict[str, Following]:
+    """By layer, of those parts of a model that say it, or that can be traced."""
+    if isinstance(model, PreTrainedModel) and (by_config := _by_config(model)):
+        return by_config
+    if isinstance(model, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
+        activation = model.activation
+        name = getattr(activation, "__name__", type(activation).__name__.lower())
+        return {"linear1": _following(name, 0.0) or ("unknown", 0.0)}
     traced = _by_tracing(model)
-    if traced is not None and whole:
-        return {name: traced.get(name) or ("linear", 0.0) for name in names}
-    found = _in_registration_order(model)
-    if traced is not None:  # what leaves this part is not followed, so the order of registration may know more
-        return found | {name: known for name, known in traced.items() if known is not None}
-    for child_name, child in model.named_children():
-        inner = _of_part(child, whole=False)
-        found |= {
-            f"{child_name}.{name}" if name else child_name: known
-            for name, known in inner.items()
-            if known[0] != "unknown"
-        }
-    return found
+    if traced is None:
+        parts = [(name, _known(child, whole=False)) for name, child in model.named_children()]
+        return {f"{part}.{name}": following for part, known in parts for name, following in known.items()}
+    if whole:
+        return {name: traced.get(name) or ("linear", 0.0) for name in _layers(model)}
+    return {name: following for name, following in traced.items() if following is not None}
 
 
-def _of_config(config: Any) -> str:
-    text = config.get_text_config()
+def _by_config(model: PreTrainedModel) -> dict[str, Following]:
+    text, activation = model.config.get_text_config(), "unknown"
     for field in _FIELDS:
         value = getattr(text, field, None)
         if isinstance(value, str):
-            name = next((known for known in ("leaky_relu", *_KNOWN) if value.lower().startswith(known)), value.lower())
-            return _canonical(name.replace("quick_gelu", "gelu").replace("gated-gelu", "gelu"))
-    return "unknown"
+            value = value.lower().replace("quick_gelu", "gelu").replace("gated-gelu", "gelu")
+            activation = next((known for known in ("leaky_relu", *_KNOWN) if value.startswith(known)), value)
+            activation = _SYNONYMS.get(activation, activation)
+            break
+    names = _layers(model)
+    if activation in ("gelu", "silu"):
+        return dict.fromkeys(names, (activation, 0.0))
+    opening = {name for name in names if OPENS.search(f".{name}")}
+    return {name: (activation if name in opening else "linear", 0.0) for name in names} if opening else {}
 
 
 class _Tracer(fx.Tracer):
@@ -128,14 +123,13 @@ def _downstream(node: fx.Node, modules: dict[str, nn.Module]) -> Following | Non
             if isinstance(module, LAYERS):
                 met_layer = True
                 continue
-            name, slope = _name_of(module), float(getattr(module, "negative_slope", 0.0))
+            following = _of_module(module)
         else:
-            name = _canonical(getattr(user.target, "__name__", str(user.target)).rstrip("_"))
-            slope = float(str(user.kwargs.get("negative_slope", 0.01))) if name == "leaky_relu" else 0.0
-        if name in _KNOWN:
-            return name, slope
-        if name in _OTHER:
-            return "unknown", 0.0
+            name = getattr(user.target, "__name__", str(user.target)).rstrip("_")
+            slope = user.kwargs.get("negative_slope", 0.01) if name == "leaky_relu" else 0.0
+            following = _following(name, float(str(slope)))
+        if following is not None:
+            return following
         queue += user.users
     return ("linear", 0.0) if met_layer else None
 
@@ -144,23 +138,24 @@ def _in_registration_order(model: nn.Module) -> dict[str, Following]:
     found: dict[str, Following] = {}
     waiting = None
     for name, module in model.named_modules():
+        following = _of_module(module)
         if isinstance(module, LAYERS):
             found[name] = ("unknown", 0.0)
             waiting = name
-        elif waiting is not None and _name_of(module) in _KNOWN | _OTHER:
-            known = _name_of(module) in _KNOWN
-            found[waiting] = (_name_of(module) if known else "unknown"), float(getattr(module, "negative_slope", 0.0))
+        elif waiting is not None and following is not None:
+            found[waiting] = following
             waiting = None
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
-            activation = _canonical(getattr(module.activation, "__name__", _name_of(module.activation)))
-            found[f"{name}.linear1" if name else "linear1"] = (activation if activation in _KNOWN else "unknown", 0.0)
     return found
 
 
-def _name_of(module: Any) -> str:
-    return _canonical(type(module).__name__.lower().removeprefix("fsdp").removesuffix("activation"))
+def _of_module(module: nn.Module) -> Following | None:
+    name = type(module).__name__.lower().removeprefix("fsdp").removesuffix("activation")
+    return _following(name, float(getattr(module, "negative_slope", 0.0)))
 
 
-def _canonical(name: str) -> str:
-    return _SYNONYMS.get(name, name)
+def _following(name: str, slope: float) -> Following | None:
+    """An activation by its name; None for what is no activation."""
+    name = _SYNONYMS.get(name, name)
+    if name in _KNOWN:
+        return name, slope
+    return ("unknown", 0.0) if name in _OTHER else None

@@ -129,10 +129,7 @@ def student_from_teacher(
         raise ValueError(
             f"Expected argument `num_layers` to be from 1 to {depth}, the teacher's depth, but got {num_layers}."
         )
-    pairs = dict(layer_map(layers, num_layers, depth))
-    if len(pairs) < num_layers:
-        raise ValueError(f"Expected argument `layers` to name a teacher layer per student layer, but got {layers}.")
-
+    pairs = _pairs(layers, num_layers, depth)
     student: nn.Module = type(model)(_config(model, num_layers, width, pairs))
     if init == "teacher":
         _Carry(model, student, pairs).run()
@@ -177,13 +174,12 @@ def copy_from_teacher(
             f"`{type(small).__name__}`."
         )
     depth = small.config.num_hidden_layers
-    pairs = dict(layer_map(layers, depth, big.config.num_hidden_layers))
-    if len(pairs) < depth:
-        raise ValueError(f"Expected argument `layers` to name a teacher layer per student layer, but got {layers}.")
+    pairs = _pairs(layers, depth, big.config.num_hidden_layers)
     with torch.device("meta"):
         like = type(big)(_config(big, depth, small.config.hidden_size / big.config.hidden_size, pairs))
-    wanted = {name: tuple(parameter.shape) for name, parameter in like.named_parameters()}
-    got = {name: tuple(parameter.shape) for name, parameter in small.named_parameters()}
+    wanted, got = (
+        {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} for model in (like, small)
+    )
     for name in sorted(wanted.keys() | got.keys()):
         if wanted.get(name) != got.get(name):
             raise ValueError(
@@ -191,6 +187,13 @@ def copy_from_teacher(
                 f"{name!r}, but got {got.get(name)}; `student_from_teacher` makes one that fits."
             )
     return _Carry(big, small, pairs, names).run()
+
+
+def _pairs(layers: Layers, depth: int, teacher_depth: int) -> dict[int, int]:
+    pairs = dict(layer_map(layers, depth, teacher_depth))
+    if len(pairs) < depth:
+        raise ValueError(f"Expected argument `layers` to name a teacher layer per student layer, but got {layers}.")
+    return pairs
 
 
 def _check_known(teacher: Any) -> None:
@@ -211,14 +214,13 @@ def _check_known(teacher: Any) -> None:
 
 def _config(teacher: Any, num_layers: int, width: float, pairs: dict[int, int]) -> Any:
     config = copy.deepcopy(teacher.config)
-    depth = config.num_hidden_layers
     if width != 1.0:
         for field, value in _sizes(teacher.config, width).items():
             setattr(config, field, value)
     # What a config says of each layer (sliding or full attention) goes with the layer.
-    for field, value in vars(config).items():
-        if field == "layer_types" and isinstance(value, list) and len(value) == depth:
-            setattr(config, field, [value[pairs[layer]] for layer in range(num_layers)])
+    types = vars(config).get("layer_types")
+    if isinstance(types, list) and len(types) == config.num_hidden_layers:
+        config.layer_types = [types[pairs[layer]] for layer in range(num_layers)]
     config.num_hidden_layers = num_layers
     return config
 
@@ -293,30 +295,29 @@ class _Carry:
 
     @torch.no_grad()
     def run(self) -> list[str]:
-        self.axes = _AXES[self.teacher.config.model_type]
-        self.stack = _path_of(self.teacher, find_layers(self.teacher))
+        config = self.teacher.config
+        self.axes = _AXES[config.model_type]
+        layers = find_layers(self.teacher)
+        self.stack = next(path for path, module in self.teacher.named_modules() if module is layers)
         self.source = dict(self.teacher.named_parameters(remove_duplicate=False))
         self.kept = self._kept()
         filled = []
         for name, target in self.student.named_parameters():
-            source = self._source_name(name)
+            layer, rest = self._split(name)
+            source = name if layer is None else f"{self.stack}.{self.pairs[layer]}.{rest}"
             if source in self.source and (self.names is None or name in self.names):
                 fill_(target, self._sliced(source, target))
                 # The mark that `from_pretrained` leaves on what it has loaded: this is not new either.
                 target._is_hf_initialized = True
                 filled.append(name)
         # ModernBERT's first layer has no norm before its attention, so the norm of another layer has no place there.
-        if self.teacher.config.model_type == "modernbert" and self.pairs[0] != 0:
+        if config.model_type == "modernbert" and self.pairs[0] != 0:
             warnings.warn(
                 f"The student's first layer is the teacher's layer {self.pairs[0]} without its `attn_norm`, which the "
                 "first layer of a ModernBERT lacks. Pass `layers='skip'` or `layers='first'` to begin with layer 0.",
                 stacklevel=3,
             )
         return filled
-
-    def _source_name(self, name: str) -> str:
-        layer, rest = self._split(name)
-        return name if layer is None else f"{self.stack}.{self.pairs[layer]}.{rest}"
 
     def _split(self, name: str) -> tuple[int | None, str]:
         """The layer that a parameter belongs to, and its name within it."""
@@ -325,48 +326,45 @@ class _Carry:
         layer, _, rest = name[len(self.stack) + 1 :].partition(".")
         return int(layer), rest
 
-    def _kinds(self, name: str, ndim: int) -> tuple[str, ...]:
+    def _kinds(self, name: str, ndim: int) -> list[tuple[tuple[int | None, str], int]]:
+        """For each axis of a weight: of which layer (None: the whole model) and kind it is, and in how many blocks."""
         layer, rest = self._split(name)
-        for pattern, kinds in self.axes if layer is not None else ():
+        kinds = ("h",) * ndim
+        for pattern, two in self.axes if layer is not None else ():
             if re.search(pattern, rest):
-                if ndim == 2:
-                    return kinds
-                return (kinds[1] if self.teacher.config.model_type == "gpt2" else kinds[0],)
-        return ("h",) * ndim
+                of_bias = two[1] if self.teacher.config.model_type == "gpt2" else two[0]
+                kinds = two if ndim == 2 else (of_bias,)
+                break
+        return [((None if kind == "h" else layer, kind[0]), len(kind)) for kind in kinds]
 
     def _sliced(self, name: str, target: Tensor) -> Tensor:
         weight = self.source[name]
-        layer, _ = self._split(name)
-        for axis, kind in enumerate(self._kinds(name, weight.ndim)):
+        for axis, (kind, blocks) in enumerate(self._kinds(name, weight.ndim)):
             if weight.shape[axis] != target.shape[axis]:
-                kept = self.kept[None if kind == "h" else layer, kind[0]]
-                size = weight.shape[axis] // len(kind)
-                blocks = torch.cat([block * size + kept for block in range(len(kind))])
-                weight = weight.index_select(axis, blocks.to(weight.device))
+                size = weight.shape[axis] // blocks
+                kept = torch.cat([block * size + self.kept[kind] for block in range(blocks)])
+                weight = weight.index_select(axis, kept.to(weight.device))
         return weight
 
     def _kept(self) -> dict[tuple[int | None, str], Tensor]:
-        """For each layer (None: the whole model) and kind of axis, the indices that stay, in order."""
+        """For each layer and kind of axis, the indices that stay, in order."""
         scores = self._scores()
         config, small = self.teacher.config, self.student.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        # A group is the query heads that share a key and value head: it is kept or left out as one.
+        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         share = small.hidden_size / config.hidden_size
         kept: dict[tuple[int | None, str], Tensor] = {}
         for (layer, kind), score in scores.items():
             if kind in ("h", "i"):
                 kept[layer, kind] = _largest(score, round(len(score) * share))
-                continue
-            if kind == "k":
-                continue
-            # A group is the query heads that share a key and value head: it is kept or left out as one.
-            groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-            per_group = config.num_attention_heads // groups
-            of_group = score.view(groups, -1).sum(1)
-            if (layer, "k") in scores:
-                of_group = of_group + scores[layer, "k"].view(groups, -1).sum(1)
-            chosen = _largest(of_group, round(groups * share))
-            kept[layer, "q"] = _expand(chosen, per_group * head_dim)
-            kept[layer, "k"] = _expand(chosen, head_dim)
+            elif kind == "q":
+                of_group = score.view(groups, -1).sum(1)
+                if (layer, "k") in scores:
+                    of_group = of_group + scores[layer, "k"].view(groups, -1).sum(1)
+                chosen = _largest(of_group, round(groups * share))
+                kept[layer, "q"] = _expand(chosen, config.num_attention_heads // groups * head_dim)
+                kept[layer, "k"] = _expand(chosen, head_dim)
         return kept
 
     def _scores(self) -> dict[tuple[int | None, str], Tensor]:
@@ -375,21 +373,14 @@ class _Carry:
         # An axis that does not shrink (positions, words, classes) has no say, even if it is as long as one that does.
         small = {self._split(name)[1]: weight.shape for name, weight in self.student.named_parameters()}
         for name, weight in self.source.items():
-            layer, rest_of_name = self._split(name)
-            for axis, kind in enumerate(self._kinds(name, weight.ndim)):
-                if weight.shape[axis] == small.get(rest_of_name, weight.shape)[axis]:
+            for axis, (kind, blocks) in enumerate(self._kinds(name, weight.ndim)):
+                if weight.shape[axis] == small.get(self._split(name)[1], weight.shape)[axis]:
                     continue
                 rest = [other for other in range(weight.ndim) if other != axis]
                 score = weight.float().square()
-                score = score.mean(rest) if rest else score
-                score = score.view(len(kind), -1).sum(0)
-                key = (None if kind == "h" else layer, kind[0])
-                scores[key] = scores[key] + score if key in scores else score
+                score = (score.mean(rest) if rest else score).view(blocks, -1).sum(0)
+                scores[kind] = scores[kind] + score if kind in scores else score
         return scores
-
-
-def _path_of(model: nn.Module, module: nn.Module) -> str:
-    return next(path for path, candidate in model.named_modules() if candidate is module)
 
 
 def _largest(score: Tensor, count: int) -> Tensor:

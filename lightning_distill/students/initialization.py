@@ -1,5 +1,6 @@
 """Initialise weights by a named rule, or by the activation that follows each layer."""
 
+import math
 import re
 import zlib
 from collections.abc import Collection
@@ -16,26 +17,13 @@ from lightning_distill.arguments import between, one_of
 from lightning_distill.students.activations import LAYERS, OPENS, following_activations
 
 Policy = Literal[
-    "auto",
-    "xavier_uniform",
-    "xavier_normal",
-    "kaiming_uniform",
-    "kaiming_normal",
-    "lecun_normal",
-    "lecun_uniform",
-    "orthogonal",
-    "transformer",
-]
+    "auto", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "lecun_normal", "lecun_uniform",
+    "orthogonal", "transformer",
+]  # fmt: skip
 Residual = Literal["gpt2", "deepnorm"]
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-_AUTO = {
-    "tanh": "xavier_normal",
-    "sigmoid": "xavier_normal",
-    "linear": "xavier_normal",
-    "selu": "lecun_normal",
-    "gelu": "transformer",
-    "silu": "transformer",
-}
+_AUTO = dict.fromkeys(("tanh", "sigmoid", "linear"), "xavier_normal") | {"selu": "lecun_normal"}
+_AUTO |= dict.fromkeys(("gelu", "silu"), "transformer")
 # Layers of a numbered block that write to its residual stream and that make values, by the names they have in torch,
 # transformers and timm.
 _WRITES = re.compile(
@@ -62,8 +50,10 @@ class Initialized:
         return asdict(self)
 
 
-def init_weight_(weight: Tensor, policy: str, activation: str, slope: float, std: float, generator: Generator) -> str:
-    """Fill one weight in place by a rule, and say which rule it was.
+def init_weight_(
+    weight: Tensor, policy: str, activation: str, slope: float, std: float, generator: Generator
+) -> tuple[str, float]:
+    """Fill one weight in place by a rule.
 
     ``"auto"`` takes Xavier with the gain of tanh or sigmoid, LeCun for SELU, a truncated normal for GELU and SiLU,
     Xavier with gain 1 where nothing follows, and He (with the slope of a leaky ReLU) otherwise.
@@ -76,37 +66,41 @@ def init_weight_(weight: Tensor, policy: str, activation: str, slope: float, std
         std: standard deviation of the truncated normal.
         generator: source of the random numbers.
 
+    Returns:
+        The rule that it was, and the standard deviation that the rule aims at.
+
     Example:
         >>> weight = torch.empty(256, 128)
-        >>> init_weight_(weight, "auto", "relu", 0.0, 0.02, torch.Generator().manual_seed(0))
-        'kaiming_normal'
-        >>> round(weight.std().item(), 3), round((2 / 128) ** 0.5, 3)
-        (0.125, 0.125)
+        >>> rule, target = init_weight_(weight, "auto", "relu", 0.0, 0.02, torch.Generator().manual_seed(0))
+        >>> rule, round(target, 3), round(weight.std().item(), 3)
+        ('kaiming_normal', 0.125, 0.125)
     """
-    if policy == "auto":
-        policy = _AUTO.get(activation, "kaiming_normal")
-    if policy.startswith("xavier"):
-        getattr(nn.init, f"{policy}_")(weight, gain=_xavier_gain(activation), generator=generator)
-    elif policy.startswith("kaiming"):
-        getattr(nn.init, f"{policy}_")(weight, a=slope, nonlinearity="leaky_relu", generator=generator)
-    elif policy.startswith("lecun"):
-        name = policy.replace("lecun", "kaiming")
-        getattr(nn.init, f"{name}_")(weight, nonlinearity="linear", generator=generator)
-    elif policy == "orthogonal":
-        nn.init.orthogonal_(weight, _gain(activation, slope), generator=generator)
-    else:
+    rule = _AUTO.get(activation, "kaiming_normal") if policy == "auto" else policy
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
+    if rule == "transformer":
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
-    return policy
+        return rule, 0.8796 * std  # a normal cut at two standard deviations
+    if rule == "orthogonal":
+        gain = _gain(activation, slope)
+        nn.init.orthogonal_(weight, gain, generator=generator)
+        return rule, gain * max(weight.shape[0], weight[0].numel()) ** -0.5
+    if rule.startswith("xavier"):
+        target = (_gain(activation) if activation in ("tanh", "sigmoid") else 1.0) * math.sqrt(2 / (fan_in + fan_out))
+    elif rule.startswith("kaiming"):
+        target = _gain("leaky_relu", slope) / math.sqrt(fan_in)
+    else:
+        target = 1 / math.sqrt(fan_in)
+    if rule.endswith("uniform"):
+        weight.uniform_(-math.sqrt(3) * target, math.sqrt(3) * target, generator=generator)
+    else:
+        weight.normal_(0, target, generator=generator)
+    return rule, target
 
 
 def _gain(activation: str, slope: float = 0.0) -> float:
     if activation in ("gelu", "silu", "unknown"):  # torch knows no gain for them
         return 1.0
     return float(nn.init.calculate_gain(activation, slope if activation == "leaky_relu" else None))  # type: ignore[arg-type]
-
-
-def _xavier_gain(activation: str) -> float:
-    return _gain(activation) if activation in ("tanh", "sigmoid") else 1.0
 
 
 def generator_for(name: str, seed: int) -> Generator:
@@ -173,13 +167,13 @@ def initialize(
     activations, done, audit = following_activations(model), set[int](), list[Initialized]()
     configs = {name: part.config for name, part in model.named_modules() if isinstance(part, PreTrainedModel)}
     for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
+        if not isinstance(module, (*LAYERS, *NORMS, nn.Embedding)):
+            continue
         for kind in ("weight", "bias"):
-            parameter, full_name = getattr(module, kind, None), f"{prefix}{kind}"
-            known = isinstance(module, (*LAYERS, *NORMS, nn.Embedding)) and isinstance(parameter, nn.Parameter)
-            if not known or id(parameter) in done or (names is not None and full_name not in names):
+            parameter, full_name = getattr(module, kind, None), f"{name}.{kind}" if name else kind
+            left = names is not None and full_name not in names
+            if not isinstance(parameter, nn.Parameter) or id(parameter) in done or left:
                 continue
-            assert parameter is not None
             if parameter.is_meta:
                 raise ValueError(
                     f"Expected the parameters of argument `model` to hold memory, but got {full_name!r} on the meta "
@@ -191,27 +185,40 @@ def initialize(
                 continue
             around = next((configs[part] for part in configs if not part or name.startswith(f"{part}.")), None)
             spread = std or getattr(around, "initializer_range", None) or 0.02
-            activation, slope = activations.get(name, ("linear", 0.0))
-            shape = parameter.shape[::-1] if isinstance(module, Conv1D) else parameter.shape
-            # Drawn on the CPU, so that a device does not change the numbers.
-            drawn, generator = torch.empty(shape), generator_for(full_name, seed)
-            if isinstance(module, nn.Embedding):
-                rule, target = "normal", spread
-                nn.init.normal_(drawn, std=spread, generator=generator)
-                if module.padding_idx is not None:
-                    drawn[module.padding_idx] = 0
-            else:
-                rule = init_weight_(drawn, policy, activation, slope, spread, generator)
-                target = _target_std(drawn, rule, activation, slope, spread)
-            if name in factors:
-                factor, rows = factors[name]
-                drawn[int(len(drawn) * (1 - rows)) :] *= factor
-                rule, target = f"{rule} x {factor:.3g}", target * (factor**2 * rows + 1 - rows) ** 0.5
-            fill_(parameter, drawn.T if isinstance(module, Conv1D) else drawn)
-            fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(drawn)
-            measured = drawn.std().item() if drawn.numel() > 1 else 0.0
-            audit.append(Initialized(full_name, activation, rule, fan_in, fan_out, target, measured))
+            following, factor = activations.get(name, ("linear", 0.0)), factors.get(name)
+            generator = generator_for(full_name, seed)
+            audit.append(_draw(module, parameter, full_name, policy, following, spread, factor, generator))
     return audit
+
+
+def _draw(
+    module: nn.Module,
+    parameter: nn.Parameter,
+    name: str,
+    policy: str,
+    following: tuple[str, float],
+    std: float,
+    factor: tuple[float, float] | None,
+    generator: Generator,
+) -> Initialized:
+    transposed = isinstance(module, Conv1D)
+    # Drawn on the CPU, so that a device does not change the numbers.
+    drawn = torch.empty(parameter.shape[::-1] if transposed else parameter.shape)
+    if isinstance(module, nn.Embedding):
+        rule, target = "normal", std
+        nn.init.normal_(drawn, std=std, generator=generator)
+        if module.padding_idx is not None:
+            drawn[module.padding_idx] = 0
+    else:
+        rule, target = init_weight_(drawn, policy, *following, std, generator)
+    if factor is not None:
+        times, rows = factor
+        drawn[int(len(drawn) * (1 - rows)) :] *= times
+        rule, target = f"{rule} x {times:.3g}", target * (times**2 * rows + 1 - rows) ** 0.5
+    fill_(parameter, drawn.T if transposed else drawn)
+    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(drawn)
+    measured = drawn.std().item() if drawn.numel() > 1 else 0.0
+    return Initialized(name, following[0], rule, fan_in, fan_out, target, measured)
 
 
 def residual_factors(model: nn.Module, residual: Residual) -> dict[str, tuple[float, float]]:
@@ -301,16 +308,3 @@ def materialize(model: nn.Module) -> None:
 
 def _tensors(module: nn.Module, recurse: bool = True) -> list[Tensor]:
     return [*module.parameters(recurse), *module.buffers(recurse)]
-
-
-def _target_std(weight: Tensor, rule: str, activation: str, slope: float, std: float) -> float:
-    fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(weight)
-    if rule.startswith("xavier"):
-        return _xavier_gain(activation) * (2 / (fan_in + fan_out)) ** 0.5
-    if rule.startswith("kaiming"):
-        return (2 / (1 + slope**2) / fan_in) ** 0.5
-    if rule.startswith("lecun"):
-        return fan_in**-0.5
-    if rule == "orthogonal":
-        return _gain(activation, slope) * max(weight.shape[0], weight[0].numel()) ** -0.5
-    return 0.8796 * std  # a normal cut at two standard deviations

@@ -1,6 +1,6 @@
 """Which student layer learns from which teacher layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 #: The maps that have a name.
@@ -83,20 +83,15 @@ def _named(name: str, student_depth: int, teacher_depth: int, depths: str) -> li
             f"Expected argument `layers={name!r}` to find {needed} teacher layers, but got {depths}. Take a shallower "
             "student, another map, or explicit pairs."
         )
-    students = range(student_depth)
-    if name == "uniform":
-        teachers = [(i + 1) * teacher_depth // student_depth - 1 for i in students]
-    elif name == "last":
-        teachers = [teacher_depth - student_depth + i for i in students]
-    elif name == "first":
-        teachers = list(students)
-    elif name == "every_other":
-        teachers = [2 * i for i in students]
-    elif student_depth == 1:
-        teachers = [teacher_depth - 1]
-    else:
-        teachers = [int(i * (teacher_depth - 1) / (student_depth - 1) + 0.5) for i in students]
-    return list(zip(students, teachers, strict=True))
+    last = teacher_depth - 1
+    teacher_of: dict[str, Callable[[int], int]] = {
+        "uniform": lambda layer: (layer + 1) * teacher_depth // student_depth - 1,
+        "last": lambda layer: teacher_depth - student_depth + layer,
+        "first": lambda layer: layer,
+        "skip": lambda layer: int(layer * last / (student_depth - 1) + 0.5) if student_depth > 1 else last,
+        "every_other": lambda layer: 2 * layer,
+    }
+    return [(layer, teacher_of[name](layer)) for layer in range(student_depth)]
 
 
 def _pair(item: Any, items: list[Any]) -> tuple[int, int]:

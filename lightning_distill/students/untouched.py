@@ -10,45 +10,40 @@ from lightning_distill.students.initialization import NORMS, whole
 _STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
 
-def new_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters of layers, embeddings and norms that hold nothing worth keeping.
+def untouched_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters of layers, embeddings and norms that are as their layer drew them: nothing is lost there.
 
-    A parameter is not new if it is frozen, if transformers or :func:`~lightning_distill.students.student_from_teacher`
-    marked it as loaded (a new head on a loaded body is new), if it is a copy, or if it was written to after its layer
-    drew it, as an optimizer or ``load_state_dict`` does. In a model of transformers all counts as loaded if a norm's
-    entries differ. In doubt a parameter is not new.
+    A parameter is touched if it is frozen, if transformers or :func:`~lightning_distill.students.student_from_teacher`
+    marked it as loaded (a new head on a loaded body is untouched), if it is a copy, or if it was written to after its
+    layer drew it, as an optimizer or ``load_state_dict`` does. In a model of transformers all counts as loaded if a
+    norm's entries differ. In doubt a parameter is touched.
 
     Args:
-        model: any module; what is on the meta device is new, since it has no value.
+        model: any module; what is on the meta device is untouched, since it has no value.
 
     Example:
         >>> head, loaded = nn.Linear(2, 2), nn.Linear(2, 2)
         >>> _ = loaded.load_state_dict(head.state_dict())
-        >>> sorted(new_parameters(nn.ModuleDict({"head": head, "loaded": loaded})))
+        >>> sorted(untouched_parameters(nn.ModuleDict({"head": head, "loaded": loaded})))
         ['head.bias', 'head.weight']
     """
-    parts = {
-        f"{name}." if name else "": part for name, part in model.named_modules() if isinstance(part, PreTrainedModel)
-    }
-    trained = tuple(prefix for prefix, part in parts.items() if _has_trained_norm(part))
-    stacks = {f"{name}.": part for name, part in model.named_modules() if isinstance(part, _STACKS)}
-    clones = tuple(prefix.removeprefix(".") for prefix, part in stacks.items() if _are_equal(list(part.layers)))
-    new, weights = set[str](), set[int]()
-    for name, module in model.named_modules():
-        prefix = f"{name}." if name else ""
-        if not isinstance(module, (*LAYERS, *NORMS, nn.Embedding)) or (trained and prefix.startswith(trained)):
+    named = [(f"{name}." if name else "", module) for name, module in model.named_modules()]
+    parts = tuple(prefix for prefix, part in named if isinstance(part, PreTrainedModel))
+    trained = tuple(prefix for prefix, part in named if isinstance(part, PreTrainedModel) and _has_trained_norm(part))
+    clones = tuple(prefix for prefix, part in named if isinstance(part, _STACKS) and _are_equal(list(part.layers)))
+    found, tied = set[str](), set[int]()
+    for prefix, module in named:
+        if not isinstance(module, (*LAYERS, *NORMS, nn.Embedding)) or prefix.startswith(trained):
             continue
-        of_transformers = bool(parts) and prefix.startswith(tuple(parts))
         weight = module.weight
         for kind, parameter in module.named_parameters(recurse=False):
             free = parameter.requires_grad and not getattr(parameter, "_is_hf_initialized", False)
-            # A weight that is tied to a new one is new, whatever this layer would have written to it.
-            untouched = weight is None or _is_as_drawn(module, weight, of_transformers) or id(weight) in weights
-            untouched = untouched or prefix.startswith(clones)
-            if free and (parameter.is_meta or untouched):
-                new.add(f"{prefix}{kind}")
-                weights.add(id(parameter))
-    return new
+            # A weight that is tied to an untouched one is untouched, whatever this layer would have written to it.
+            as_drawn = weight is None or id(weight) in tied or _is_as_drawn(module, weight, prefix.startswith(parts))
+            if free and (parameter.is_meta or as_drawn or prefix.startswith(clones)):
+                found.add(f"{prefix}{kind}")
+                tied.add(id(parameter))
+    return found
 
 
 def _are_equal(layers: list[nn.Module]) -> bool:

@@ -16,7 +16,7 @@ from lightning_distill import student_from_teacher
 from lightning_distill.callbacks import InitPolicy
 from lightning_distill.students.activations import LAYERS, following_activations
 from lightning_distill.students.initialization import generator_for, initialize, materialize, residual_factors
-from lightning_distill.students.untouched import new_parameters
+from lightning_distill.students.untouched import untouched_parameters
 from tests.callbacks.registry import Batches, Regression, trainer
 from tests.helpers.models import bert, llama
 
@@ -246,10 +246,10 @@ def test_architectures_are_new_follow_their_activation_and_scale_their_residual(
     expected = {"gpt2": {"gelu"}, "modernbert": {"gelu"}, "qwen3": {"silu"}, "t5": {"relu", "linear"}}
     assert found == expected.get(name, {"relu", "unknown"})
     parameters = {parameter for parameter, _ in model.named_parameters()}
-    assert {f"{layer}.weight" for layer in layers} & parameters <= new_parameters(model)
+    assert {f"{layer}.weight" for layer in layers} & parameters <= untouched_parameters(model)
     with torch.device("meta"):
         meta = MODELS[name]()
-    assert new_parameters(meta) >= {f"{layer}.weight" for layer in layers} & parameters
+    assert untouched_parameters(meta) >= {f"{layer}.weight" for layer in layers} & parameters
     materialize(meta)
     assert all(value.isfinite().all() for value in meta.state_dict().values())
     if name != "resnet":
