@@ -18,10 +18,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_distill.arguments import between, one_of, typed
+from lightning_distill.functional.tensors import whole
 from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.students.activations import LAYERS, following_activations
 from lightning_distill.students.from_teacher import copy_from_teacher
-from lightning_distill.students.initialization import Initialized, Policy, Residual, initialize, materialize, whole
+from lightning_distill.students.initialization import Initialized, Policy, Residual, initialize, materialize
 from lightning_distill.students.layer_map import Layers
 from lightning_distill.students.untouched import untouched_parameters
 
@@ -227,7 +228,7 @@ class InitPolicy(L.Callback):
             if parameters[name].ndim > 1:
                 fans = nn.init._calculate_fan_in_and_fan_out(parameters[name])
                 activation, _ = activations.get(name.rpartition(".")[0], ("linear", 0.0))
-                std = whole(parameters[name]).float().std().item()
+                std = whole(parameters[name].detach()).float().std().item()
                 self.audit.append(Initialized(f"{prefix}{name}", activation, "from_teacher", *fans, None, std))
         return {f"{prefix}{name}" for name in copied}
 

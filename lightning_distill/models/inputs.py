@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
+from lightning_distill.functional.tensors import local
 from lightning_distill.models.calling import accepted
 from lightning_distill.signals.description import find_decoder
 
@@ -172,7 +172,7 @@ def attend_across_documents(batch: Mapping[str, Any]) -> bool:
 
 def _check_ids(what: str, module: Any, ids: Any, advice: str) -> None:
     size = getattr(module, "num_embeddings", None)
-    ids = ids.to_local() if isinstance(ids, DTensor) else ids
+    ids = local(ids)
     if size is None or not isinstance(ids, Tensor) or ids.is_meta or not ids.numel():
         return
     least, most = (int(value) for value in ids.aminmax())

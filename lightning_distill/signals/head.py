@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
 from lightning_distill.functional.projection import Projection
+from lightning_distill.functional.tensors import whole
 
 #: Words above which the logits of a batch are worth not having.
 LARGE = 16_000
@@ -33,7 +33,7 @@ class Head:
     def projection(self, hidden: Tensor) -> Projection:
         """The logits of hidden states ``[..., D]``, not yet computed; a sharded weight is gathered."""
         weight, bias = self.linear.weight, self.linear.bias
-        return Projection(hidden, _whole(weight), None if bias is None else _whole(bias), self.softcap, self.scale)
+        return Projection(hidden, whole(weight), None if bias is None else whole(bias), self.softcap, self.scale)
 
     def call(self, function: Callable[[Projection], Tensor], hidden: Tensor) -> Tensor:
         """What a function makes of the logits, with the layer called as a module.
@@ -135,10 +135,6 @@ def is_known(head: Head, hidden: Tensor, logits: Tensor) -> bool:
     tolerance = 8 * torch.finfo(logits.dtype).eps
     scale = ours.abs().max()
     return logits.shape == ours.shape and bool(((ours - logits.detach()).abs() <= tolerance * scale.clamp(min=1)).all())
-
-
-def _whole(weight: Tensor) -> Tensor:
-    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
 @contextmanager

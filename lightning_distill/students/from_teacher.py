@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_distill.arguments import typed
+from lightning_distill.functional.tensors import fill_
 from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.models.wrapped import inside
 from lightning_distill.signals.description import find_layers
 from lightning_distill.students.config import by_hand
-from lightning_distill.students.initialization import fill_
 from lightning_distill.students.layer_map import Layers, layer_map
 
 # Axes of a weight that grow with the width, by the end of its name within a layer: h is the residual stream, q the

@@ -9,11 +9,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lightning_distill.arguments import between, one_of
+from lightning_distill.functional.tensors import fill_
 from lightning_distill.students.activations import LAYERS, OPENS, following_activations
 
 Policy = Literal[
@@ -243,24 +243,6 @@ def residual_factors(model: nn.Module, residual: Residual) -> dict[str, tuple[fl
     beta = (4 * len(writes)) ** -0.25
     scaled = dict.fromkeys([*writes, *(n for n in layers if _VALUES.search(n) or OPENS.search(n))], (beta, 1.0))
     return scaled | dict.fromkeys((name for name in layers if _JOINT.search(name)), (beta, 1 / 3))
-
-
-def fill_(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole value into a parameter; of a ``DTensor`` each process fills its own shard.
-
-    Args:
-        parameter: where to.
-        value: of the parameter's whole shape, the same on every rank.
-    """
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        value = distribute_tensor(value.to(mesh.device_type), mesh, parameter.placements, src_data_rank=None)
-    parameter.detach().copy_(value)
-
-
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter's whole value, joined where processes hold shards of it, which is a collective call."""
-    return parameter.full_tensor().detach() if isinstance(parameter, DTensor) else parameter.detach()
 
 
 @torch.no_grad()

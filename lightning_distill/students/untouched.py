@@ -4,8 +4,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_distill.functional.tensors import whole
 from lightning_distill.students.activations import LAYERS
-from lightning_distill.students.initialization import NORMS, whole
+from lightning_distill.students.initialization import NORMS
 
 _STACKS = (nn.TransformerEncoder, nn.TransformerDecoder)
 
@@ -50,7 +51,7 @@ def _are_equal(layers: list[nn.Module]) -> bool:
     """Torch's stacks hold copies of one layer, which differ from the first step on."""
     if len(layers) < 2 or any(parameter.is_meta for parameter in layers[0].parameters()):
         return False
-    first, *others = ([whole(parameter) for parameter in layer.parameters()] for layer in layers)
+    first, *others = ([whole(parameter.detach()) for parameter in layer.parameters()] for layer in layers)
     return all(all(map(torch.equal, first, other)) for other in others)
 
 

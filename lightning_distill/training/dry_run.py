@@ -19,8 +19,9 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 from torch.utils.data import IterableDataset
+
+from lightning_distill.functional.tensors import local
 
 
 def dry_run(
@@ -164,7 +165,7 @@ class Snapshot:
             for part in thing.modules() if isinstance(thing, nn.Module) else [thing]:
                 self._keep(vars(part))
         self._file = file
-        values = [_local(tensor).detach() for tensor in self._tensors]
+        values = [local(tensor).detach() for tensor in self._tensors]
         if file is None:
             self._values = [value.to("cpu", copy=True) for value in values]
         else:
@@ -176,7 +177,7 @@ class Snapshot:
         for undo in self._undo:
             undo()
         with torch.no_grad():
-            for tensor, value in zip(map(_local, self._tensors), values, strict=True):
+            for tensor, value in zip(map(local, self._tensors), values, strict=True):
                 value = value.to(tensor.device)
                 # An expanded buffer cannot be written to, and hardly ever needs to be.
                 expanded = any(step == 0 < size - 1 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
@@ -221,10 +222,6 @@ def _refill(container: Any, items: Any) -> None:
     (container.extend if isinstance(container, list | deque) else container.update)(items)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def num_bytes(objects: Iterable[object]) -> int:
     """Bytes of the tensors that modules and optimizers among some objects hold, counted once each."""
     tensors: list[Any] = []
@@ -233,7 +230,7 @@ def num_bytes(objects: Iterable[object]) -> int:
             tensors += [*thing.parameters(), *thing.buffers()]
         elif isinstance(thing, torch.optim.Optimizer):
             tensors += [value for values in thing.state.values() for value in values.values()]
-    return sum(_local(t).nbytes for t in {id(t): t for t in tensors if isinstance(t, Tensor)}.values())
+    return sum(local(t).nbytes for t in {id(t): t for t in tensors if isinstance(t, Tensor)}.values())
 
 
 def available_host_memory() -> int | None:

@@ -17,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lightning_distill.functional.tensors import local
 from lightning_distill.objectives import Objective
 from lightning_distill.teachers.precision import is_quantized
 
@@ -127,7 +128,7 @@ def _replicated(module: nn.Module, inputs: tuple[Any, ...], mesh: DeviceMesh) ->
 
 
 def _plain(module: nn.Module, output: Any, mesh: DeviceMesh) -> Any:
-    return output.to_local() if isinstance(output, DTensor) else output
+    return local(output)
 
 
 def parallelize(student: nn.Module, teacher: nn.Module | None, objectives: nn.ModuleDict, mesh: DeviceMesh) -> None:
