@@ -20,7 +20,8 @@ from lightning_distill.objectives.objective import Objective, named
 from lightning_distill.optim.configured import MakeOptimizer, MakeSchedule, configured
 from lightning_distill.signals.signals import Signals
 from lightning_distill.step.accumulation import AccumulatingModule
-from lightning_distill.step.checks import BatchCheck, check_signals, enable_gradient_checkpointing
+from lightning_distill.step.checked_run import CheckedRun
+from lightning_distill.step.checks import StepCheck, enable_gradient_checkpointing
 from lightning_distill.step.counting import Counted, counted_ahead
 from lightning_distill.step.evaluation import EvaluatedModule
 from lightning_distill.step.forwards import Forwards, TeacherForward, TeacherSource
@@ -32,7 +33,6 @@ from lightning_distill.teachers.class_order import ClassOrder
 from lightning_distill.teachers.precision import TeacherPrecision, load_teacher
 from lightning_distill.training import parallel
 from lightning_distill.training.adapters import AdapterCheckpoints
-from lightning_distill.training.checked_run import CheckedRun
 from lightning_distill.training.scaled_steps import ScaledSteps
 
 
@@ -165,7 +165,7 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         self.teacher_source: TeacherSource = self.teacher_step if "teacher" in self._own_steps else TeacherForward(self)
         #: What else is trained, by name: gives the new loss for that of a step, its batch and both signals.
         self.loss_terms: dict[str, Callable[[Tensor, Any, Signals, Signals | None], Tensor]] = {}
-        self._batch_check = BatchCheck(self._task, self._each_objective())
+        self._check = StepCheck(self._task, self._each_objective(), same_answers=self.pairing.same_answers)
         self._counted = Counted(self._each_objective())
         self._score_by(self._task, metrics)
 
@@ -203,10 +203,8 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The total loss of a batch; every objective is logged by name."""
-        first = self._check_batch(batch)
         student, teacher = self.signals(batch, with_teacher=self._needs_teacher)
-        if first:
-            check_signals(student, teacher, any_vocabulary=not self.pairing.same_answers)
+        self._check.first_signals(student, teacher)
         losses, _ = self.mean_losses(student, teacher)
         rows = len(student.logits)
         self.log_dict({f"train_{name}": loss.detach() for name, loss in losses.items()}, batch_size=rows)
@@ -243,9 +241,8 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
 
     def forward(self, batch: Any) -> Tensor:
         """Logits of the student for a batch, as the student gives them."""
-        batch = batch_of("student", batch)
         self.forwards.look("student", self.student, batch)
-        return logits_of(call_model(self.student, batch))
+        return logits_of(call_model(self.student, batch_of("student", batch)))
 
     def _counts(self, batch: Any) -> Tensor:
         """How much of a batch counts for each objective, shape ``[objectives]``, before it is trained on."""
@@ -254,16 +251,6 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
             return ahead
         with evaluating(self.student), torch.no_grad():
             return self.mean_losses(*self.signals(batch, with_teacher=self._needs_teacher))[1]
-
-    def _check_batch(self, batch: Any) -> bool:
-        stage = self.trainer.state.stage
-        # What the config of a body says of classes is a default that nobody chose.
-        config = None if "student" in self.pairing.headless else getattr(self.student, "config", None)
-        num_classes = getattr(config, self._task.num_classes_field, None)
-        first = self._batch_check(batch, stage.value if stage else "", num_classes)
-        if first:
-            self.forwards.look_again()
-        return first
 
     # -- hooks -------------------------------------------------------------------------------------------------------
 

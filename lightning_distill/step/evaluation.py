@@ -37,9 +37,6 @@ class EvaluatedModule(L.LightningModule):
         """Weighted sum of the objectives' losses."""
         raise NotImplementedError
 
-    def _check_batch(self, batch: Any) -> bool:
-        raise NotImplementedError
-
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Losses, the student's metric and its agreement with the teacher."""
         self._evaluate(batch, "val", dataloader_idx)
@@ -54,7 +51,6 @@ class EvaluatedModule(L.LightningModule):
         return logits
 
     def _evaluate(self, batch: Any, stage: str, dataloader_idx: int) -> None:
-        self._check_batch(batch)
         student, teacher = self.signals(batch, with_teacher=self.teacher is not None)
         losses, counts = self.mean_losses(student, teacher)
         # Weights of classes make fractions of them.

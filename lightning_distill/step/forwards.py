@@ -94,7 +94,6 @@ class Forwards:
             student: The student.
             batch: The batch.
         """
-        batch = batch_of("student", batch)
         # Before the teacher runs, so that what the student cannot read is said first.
         self.look("student", student, batch)
         if self.task.of_words:
@@ -127,12 +126,12 @@ class Forwards:
         Args:
             role: ``"student"`` or ``"teacher"``.
             model: The model.
-            batch: As the model reads it.
+            batch: The batch.
         """
         if role not in self._checks:
             rotary_limit = role == "student" and self.task.labels_itself
             self._checks[role] = InputCheck(model, role, rotary_limit=rotary_limit)
-        self._checks[role].before(batch)
+        self._checks[role].before(batch_of(role, batch))
 
     def look_again(self) -> None:
         """Look at the next batch too where a look is not free: it is of other data."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_distill.models.batch import batch_of
 from lightning_distill.models.calling import call_model, evaluating, logits_of
 from lightning_distill.objectives.deferred import can_defer
 from lightning_distill.objectives.objective import Objective
@@ -35,7 +36,7 @@ class LargeVocabulary:
 
         Args:
             student: The student.
-            batch: What it reads.
+            batch: The batch.
         """
         self._active = can_defer(self.objectives) and self._head("student", student, batch) is not None
         try:
@@ -49,7 +50,7 @@ class LargeVocabulary:
         Args:
             role: ``"student"`` or ``"teacher"``.
             model: The model.
-            batch: What it reads.
+            batch: The batch.
         """
         return self._head(role, model, batch) if self._active else None
 
@@ -62,7 +63,7 @@ class LargeVocabulary:
 
 def _is_understood(role: str, model: nn.Module, head: Head, batch: Any) -> bool:
     with evaluating(model), torch.no_grad(), withheld({role: head}) as inputs:
-        logits = logits_of(call_model(model, batch))
+        logits = logits_of(call_model(model, batch_of(role, batch)))
     if role not in inputs:
         # Its class reads the weight by itself.
         warnings.warn(f"The {role} does not call its last linear layer, so whole logits are computed.", stacklevel=2)

@@ -158,7 +158,7 @@ def parallelize(student: nn.Module, teacher: nn.Module | None, objectives: nn.Mo
             shard(model, mesh["data_parallel"])
 
 
-def check_signals(objectives: Iterable[Objective]) -> None:
+def check_requests(objectives: Iterable[Objective]) -> None:
     """Refuse objectives on attention where a process holds a part of the heads.
 
     Args:

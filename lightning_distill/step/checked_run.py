@@ -10,6 +10,8 @@ from torch.optim import Optimizer
 
 from lightning_distill.models.class_names import check_data_classes
 from lightning_distill.objectives.objective import Objective
+from lightning_distill.step.checks import StepCheck
+from lightning_distill.step.forwards import Forwards
 from lightning_distill.tasks import Task
 from lightning_distill.teachers.holder import TeacherModule
 from lightning_distill.teachers.precision import warn_of_slow_bf16
@@ -26,7 +28,9 @@ class CheckedRun(TeacherModule):
 
     student: nn.Module
     objectives: nn.ModuleDict
+    forwards: Forwards
     _task: Task
+    _check: StepCheck
 
     def _each_objective(self) -> dict[str, Objective]:
         return dict(self.objectives.items())  # type: ignore[arg-type]
@@ -60,7 +64,7 @@ class CheckedRun(TeacherModule):
         if mesh is None or parallel.is_parallel(self):
             return
         if mesh["tensor_parallel"].size() > 1:
-            parallel.check_signals(self._each_objective().values())
+            parallel.check_requests(self._each_objective().values())
         parallel.parallelize(self.student, self.teacher, self.objectives, mesh)
 
     def on_fit_start(self) -> None:
@@ -69,8 +73,25 @@ class CheckedRun(TeacherModule):
             check_eps(optimizer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Tell the objectives how much of the training is done, for their schedules."""
+        """Look at the batch, and tell the objectives how much of the training is done, for their schedules."""
         self._set_progress()
+        self._look_at(batch)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Look at the batch."""
+        self._look_at(batch)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Look at the batch."""
+        self._look_at(batch)
+
+    def _look_at(self, batch: Any) -> None:
+        stage = self.trainer.state.stage
+        # What the config of a body says of classes is a default that nobody chose.
+        config = None if "student" in self.forwards.pairing.headless else getattr(self.student, "config", None)
+        num_classes = getattr(config, self._task.num_classes_field, None)
+        if self._check.is_first_batch(batch, stage.value if stage else "", num_classes):
+            self.forwards.look_again()
 
     def on_validation_start(self) -> None:
         """Tell the objectives too: a run that resumes at its validation has not had a training batch yet."""
