@@ -1,6 +1,5 @@
 """Text that a model writes to prompts, as a batch that a model can be trained on."""
 
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
 from lightning_distill.arguments import between, one_of
 from lightning_distill.models.batch import IGNORE_INDEX
@@ -25,9 +25,7 @@ Prompt = Sequence[int] | Tensor
 def seeded(seed: int | None, device: torch.device) -> Iterator[None]:
     """Draw from a seed inside the block; the random numbers after it are those that would have come without it.
 
-    Args:
-        seed: The seed; None: draw from the global generator, and leave it where it stops.
-        device: Whose generator is used beside the CPU's.
+    Without a seed, draw from the global generator, and leave it where it stops.
     """
     if seed is None:
         yield
@@ -51,22 +49,10 @@ def settings(
 ) -> transformers.GenerationConfig:
     """Check how a model is to write, and say it in transformers' form; it holds inside :func:`own_settings_aside`.
 
-    Args:
-        model: A causal language model of transformers, or a peft model of one.
-        prompt_length: Tokens of the longest prompt.
-        max_new_tokens: At most this many are written.
-        do_sample: Whether to draw; otherwise the most probable token is taken, and the next two mean nothing.
-        temperature: Divides the logits, above 0.
-        top_p: Only the most probable tokens whose mass reaches this are drawn from, in (0, 1].
-        num_beams: Width of a beam search, 1 for none.
-        cache_implementation: Kind of KV cache, one of ``CACHES``; None: ``"dynamic"``.
-        words: As many words, the first of the vocabulary, may be written; None: all.
-
-    Returns:
-        The settings.
+    Arguments are those of :func:`generate`, but for the tokens of the longest prompt.
 
     Raises:
-        TypeError: If it is no such model.
+        TypeError: If it is no causal language model of transformers, nor a peft model of one.
         ValueError: If an argument is out of its range, or the text would be longer than the model's positions.
         ModuleNotFoundError: If the kind of cache needs a package that is missing.
     """
@@ -77,10 +63,9 @@ def settings(
             f"Expected a causal language model of transformers, such as `LlamaForCausalLM`, but got "
             f"`{type(model).__name__}`."
         )
-    if max_new_tokens < 1:
-        raise ValueError(f"Expected argument `max_new_tokens` to be at least 1, but got {max_new_tokens}.")
-    if num_beams < 1:
-        raise ValueError(f"Expected argument `num_beams` to be at least 1, but got {num_beams}.")
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
+        if value < 1:
+            raise ValueError(f"Expected argument `{name}` to be at least 1, but got {value}.")
     if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ValueError(
             f"Expected argument `temperature` to be finite and above 0, but got {temperature!r}. For the most probable "
@@ -93,29 +78,39 @@ def settings(
             f"Expected prompt and new tokens to fit into the {positions} positions of the model, but got "
             f"{prompt_length} + {max_new_tokens}. Lower `max_new_tokens`, or shorten the prompt."
         )
-    cache: dict[str, Any] = {}
-    if cache_implementation is not None:
-        one_of("cache_implementation", cache_implementation, CACHES)
-        cache["cache_implementation"] = cache_implementation
-    if cache_implementation == "quantized":
-        info = describe(model)
-        # Tokens share a scale in groups that must divide what a token keeps: its key-value heads.
-        kept = (info.num_key_value_heads or 1) * (info.head_width or 1)
-        cache["cache_config"] = {"backend": _quantized_backend(), "q_group_size": math.gcd(64, kept)}
-    size = model.config.get_text_config().vocab_size
+    vocab_size = model.config.get_text_config().vocab_size
     drawn = {"temperature": float(temperature), "top_p": float(top_p), "top_k": 0} if do_sample else {}
-    eos = end_tokens(model)
     return transformers.GenerationConfig(
         do_sample=do_sample,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        eos_token_id=eos or None,
+        eos_token_id=end_tokens(model) or None,
         pad_token_id=pad_token(model),
         use_cache=True,
-        suppress_tokens=None if words is None else list(range(words, size)) or None,
+        suppress_tokens=None if words is None else list(range(words, vocab_size)) or None,
         **drawn,
-        **cache,
+        **_cache(model, cache_implementation),
     )
+
+
+def _cache(model: Any, kind: str | None) -> dict[str, Any]:
+    """What transformers is told of the KV cache."""
+    if kind is None:
+        return {}
+    one_of("cache_implementation", kind, CACHES)
+    if kind != "quantized":
+        return {"cache_implementation": kind}
+    info = describe(model)
+    # Tokens share a scale in groups that must divide what a token keeps: its key-value heads.
+    kept = (info.num_key_value_heads or 1) * (info.head_width or 1)
+    backend = "quanto" if is_optimum_quanto_available() else "hqq" if is_hqq_available() else None
+    if backend is None:
+        raise ModuleNotFoundError(
+            "Expected argument `cache_implementation` to name a cache that can be had, but 'quantized' needs "
+            'optimum-quanto or hqq; run: pip install "lightning-distill[quantized-cache]"'
+        )
+    config = {"backend": backend, "q_group_size": math.gcd(64, kept)}
+    return {"cache_implementation": kind, "cache_config": config}
 
 
 @contextmanager
@@ -124,34 +119,17 @@ def own_settings_aside(*models: nn.Module) -> Iterator[None]:
 
     ``generate`` fills what its caller leaves open from the model's ``generation_config``: a repetition penalty, words
     that are never written, a least length. A list of all that to switch off would be as old as its day.
-
-    Args:
-        *models: The models; each has its own settings again afterwards.
     """
     # A peft model has those of the model inside it.
     owners: list[Any] = [part for model in models for part in model.modules() if "generation_config" in vars(part)]
-    own = [owner.generation_config for owner in owners]
+    own = [(owner, owner.generation_config) for owner in owners]
     for owner in owners:
         owner.generation_config = transformers.GenerationConfig()
     try:
         yield
     finally:
-        for owner, settings_of_owner in zip(owners, own, strict=True):
-            owner.generation_config = settings_of_owner
-
-
-def _quantized_backend() -> str:
-    for backend, package in (("quanto", "optimum.quanto"), ("hqq", "hqq")):
-        try:
-            found = importlib.util.find_spec(package)
-        except ModuleNotFoundError:
-            found = None
-        if found is not None:
-            return backend
-    raise ModuleNotFoundError(
-        "Expected argument `cache_implementation` to name a cache that can be had, but 'quantized' needs "
-        'optimum-quanto or hqq; run: pip install "lightning-distill[quantized-cache]"'
-    )
+        for owner, config in own:
+            owner.generation_config = config
 
 
 def end_tokens(model: Any) -> list[int]:
@@ -168,15 +146,7 @@ def pad_token(model: Any) -> int:
 
 
 def pad_prompts(prompts: Sequence[Prompt], pad_token_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Put prompts of different lengths into one tensor, so that all of them end at its right side.
-
-    Args:
-        prompts: Token ids, at least one of each.
-        pad_token_id: Fills the left side.
-        device: Where to put them.
-
-    Returns:
-        ``input_ids`` and ``attention_mask``, each ``[B, P]`` int64.
+    """Put prompts of different lengths into ``input_ids`` and ``attention_mask`` ``[B, P]`` that end at the right side.
 
     Raises:
         ValueError: If there is no prompt, or one is empty.

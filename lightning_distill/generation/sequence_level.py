@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_distill.data.packing import Document
 from lightning_distill.generation.sampling import Prompt, end_tokens, generate
+from lightning_distill.models.fingerprints import add_tensors
 
 
 def teacher_documents(
@@ -83,9 +84,7 @@ def teacher_documents(
     # The tokens that end a text are all that a model's own settings say.
     ends = end_tokens(teacher)
     digest = hashlib.sha256(repr((sorted(options.items()), batch_size, seed, rows, ends)).encode())
-    for name, value in teacher.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    add_tensors(digest, teacher.state_dict().items())
     file = Path(folder) / f"teacher-{digest.hexdigest()[:16]}.safetensors"
     if not file.is_file():
         _write(file, rows, _generations(teacher, rows, batch_size, seed, options))

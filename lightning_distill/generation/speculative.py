@@ -119,37 +119,25 @@ def speculative(
         )
     device = next(teacher.parameters()).device
     rows = [pad_prompts([prompt], pad_token(teacher), device) for prompt in (prompts if len(prompts) else [[]])]
-    longest = max(ids.shape[1] for ids, _ in rows)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "do_sample": do_sample,
-        "temperature": temperature,
-        "top_p": top_p,
-    }
-    settings(student, longest, **options)
-    writer: Any = teacher
-    arguments = {"generation_config": settings(teacher, longest, **options)}
+    longest, prompt_tokens = max(ids.shape[1] for ids, _ in rows), sum(ids.shape[1] for ids, _ in rows)
+    options: dict[str, Any] = {"do_sample": do_sample, "temperature": temperature, "top_p": top_p}
+    settings(student, longest, max_new_tokens=max_new_tokens, **options)
+    config = settings(teacher, longest, max_new_tokens=max_new_tokens, **options)
 
-    def write(**assistant: Any) -> list[Tensor]:
-        return [writer.generate(input_ids=ids, attention_mask=mask, **arguments, **assistant)[0] for ids, mask in rows]
+    def write(draft: Any = None) -> list[Tensor]:
+        given: dict[str, Any] = {"generation_config": config, "assistant_model": draft}
+        return [teacher.generate(input_ids=ids, attention_mask=mask, **given)[0] for ids, mask in rows]  # type: ignore[operator]
 
-    prompt_tokens = sum(ids.shape[1] for ids, _ in rows)
-    with (
-        torch.no_grad(),
-        evaluating(teacher, student),
-        own_settings_aside(teacher, student),
-        seeded(seed, device),
-    ):
+    def count_new(sequences: list[Tensor]) -> int:
+        return sum(map(len, sequences)) - prompt_tokens
+
+    with torch.no_grad(), evaluating(teacher, student), own_settings_aside(teacher, student), seeded(seed, device):
         _draft(student, num_draft_tokens)
         with _counting(teacher) as teacher_calls, _counting(student) as drafted:
-            sequences = write(assistant_model=student)
-        calls = teacher_calls[0]
-        found = Speculation(sequences, sum(map(len, sequences)) - prompt_tokens, drafted[0], calls)
+            sequences = write(student)
+        found = Speculation(sequences, count_new(sequences), drafted[0], teacher_calls[0])
         if repeats:
-            writers = {
-                name: lambda assistant=assistant: sum(map(len, write(**assistant))) - prompt_tokens
-                for name, assistant in (("both", {"assistant_model": student}), ("alone", {}))
-            }
+            writers = {"both": lambda: count_new(write(student)), "alone": lambda: count_new(write())}
             speed = tokens_per_second(writers, repeats=repeats, device=device)
             found.tokens_per_second, found.teacher_tokens_per_second = speed["both"], speed["alone"]
     return found

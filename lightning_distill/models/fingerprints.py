@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -47,12 +47,31 @@ def model_fingerprint(model: nn.Module) -> str:
             kind = type(module).__name__.removeprefix("FSDP")
             said = json.dumps([name, kind, module.extra_repr(), *_settings(module, configs)])
             digest.update(re.sub(r" at 0x[0-9a-f]+", "", said).encode())
-    for name, value in sorted(model.state_dict().items()):
-        if isinstance(value, Tensor):
-            array = value.detach().cpu().contiguous()
-            digest.update(f"{name}:{array.dtype}:{list(array.shape)}".encode())
-            digest.update(array.flatten().view(torch.uint8).numpy().data if array.numel() else b"")
+    tensors = ((name, value) for name, value in sorted(model.state_dict().items()) if isinstance(value, Tensor))
+    add_tensors(digest, ((f"{name}:{value.dtype}:{list(value.shape)}", value) for name, value in tensors))
     return digest.hexdigest()
+
+
+def add_tensors(digest: Any, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Add tensors to a hash: what each is called, then its bytes.
+
+    Args:
+        digest: A hash of ``hashlib``.
+        tensors: Names and tensors, in an order that does not change.
+
+    Example:
+        >>> import hashlib
+        >>> import torch
+        >>> from lightning_distill.models.fingerprints import add_tensors
+        >>> digest = hashlib.sha256()
+        >>> add_tensors(digest, [("weight", torch.zeros(2, dtype=torch.int8))])
+        >>> digest.digest() == hashlib.sha256(b"weight" + bytes(2)).digest()
+        True
+    """
+    for name, tensor in tensors:
+        digest.update(name.encode())
+        tensor = tensor.detach().cpu().contiguous()
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
 
 
 def _settings(module: nn.Module, configs: set[int]) -> Iterator[str]:

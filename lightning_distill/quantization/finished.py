@@ -10,6 +10,7 @@ import safetensors.torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lightning_distill.models.fingerprints import add_tensors
 from lightning_distill.quantization.linear import QuantLinear
 
 
@@ -30,8 +31,7 @@ class FinishedLayers:
         if self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-            for weight in weights:
-                digest.update(weight.detach().float().cpu().contiguous().numpy().data)
+            add_tensors(digest, (("", weight.float()) for weight in weights))
             self.signature = digest.hexdigest()
 
     def save(self, name: str, layer: QuantLinear, report: dict[str, Any]) -> None:
