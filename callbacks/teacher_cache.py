@@ -10,9 +10,9 @@ from torch import nn
 
 from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.tasks import TASKS
-from lightning_distill.teachers.cached import cached_teacher
-from lightning_distill.teachers.cached_signals import CacheCount, CachedSignals, KeptSignals, described
-from lightning_distill.teachers.description import check_description
+from lightning_distill.teachers.cache.format import check_description
+from lightning_distill.teachers.cache.signals import CacheCount, CachedSignals, KeptSignals, described
+from lightning_distill.teachers.cache.teacher import cached_teacher
 
 Kept = Literal["logits", "hidden_states"]
 DType = Literal["float16", "float32"]
@@ -49,7 +49,7 @@ class TeacherCache(L.Callback):
             settings does not keep, the cache is another's, or the disk is too small; in a step if the teacher was not
             loaded (see :meth:`teacher`) and a row is not in the cache.
         TypeError: If the module is no :class:`DistillationModule` with a teacher, or an input of a batch cannot be told
-            from another (see :func:`lightning_distill.teachers.row_keys.row_keys`).
+            from another (see :func:`lightning_distill.teachers.cache.row_keys.row_keys`).
 
     Example:
         >>> import tempfile, lightning as L, torch

@@ -13,8 +13,8 @@ from lightning_distill.cli.trainer import quiet
 from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import Objective
-from lightning_distill.teachers.description import check_folder
-from lightning_distill.teachers.store import bare
+from lightning_distill.teachers.cache.format import check_folder
+from lightning_distill.teachers.cache.teacher import bare
 
 
 class _Fill(L.LightningModule):

@@ -1,4 +1,8 @@
-"""Data for distillation: text from files, from the hub or embedded, and batches whose order can be resumed."""
+"""Data for distillation: text from files, from the hub or embedded, and batches whose order can be resumed.
+
+Here belongs what reads, tokenises, buckets and packs, as LightningDataModules. What a batch means belongs into
+``tasks/``; what writes text with a model into ``generation/``.
+"""
 
 from lightning_distill.data.embedded import embedded_corpus, train_causal_tokenizer, train_tokenizer
 from lightning_distill.data.language import LanguageModelData

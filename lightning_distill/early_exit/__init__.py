@@ -1,4 +1,8 @@
-"""Early exit: ramps, criteria, exact batched inference, calibration."""
+"""Early exit: ramps, criteria, exact batched inference, calibration.
+
+Here belongs how rows leave early and what that costs. How ramps are trained belongs into ``callbacks/early_exit.py``;
+their losses are functions in ``functional/``.
+"""
 
 from lightning_distill.early_exit.calibration import calibrate
 from lightning_distill.early_exit.criteria import (

@@ -1,4 +1,8 @@
-"""Pure functions on tensors."""
+"""Pure functions on tensors.
+
+Here belongs what is computed, with its formula, shapes and source, on the student's tensor before the teacher's. No
+function here knows a model, a batch or an objective.
+"""
 
 from lightning_distill.functional.attention_map import attention_divergence, attention_map
 from lightning_distill.functional.batch_relations import (

@@ -1,4 +1,8 @@
-"""What a student learns: thin classes over :mod:`lightning_distill.functional`."""
+"""Objectives: what a student learns, each with a weight, a name, and a loss per item of two signals.
+
+Here belong thin classes over ``functional/``: arguments, layers, schedules, the signals that they need, their chunked
+and top-k forms. An objective never sees a batch or a model.
+"""
 
 from lightning_distill.objectives.activations import AttentionTransfer, NeuronSelectivity
 from lightning_distill.objectives.attention import AttentionMap, AttentionRelation

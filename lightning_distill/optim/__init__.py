@@ -1,4 +1,7 @@
-"""Optimizers, parameter groups, schedules and recommended learning rates, for any LightningModule."""
+"""Optimizers, parameter groups, schedules and recommended learning rates, for any LightningModule.
+
+Here belongs what is made once and handed to the Trainer. What acts between two steps is a callback.
+"""
 
 from lightning_distill.optim.groups import parameter_groups
 from lightning_distill.optim.optimizers import build_optimizer

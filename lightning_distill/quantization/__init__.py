@@ -1,4 +1,8 @@
-"""Post-training quantisation: GPTQ for any linear layer, row-wise embeddings, in the format everybody loads; int8."""
+"""Post-training quantisation: GPTQ for any linear layer, row-wise embeddings, in the format everybody loads; int8.
+
+Here belongs the solver, the layers in few bits and their files, each usable without a Trainer. When a run quantises
+belongs into ``callbacks/gptq.py``.
+"""
 
 from lightning_distill.quantization.checkpoint import load, save
 from lightning_distill.quantization.gptq import Hessian, QuantizedWeight, gptq_layer

@@ -13,7 +13,7 @@ from lightning_distill.objectives.objective import Objective
 from lightning_distill.step.checks import StepCheck
 from lightning_distill.step.forwards import Forwards
 from lightning_distill.tasks import Task
-from lightning_distill.teachers.holder import TeacherModule
+from lightning_distill.teachers.module import TeacherModule
 from lightning_distill.teachers.precision import warn_of_slow_bf16
 from lightning_distill.training import parallel
 from lightning_distill.training.finite_loss import FiniteLoss

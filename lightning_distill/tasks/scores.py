@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from lightning_distill.signals.parts import parts
+from lightning_distill.signals.deferred import parts
 from lightning_distill.signals.signals import Signals
 from lightning_distill.tasks.task import Task
 

@@ -16,7 +16,7 @@ import torch
 from lightning_distill import DistillationModule
 from lightning_distill.callbacks import TeacherCache
 from lightning_distill.objectives import SoftTarget
-from lightning_distill.teachers.store import SignalStore
+from lightning_distill.teachers.cache.store import SignalStore
 from tests.helpers.models import batch, bert
 
 Change = Callable[[Path], None]

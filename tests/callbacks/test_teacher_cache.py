@@ -27,8 +27,8 @@ from lightning_distill.generation import OnPolicyDistillation
 from lightning_distill.objectives import AttentionMap, HardLabel, HiddenState, Objective, SoftTarget
 from lightning_distill.signals import head as vocabulary
 from lightning_distill.signals.signals import Signals
+from lightning_distill.teachers.cache import SignalStore, row_keys
 from lightning_distill.teachers.ensemble import TeacherEnsemble
-from lightning_distill.teachers.store import SignalStore, row_keys
 from tests.helpers.models import batch, bert, llama
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import BatchEncoding
 
 from lightning_distill.models.fingerprints import model_fingerprint
+from lightning_distill.teachers.cache.row_keys import count_rows, row_keys
 from lightning_distill.teachers.ensemble import TeacherEnsemble
-from lightning_distill.teachers.row_keys import count_rows, row_keys
 from tests.helpers.models import bert, llama
 
 Pair = namedtuple("Pair", ["left", "right"])

@@ -17,30 +17,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_distill.models.fingerprints import model_fingerprint, tokenizer_fingerprint
-from lightning_distill.teachers.cached import bare, cached_teacher, save_teacher
-from lightning_distill.teachers.description import (
+from lightning_distill.teachers.cache.format import (
     FILE,
     FORMAT,
     check_description,
     is_file,
-    stored_fields,
     write_whole,
 )
-from lightning_distill.teachers.row_keys import SIZE, row_keys
-
-__all__ = [
-    "DamagedRows",
-    "SignalStore",
-    "bare",
-    "cached_teacher",
-    "check_description",
-    "model_fingerprint",
-    "row_keys",
-    "save_teacher",
-    "stored_fields",
-    "tokenizer_fingerprint",
-]
+from lightning_distill.teachers.cache.row_keys import SIZE
 
 _log = logging.getLogger(__name__)
 
@@ -82,7 +66,7 @@ class SignalStore:
 
     Example:
         >>> import tempfile, numpy as np
-        >>> from lightning_distill.teachers.store import SignalStore
+        >>> from lightning_distill.teachers.cache.store import SignalStore
         >>> store = SignalStore(tempfile.mkdtemp(), {"teacher": "a"}, {"logits": ("float32", (2,))})
         >>> store.write(bytes(16), {"logits": np.ones((3, 2))})
         >>> store.read([bytes(16)])["logits"].shape

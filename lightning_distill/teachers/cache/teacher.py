@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lightning_distill.models.wrapped import inside
-from lightning_distill.teachers.description import FILE, read_description, read_json, shortly, write_whole
+from lightning_distill.teachers.cache.format import FILE, read_description, read_json, shortly, write_whole
 
 _CONFIG = "config.json"
 # What a config may say that makes transformers look for code, here or on the hub; none of it describes a layer.

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_distill.teachers.store import DamagedRows, SignalStore
+from lightning_distill.teachers.cache.store import DamagedRows, SignalStore
 
 META = {"teacher": "a", "fields": {"logits": ["float32", [4]]}}
 FIELDS: dict[str, tuple[str, tuple[int, ...]]] = {"logits": ("float32", (4,))}

@@ -51,7 +51,7 @@ def row_keys(batch: Any, mask: Tensor | None, padding: int | None = None) -> lis
 
     Example:
         >>> import torch
-        >>> from lightning_distill.teachers.row_keys import row_keys
+        >>> from lightning_distill.teachers.cache.row_keys import row_keys
         >>> short = {"input_ids": torch.tensor([[5, 6]]), "attention_mask": torch.ones(1, 2)}
         >>> padded = {"input_ids": torch.tensor([[5, 6, 0]]), "attention_mask": torch.tensor([[1, 1, 0]])}
         >>> row_keys(short, None) == row_keys(padded, None)

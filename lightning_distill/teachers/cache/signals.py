@@ -19,11 +19,11 @@ from lightning_distill.models.fingerprints import model_fingerprint, tokenizer_f
 from lightning_distill.models.wrapped import inside
 from lightning_distill.signals.signals import Signals
 from lightning_distill.tasks import TASKS
-from lightning_distill.teachers.cached import save_teacher
-from lightning_distill.teachers.description import shortly, stored_fields
+from lightning_distill.teachers.cache.format import shortly, stored_fields
+from lightning_distill.teachers.cache.row_keys import count_rows, first_tensor, row_keys
+from lightning_distill.teachers.cache.store import DamagedRows, SignalStore
+from lightning_distill.teachers.cache.teacher import save_teacher
 from lightning_distill.teachers.precision import computing_precision
-from lightning_distill.teachers.row_keys import count_rows, first_tensor, row_keys
-from lightning_distill.teachers.store import DamagedRows, SignalStore
 
 Fields = dict[str, tuple[str, tuple[int, ...]]]
 
