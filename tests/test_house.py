@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = ROOT / "lightning_distill"
@@ -21,6 +20,7 @@ def drawn() -> list[str]:
 
 
 def test_the_map_has_the_layers_that_import_linter_keeps() -> None:
+    tomllib = pytest.importorskip("tomllib")  # of Python 3.11
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
     assert drawn() == ["recipes/", *layers]
@@ -35,9 +35,7 @@ def test_a_room_says_what_belongs_there(room: Path) -> None:
     said = ast.get_docstring(ast.parse((room / "__init__.py").read_text()))
     assert said is not None
     sentences = re.findall(r"[^.]{20,}\.(?:\s|$)", said)
-    assert len(sentences) >= 2, (
-        f"{room.name}/__init__.py does not say what belongs there and what not"
-    )
+    assert len(sentences) >= 2, f"{room.name}/__init__.py does not say what belongs there and what not"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
