@@ -14,27 +14,20 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.early_exit.criteria import Criterion
+from lightning_distill.early_exit.losses import RampLoss
 from lightning_distill.early_exit.ramps import Exits, RampKind, Ramps, find_stack, make_ramps
 from lightning_distill.early_exit.walk import first_tensor
-from lightning_distill.functional import hard_label, soft_target
-from lightning_distill.models.batch import IGNORE_INDEX, batch_of, token_mask
+from lightning_distill.models.batch import token_mask
 from lightning_distill.models.calling import logits_of
-from lightning_distill.objectives import HardLabel, Objective, SoftTarget
-from lightning_distill.optim.peak_lr import scale_peak_lrs
+from lightning_distill.optim.own_group import give_own_group
 from lightning_distill.signals.description import get_submodule
 from lightning_distill.signals.signals import Signals
 from lightning_distill.step.accumulation import AccumulatingModule
-from lightning_distill.step.counting import before
 from lightning_distill.students.initialization import Policy
-from lightning_distill.tasks import TASKS, Task, TaskName
+from lightning_distill.tasks import TASKS, TaskName
 
 Training = Literal["joint", "two_stage", "alternate", "self_distill"]
 LossWeights = Literal["uniform", "depth"] | Callable[[int, int], float]
-
-#: What counts: items with a label, and all items.
-_HARD, _SOFT = HardLabel(), SoftTarget()
-#: What schedules keep one of for each parameter group.
-_PER_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
 
 
 @typed
@@ -220,7 +213,7 @@ class EarlyExit(L.Callback):
         ramps = self._find_student(pl_module).ramps
         assert isinstance(ramps, Ramps)
         schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-        _own_group(trainer.optimizers, schedules, list(ramps.parameters()), self.lr)
+        give_own_group(trainer.optimizers, schedules, list(ramps.parameters()), "ramps", self.lr)
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
@@ -302,46 +295,25 @@ class EarlyExit(L.Callback):
     def _loss(self, pl_module: L.LightningModule, student: nn.Module, depth: int, batch: Any) -> Tensor:
         ramps = student.ramps
         assert isinstance(ramps, Ramps)
-
-        def mean(value: Tensor, objective: Objective) -> Tensor:
-            # Over what the objective counts, in all batches of the step.
-            if not isinstance(pl_module, AccumulatingModule):
-                return value
-            name = f"ramps, by {objective.name}"
-            return pl_module.mean_over_step(name, value, batch, partial(_count, TASKS[ramps.task], objective))
-
         if missing := sorted(set(ramps.exits) - self._answers.keys()):
             raise RuntimeError(f"Expected `training_step` to run the student's layers {missing}, but it did not.")
-        task = TASKS[ramps.task]
-        for who in ("student", "teacher"):
-            needed = self.training == "self_distill" if who == "student" else self.teacher_weight > 0
+        from_student, task = self.training == "self_distill", TASKS[ramps.task]
+        for who, needed in (("student", from_student), ("teacher", self.teacher_weight > 0)):
             if needed and who not in self._logits:
                 raise RuntimeError(f"Expected `training_step` to call the {who} itself, for its logits; it did not.")
-        losses = []
-        right: Tensor | None
-        what: Any
-        for layer, (logits, gate) in self._answers.items():
-            logits, labels, mask = task.align(logits, batch)
-            if self.training == "self_distill":
-                target = task.answers(self._logits["student"])
-                loss = mean(_towards(task, logits, target, self.temperature, mask), _SOFT)
-                right, what = target.argmax(-1), _SOFT
-            else:
-                loss, right, what = mean(_of_labels(task, logits, labels, mask), _HARD), labels, _HARD
-                # Looked for until one is found: looking makes a device wait.
-                self._has_label = self._has_label or task.has_label(batch)
-                if self.teacher_weight:
-                    soft, share = task.answers(self._logits["teacher"]), self.teacher_weight
-                    towards = mean(_towards(task, logits, soft, self.temperature, mask), _SOFT)
-                    loss = (1 - share) * loss + share * towards
-            if gate is not None and right is not None:
-                right = right.argmax(-1) if right.is_floating_point() else right
-                correct = (logits.argmax(-1) == right).float()
-                counts = right != IGNORE_INDEX if mask is None else mask & (right != IGNORE_INDEX)
-                wrong = F.binary_cross_entropy_with_logits(gate[counts].float(), correct[counts], reduction="sum")
-                loss = loss + mean(wrong / counts.sum().clamp(min=1), what)
-            losses.append(self._weight(layer, depth) * loss)
-        return torch.stack(losses).sum()
+        if not from_student:
+            # Looked for until one is found: looking makes a device wait.
+            self._has_label = self._has_label or task.has_label(batch)
+
+        def mean(name: str, value: Tensor, count: Callable[[Any], Tensor]) -> Tensor:
+            # Over all batches of the step.
+            if not isinstance(pl_module, AccumulatingModule):
+                return value
+            return pl_module.mean_over_step(name, value, batch, count)
+
+        loss = RampLoss(from_student, self.teacher_weight, self.temperature)
+        losses = loss(task, self._answers, batch, self._logits, mean)
+        return torch.stack([self._weight(layer, depth) * one for layer, one in losses.items()]).sum()
 
     def _weight(self, layer: int, depth: int) -> float:
         if callable(self.loss_weights):
@@ -407,74 +379,8 @@ class EarlyExit(L.Callback):
         self._frozen = []
 
 
-def _of_labels(task: Task, logits: Tensor, labels: Tensor | None, mask: Tensor | None) -> Tensor:
-    """How far logits are from the labels, 0 where there are none."""
-    if labels is None:
-        return logits.flatten()[:0].float().sum()
-    if not task.has_classes:
-        return F.mse_loss(logits.float(), labels.view_as(logits).float())
-    return hard_label(logits, labels, mask=mask)
-
-
-def _count(task: Task, objective: Objective, batch: Any) -> Tensor:
-    signals = before(task, batch_of("student", batch))
-    count = objective.count(signals, signals)
-    assert count is not None
-    return count
-
-
-def _towards(task: Task, logits: Tensor, target: Tensor, temperature: float, mask: Tensor | None) -> Tensor:
-    """How far logits are from soft targets; in regression the squared error."""
-    if not task.has_classes:
-        return F.mse_loss(logits.float(), target.float())
-    return soft_target(logits, target, temperature=temperature, mask=mask)
-
-
 def _has_stack(module: nn.Module) -> bool:
     try:
         return bool(find_stack(module))
     except ValueError:
         return False
-
-
-def _own_group(
-    optimizers: Sequence[torch.optim.Optimizer],
-    schedules: Sequence[Any],
-    parameters: list[nn.Parameter],
-    lr: float | None,
-) -> None:
-    """Move parameters to a last group of their own, which is a copy of the first in everything else."""
-    own = set(parameters)
-
-    def holds(optimizer: torch.optim.Optimizer) -> bool:
-        return any(parameter in own for group in optimizer.param_groups for parameter in group["params"])
-
-    optimizer = next((optimizer for optimizer in optimizers if holds(optimizer)), optimizers[0])
-    groups = optimizer.param_groups
-    others = [[parameter for parameter in group["params"] if parameter not in own] for group in groups]
-    mine = [schedule for schedule in _flat(schedules) if schedule.optimizer is optimizer]
-    template = next((group for group in groups if any(p in own for p in group["params"])), groups[0])
-    place = groups.index(template)
-    for group, rest in zip(groups, others, strict=True):
-        group["params"] = rest
-    if not any(others):
-        # Only the ramps train, and one of the groups is theirs already.
-        template["params"] = parameters
-        template["name"] = "ramps"
-        place = groups.index(template)
-    else:
-        for schedule in mine:
-            for name in _PER_GROUP:
-                values = getattr(schedule, name, None)
-                if isinstance(values, list) and len(values) == len(groups):
-                    values.append(values[place])
-        optimizer.add_param_group({**template, "params": parameters, "name": "ramps"})
-        place = len(groups) - 1
-    if lr is not None:
-        factors = [1.0] * len(groups)
-        factors[place] = lr / float(groups[place].get("initial_lr", groups[place]["lr"]))
-        scale_peak_lrs([optimizer], [schedule for schedule in schedules if schedule.optimizer is optimizer], [factors])
-
-
-def _flat(schedules: Sequence[Any]) -> list[Any]:
-    return [one for schedule in schedules for one in (schedule, *_flat(getattr(schedule, "_schedulers", ())))]
