@@ -91,6 +91,10 @@ def rows_needed(max_drop: float, confidence: float, harm_rate: float = 0.0) -> i
 
 def _bisect(holds: Callable[[int], bool], low: int, high: int) -> int:
     """The first number above ``low``, which does not hold, that does; ``high`` is taken to hold."""
+    step = 1
+    while low + step < high and not holds(low + step):
+        low, step = low + step, 2 * step  # a large number costs more to ask than a small one
+    high = min(high, low + step)
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if holds(middle) else (middle, high)

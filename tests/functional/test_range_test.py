@@ -1,6 +1,7 @@
 """Suggestions against fastai's own functions, torch_lr_finder's and Lightning's, on the same curves."""
 
 import ast
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,7 @@ def noisy_curve(noise: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     return lrs, losses + noise * torch.randn(100, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@functools.cache
 def fastai_rules() -> dict[str, Callable[..., Any]]:
     """fastai's four functions, taken from its source file, so that none of its heavy requirements are needed."""
     spec = importlib.util.find_spec("fastai")

@@ -44,8 +44,9 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.forks
 def test_loss_and_gradient_are_those_of_one_process(tmp_path: Path) -> None:
-    mp.spawn(work, (str(tmp_path),), nprocs=2)
+    mp.start_processes(work, (str(tmp_path),), nprocs=2, start_method="fork")
     expected = losses(functional.soft_target, *whole())
     for rank in range(2):
         for (value, gradient), (whole_value, whole_gradient) in zip(

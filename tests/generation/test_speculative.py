@@ -92,7 +92,7 @@ def test_a_padded_student_drafts(words: int, tied: bool) -> None:
 
 def test_drawn_text_has_the_teachers_distribution() -> None:
     teacher, student = pair(vocab_size=6, eos_token_id=None, initializer_range=0.5)
-    rows, new = 1500, 3
+    rows, new = 600, 3
     found = speculative(
         teacher, student, [[1]] * rows, max_new_tokens=new, num_draft_tokens=2, do_sample=True, temperature=0.8, seed=0
     )

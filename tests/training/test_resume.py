@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -112,15 +113,16 @@ def trainer(folder: Path, *callbacks: L.Callback, **arguments: Any) -> L.Trainer
     return L.Trainer(**{**defaults, "callbacks": [*everything, *callbacks, *checkpoints], **arguments})
 
 
-class Break(L.Callback):
-    """Kills the process at one moment of the run."""
+class At(L.Callback):
+    """Does something at some moments of a run, the moment as its argument."""
 
-    def __init__(self, moment: str, step: int) -> None:
-        self.moment, self.step = moment, step
+    def __init__(self, moments: list[tuple[str, int]], do: Callable[[tuple[str, int]], object]) -> None:
+        self.moments, self.do = list(moments), do
 
     def _look(self, trainer: L.Trainer, moment: str) -> None:
-        if moment == self.moment and trainer.global_step == self.step and not trainer.sanity_checking:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if (moment, trainer.global_step) in self.moments and not trainer.sanity_checking:
+            self.moments.remove((moment, trainer.global_step))
+            self.do((moment, trainer.global_step))
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self._look(trainer, "batch")
@@ -152,11 +154,21 @@ BREAKS = [
 ]
 
 
-def in_a_child(target: Callable[[], None]) -> int | None:
-    child = multiprocessing.get_context("fork").Process(target=target)
-    child.start()
-    child.join()
-    return child.exitcode
+# With workers, which are ahead of the training, one of each kind; all of them with `-m slow`.
+FOUR = [("validation", 3), ("batch", STEPS + 3), ("epoch", 2 * STEPS), ("backward", 2 * STEPS + 2)]
+
+
+def kill(_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def place(folder: Path, moment: tuple[str, int]) -> Path:
+    """Where what a run has on the disk at a moment is kept: what a kill would leave there."""
+    return folder / " ".join(map(str, moment))
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 def final(folder: Path) -> dict[str, Any]:
@@ -165,17 +177,34 @@ def final(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.forks
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_cut_at_twelve_places_equals_the_run_without_a_break(num_workers: int, tmp_path: Path) -> None:
-    trainer(tmp_path / "whole").fit(module(), datamodule=Data(num_workers))
-    whole, curves = final(tmp_path / "whole"), read_curves(tmp_path / "whole" / "logs" / "metrics.csv")
+@pytest.mark.parametrize(
+    ("num_workers", "breaks"), [(0, BREAKS), (2, FOUR), pytest.param(2, BREAKS, marks=pytest.mark.slow)]
+)
+def test_a_run_cut_at_many_places_equals_the_run_without_a_break(
+    num_workers: int, breaks: list[tuple[str, int]], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    copy = At(breaks, lambda moment: shutil.copytree(folder, place(tmp_path, moment)))
+    trainer(folder, copy).fit(module(), datamodule=Data(num_workers))
+    whole, curves = final(folder), read_curves(folder / "logs" / "metrics.csv")
+    assert copy.moments == []
     assert whole["global_step"] == EPOCHS * STEPS
     assert len(curves["train_soft_target"][0]) == EPOCHS * STEPS
     assert len(curves["val_accuracy"][0]) == 2 * EPOCHS
-    for moment, step in BREAKS:
-        folder = tmp_path / f"{moment} {step}"
-        cut = trainer(folder, Break(moment, step))
-        assert in_a_child(lambda cut=cut: cut.fit(module(), datamodule=Data(num_workers))) == -signal.SIGKILL
+    for moment, step in breaks:
+        shutil.rmtree(folder)
+        if (moment, step) == breaks[0]:  # killed indeed
+            cut = trainer(folder, At(breaks[:1], kill))
+            child = multiprocessing.get_context("fork").Process(
+                target=cut.fit, args=(module(),), kwargs={"datamodule": Data(num_workers)}
+            )
+            child.start()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+            left, kept = files(folder), files(place(tmp_path, (moment, step)))
+            assert left == kept
+        else:
+            shutil.move(place(tmp_path, (moment, step)), folder)
         newest = newest_checkpoint(folder)
         assert newest is not None
         begun = torch.load(newest, weights_only=True)["global_step"]
