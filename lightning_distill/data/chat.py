@@ -49,13 +49,9 @@ Text: TypeAlias = str | Chat | Completion
 
 
 def texts_of(table: Table) -> list[Text]:
-    """Take the text of each row of a table of one column of texts or messages, or of prompts and completions.
+    """The text of each row of a table with a column of texts or messages, or with prompts and completions.
 
-    Args:
-        table: the rows.
-
-    Returns:
-        A text, conversation or completion per row; rows of blank text are left out.
+    Rows of blank text are left out.
 
     Raises:
         ValueError: a row holds something else, or a conversation without an answer.
@@ -114,15 +110,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: Chat | Completion) -> Docum
     completion is a user's message and its answer where the tokenizer has a chat template, else it is joined to its
     prompt as it is.
 
-    Args:
-        tokenizer: a fast tokenizer.
-        text: what is encoded.
-
-    Returns:
-        The tokens.
-
     Raises:
-        ValueError: there is no chat template, or it refuses the conversation.
+        ValueError: the tokenizer is a slow one, there is no chat template, or it refuses the conversation.
     """
     if not tokenizer.is_fast:
         raise ValueError(

@@ -10,16 +10,7 @@ from lightning_distill.arguments import finite
 
 
 def check_class_weights(class_weights: Literal["balanced"] | Sequence[float] | None, balanced: bool, task: str) -> None:
-    """Refuse the arguments ``class_weights`` and ``balanced`` of data where they cannot be right.
-
-    Args:
-        class_weights: ``"balanced"``, the weights or None.
-        balanced: whether classes are drawn equally often.
-        task: ``"classification"`` or ``"regression"``.
-
-    Raises:
-        ValueError: if so.
-    """
+    """Refuse the arguments ``class_weights`` and ``balanced`` of data where they cannot be right."""
     for name, value in (("class_weights", class_weights), ("balanced", balanced or None)):
         if value is not None and task == "regression":
             raise ValueError(f"Expected argument `{name}` to be left out in regression, but got {value!r}")
@@ -36,16 +27,9 @@ def check_class_weights(class_weights: Literal["balanced"] | Sequence[float] | N
 def class_weights_of(
     class_weights: Literal["balanced"] | Sequence[float], labels: Sequence[float], names: Sequence[str]
 ) -> list[float]:
-    """Weigh classes.
+    """A weight for each of the named classes, of which each training row has one.
 
-    Args:
-        class_weights: the weights, or ``"balanced"``: N / (C n_c) for a class of n_c of N rows, as scikit-learn has it;
-            the mean weight of a row is then 1.
-        labels: the class of each training row.
-        names: the names of the classes.
-
-    Returns:
-        A weight for each class.
+    ``"balanced"`` is N / (C n_c) for a class of n_c of N rows, as scikit-learn has it; a row's mean weight is then 1.
 
     Raises:
         ValueError: there is not one weight for each class, or a class has no rows to balance.
@@ -74,14 +58,12 @@ def class_weights_of(
 def equal_draws(classes: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:
     """Draw as many samples as there are, each class equally often to one, in a random order.
 
-    Within a class every sample is drawn before one is drawn again.
+    Within a class every sample is drawn before one is drawn again. A ``WeightedRandomSampler`` draws equally often on
+    average alone, and leaves more samples out.
 
     Args:
         classes: the class of each sample, ``[N]``; a class without samples is not drawn.
         random: draws.
-
-    Returns:
-        Indices of samples, ``[N]``.
 
     Example:
         >>> drawn = equal_draws(np.array([0, 0, 0, 0, 0, 1]), np.random.default_rng(0))

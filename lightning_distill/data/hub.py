@@ -21,7 +21,7 @@ _SPLITS = {
 def read_hub_dataset(
     name: str, columns: Sequence[str], *others: Sequence[str], label_column: str | None = None
 ) -> tuple[dict[str, Table], list[str] | None]:
-    """Read the splits of a hub data set. A warning names the splits and the rows that are not used.
+    """Read the splits (train, val, test) of a hub data set; a warning names the splits and rows that are not used.
 
     Args:
         name: ``"name"``, ``"name/configuration"``, ``"owner/name"``, ``"owner/name/configuration"`` or a local folder.
@@ -31,7 +31,7 @@ def read_hub_dataset(
             left out, and so are rows of the label -1 where the data set names its classes.
 
     Returns:
-        The tables by split (train, val, test), and the class names if the data set has them.
+        The tables by split, and the class names if the data set has them.
 
     Raises:
         ModuleNotFoundError: ``datasets`` is not installed.

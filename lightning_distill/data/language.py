@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import between, integer, typed
@@ -114,9 +113,6 @@ class LanguageModelData(TextData):
             val: documents for validation.
             test: documents for test.
             **kwargs: as for the class.
-
-        Returns:
-            The data.
         """
         data = cls(**kwargs)
         data._given = {name: texts for name, texts in (("train", train), ("val", val), ("test", test)) if texts}
@@ -133,9 +129,6 @@ class LanguageModelData(TextData):
             vocab_size: number of tokens of the tokenizer.
             seed: seed of the documents, the splits and the order of the batches.
             **kwargs: as for the class.
-
-        Returns:
-            The data.
         """
         texts = [text for text, _ in embedded_corpus(max_rows_per_class, seed=seed)]
         data = cls.from_texts(texts, seed=seed, **kwargs)
@@ -195,11 +188,7 @@ class LanguageModelData(TextData):
                 self._pack(split, self.documents(split))
 
     def documents(self, split: Split) -> list[Document | Conversation]:
-        """The documents of a split as token ids, whole, in the order of their file.
-
-        Args:
-            split: which documents.
-        """
+        """The documents of a split as token ids, whole, in the order of their file."""
         if split not in self._documents:
             tokenizer, texts = self._load_tokenizer(), self._texts[split]
             eos = tokenizer.eos_token_id
@@ -212,11 +201,7 @@ class LanguageModelData(TextData):
         return self._documents[split]
 
     def replace_training_documents(self, documents: Sequence[Document | Conversation]) -> None:
-        """Train on other documents, such as a teacher's generations, from the next dataloader on.
-
-        Args:
-            documents: token ids, and how many of them are a prompt.
-        """
+        """Train on other documents, such as a teacher's generations, from the next dataloader on."""
         self._pack("train", documents)
 
     def _pack(self, split: str, documents: Sequence[Document | Conversation]) -> None:
@@ -239,11 +224,8 @@ def _texts_of_table(table: Table) -> list[Text]:
     texts = texts_of(table)
     if not texts:
         raise ValueError(f"{table.name}: no row has text in {listed(list(table.columns))}")
-    said = [f"{len(table) - len(texts)} rows without text are left out"] if len(texts) < len(table) else []
-    if table.unused:
-        said.append(f"columns that are not used: {listed(table.unused)}")
-    if said:
-        rank_zero_info(f"{table.name}: {'; '.join(said)}")
+    blank = len(table) - len(texts)
+    table.note(f"{blank} rows without text are left out" if blank else "")
     return texts
 
 

@@ -11,16 +11,6 @@ _PATIENCE = 3.0  # seconds without a bar
 
 
 def progress(items: Iterable[Item], what: str, unit: str = "it") -> Iterable[Item]:
-    """Go through items; after three seconds a bar on stderr shows how far, if it is a terminal.
-
-    Args:
-        items: what to go through.
-        what: what is done with them, such as ``"Reading train.tsv"``.
-        unit: what they are called.
-
-    Example:
-        >>> sum(progress([1, 2], "Adding"))
-        3
-    """
+    """Go through items; after three seconds a bar on stderr shows how far, if it is a terminal."""
     silent = True if getattr(rank_zero_only, "rank", 0) else None  # None: only on a terminal
     return tqdm(items, desc=what, unit=unit, delay=_PATIENCE, leave=False, disable=silent)

@@ -1,4 +1,8 @@
-"""Batches of similar length in a random order that can be taken up again where it stopped."""
+"""Batches of similar length in a random order that can be taken up again where it stopped.
+
+torchdata's ``StatefulDataLoader`` keeps a position for each worker process, so a run must go on with as many of them.
+Here it is one number, whoever fetches the batches.
+"""
 
 import warnings
 from collections.abc import Iterator, Sequence

@@ -5,6 +5,8 @@ import reprlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
 _SHOWN = 20  # names in an error
 
 _shortened = reprlib.Repr()
@@ -32,6 +34,12 @@ class Table(NamedTuple):
     def error(self, row: int, problem: str) -> ValueError:
         """Make the one-line error for a row."""
         return ValueError(one_line(f"{self.name}:{self.lines[row]}: {problem}"))
+
+    def note(self, said: str = "") -> None:
+        """Tell the user, once for all processes, what became of the rows, and which columns are not used."""
+        unused = f"columns that are not used: {listed(self.unused)}" if self.unused else ""
+        if said or unused:
+            rank_zero_info(f"{self.name}: {'; '.join(filter(None, (said, unused)))}")
 
     def take(self, rows: Sequence[int]) -> "Table":
         """Make a table of some of the rows."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +17,7 @@ from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
 from lightning_distill.data.hub import read_hub_dataset
 from lightning_distill.data.module import Split, TextData, check_sources, hold_out
 from lightning_distill.data.readers import read_table
-from lightning_distill.data.table import Table, listed
+from lightning_distill.data.table import Table
 from lightning_distill.data.tokenized import TokenizedText, pad_rows
 from lightning_distill.models.class_names import are_placeholders
 
@@ -134,9 +133,6 @@ class TextClassificationData(TextData):
             val: validation rows.
             test: test rows.
             **kwargs: as for the class.
-
-        Returns:
-            The data.
         """
         data = cls(**kwargs)
         data._rows = {name: rows for name, rows in (("train", train), ("val", val), ("test", test)) if rows is not None}
@@ -154,9 +150,6 @@ class TextClassificationData(TextData):
             vocab_size: number of tokens of the tokenizer.
             seed: seed of the rows and of the order of the batches.
             **kwargs: as for the class.
-
-        Returns:
-            The data.
         """
         rows = embedded_corpus(max_rows_per_class, seed=seed)
         tenth = len(rows) // 10
@@ -215,14 +208,7 @@ class TextClassificationData(TextData):
         return dict(enumerate(self.label_names))
 
     def rows(self, split: Split) -> list[tuple[tuple[str, ...], float]]:
-        """List texts and labels of a split in the order of its file.
-
-        Args:
-            split: which rows.
-
-        Returns:
-            For each row its texts, one or two, and its class id or number.
-        """
+        """The texts of each row of a split, one or two, and its class id or number, in the order of its file."""
         table = self._tables[split]
         return list(zip(columns.texts(table, self.text_columns), self._labels(table), strict=True))
 
@@ -251,11 +237,8 @@ class TextClassificationData(TextData):
                 continue
             texts, labels = columns.texts(table, self.text_columns), torch.tensor(self._labels(table), dtype=dtype)
             self._datasets[split] = rows = TokenizedText(texts, labels, tokenizer, self.max_length, table.name)
-            said = [f"{rows.num_cut} of {len(rows)} texts are cut to {self.max_length} tokens"] if rows.num_cut else []
-            if table.unused:
-                said.append(f"columns that are not used: {listed(table.unused)}")
-            if said:
-                rank_zero_info(f"{table.name}: {'; '.join(said)}")
+            cut = f"{rows.num_cut} of {len(rows)} texts are cut to {self.max_length} tokens"
+            table.note(cut if rows.num_cut else "")
 
     @property
     def class_weights(self) -> list[float] | None:

@@ -91,15 +91,9 @@ class Answers:
 
 
 def collect(model: EarlyExitInference, dataloader: Iterable[Any]) -> Answers:
-    """Run the student and every ramp once over a data set.
+    """Run the student and every ramp once over a data set; the answers are on the CPU.
 
-    Args:
-        model: The model.
-        dataloader: Batches as in training.
-
-    Returns:
-        All answers, on the CPU. Rows without a label are left out; where no row has one, the labels are the full
-        model's answers.
+    Rows without a label are left out; where no row has one, the labels are the full model's answers.
 
     Raises:
         ValueError: If there are no rows, or labels of one class only.

@@ -60,9 +60,6 @@ def calibrate(
         folder: Where to write ``early_exit.json`` (for ``from_pretrained``, with this report) and ``early_exit.png``:
             a new folder, or one that :meth:`EarlyExitModel.save_pretrained` or an export wrote, whose files stay.
 
-    Returns:
-        The report.
-
     Raises:
         ValueError: If the data have one class only or no rows, the criterion has no threshold to be found, or an exit
             has no ramp.
@@ -122,16 +119,7 @@ def choose(
 ) -> Calibration:
     """Choose thresholds from what the ramps and the full model said: :func:`calibrate` without a model.
 
-    Args:
-        answers: What they said.
-        criterion: When an exit is sure.
-        layers: The exits' layers and the last layer.
-        max_drop: See :func:`calibrate`, also for the next four.
-        confidence: How sure the promise is.
-        temperature_scaling: Whether to fit temperatures.
-        search_share: Share of the rows for the path.
-        seed: Decides which.
-        path_size: Number of threshold sets to look for.
+    ``layers`` are those of the exits and the last; ``path_size`` is the number of threshold sets to look for.
     """
     exits = layers[:-1]
     search, test = _split(answers, search_share, seed)

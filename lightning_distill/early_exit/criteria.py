@@ -234,12 +234,6 @@ _BY_NAME = {kind.__name__: kind for kind in (Confidence, Entropy, Margin, Learne
 def criterion_from(config: dict[str, Any]) -> Criterion:
     """The criterion that :meth:`Criterion.config` describes.
 
-    Args:
-        config: Its name and arguments.
-
-    Returns:
-        The criterion.
-
     Raises:
         ValueError: If no criterion has the name.
 

@@ -21,9 +21,6 @@ def harm_p_value(harm: Tensor, max_drop: float) -> float:
         harm: Shape ``[N]``, between 0 and 1, of independent rows.
         max_drop: :math:`\alpha`, between 0 and 1.
 
-    Returns:
-        The p-value.
-
     Example:
         >>> import torch
         >>> from lightning_distill.early_exit.guarantee import harm_p_value
@@ -44,13 +41,7 @@ def harm_p_value(harm: Tensor, max_drop: float) -> float:
 def rows_needed(max_drop: float, confidence: float, harm_rate: float = 0.0) -> int | None:
     """Rows from which on, for every larger number too, a harm rate is small enough to promise a drop.
 
-    Args:
-        max_drop: The drop to promise.
-        confidence: How sure of it.
-        harm_rate: The harm expected on them.
-
-    Returns:
-        The number, or None if no number up to a hundred million is enough.
+    None if no number up to a hundred million is enough.
 
     Example:
         >>> from lightning_distill.early_exit.guarantee import rows_needed

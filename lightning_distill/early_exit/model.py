@@ -96,9 +96,6 @@ class EarlyExitModel(EarlyExitInference):
             folder: Where to write; see :func:`lightning_distill.models.folders.writing`.
             tokenizer: Saved beside them.
 
-        Returns:
-            The folder.
-
         Raises:
             ValueError: If the folder holds anything else, or is the one that the student was loaded from.
         """
@@ -109,14 +106,11 @@ class EarlyExitModel(EarlyExitInference):
 
     @classmethod
     def from_pretrained(cls, folder: str | os.PathLike[str], student: nn.Module | None = None) -> "EarlyExitModel":
-        """Load what :meth:`save_pretrained`, the callback or ``DistillationModule.export`` wrote.
+        """Load what :meth:`save_pretrained`, the callback or ``DistillationModule.export`` wrote, in eval mode.
 
         Args:
             folder: The folder.
             student: The student with its weights, for one that is no transformers model.
-
-        Returns:
-            The model, in eval mode.
 
         Raises:
             ValueError: If the folder holds no ramps, or they or the student are not whole.

@@ -76,9 +76,6 @@ def export_onnx(
         batch: An example of the inputs, of at least two rows, some of them padded; None for ``input_ids`` and
             ``attention_mask``.
 
-    Returns:
-        The folder.
-
     Raises:
         ValueError: If the model or its criterion cannot be exported, or the folder holds anything else.
         ModuleNotFoundError: If the extra ``onnx`` is not installed.

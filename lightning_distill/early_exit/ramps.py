@@ -104,9 +104,7 @@ class Ramps(nn.ModuleDict):
     Args:
         exits: Layers (from 0) with a ramp.
         widths: The width of each one's output.
-        num_outputs: Number of classes; 1 in regression.
-        kind: See :class:`Ramp`, also for ``pooling``.
-        pooling: Which token is read.
+        num_outputs: See :class:`Ramp`, also for ``kind`` and ``pooling``.
         layers: Path of the stack of layers in the student; None for a transformers model's own.
         task: What the student answers.
         criterion: When an exit is sure, as :meth:`Criterion.config` describes it; one that needs gates gives the
@@ -160,14 +158,7 @@ class Ramps(nn.ModuleDict):
         return logits, gate
 
     def check_classes(self, student: nn.Module) -> None:
-        """Refuse a student whose classes are not those of the ramps, in the same order.
-
-        Args:
-            student: The student that is to answer where no ramp is sure.
-
-        Raises:
-            ValueError: If both name their classes, and otherwise.
-        """
+        """Refuse a student whose classes have other names than those of the ramps, or another order."""
         names, own = class_names(student, "student"), self.config["class_names"]
         if names and own and class_order(own, names, "ramps", "student") is not None:
             raise ValueError(
@@ -176,25 +167,14 @@ class Ramps(nn.ModuleDict):
             )
 
     def save(self, folder: Path, **config: Any) -> None:
-        """Write ``ramps.safetensors`` and ``early_exit.json``.
-
-        Args:
-            folder: Where to write.
-            **config: What else the latter holds.
-        """
+        """Write ``ramps.safetensors`` and ``early_exit.json``, with what else the latter is to hold."""
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         safetensors.torch.save_file(weights, folder / WEIGHTS, {"format": "pt"})
         (folder / CONFIG).write_text(json.dumps({"ramps": self.config, **config}, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> tuple["Ramps", dict[str, Any]]:
-        """Read what :meth:`save` wrote.
-
-        Args:
-            folder: A folder that holds an exported student with ramps.
-
-        Returns:
-            The ramps, in eval mode, and all of ``early_exit.json``.
+        """The ramps that :meth:`save` wrote, in eval mode, and all of ``early_exit.json``.
 
         Raises:
             ValueError: If there are none, or they are not whole.
@@ -206,20 +186,16 @@ class Ramps(nn.ModuleDict):
             )
         config, stored = read_json(folder / CONFIG), Tensors()
         stored.add(folder / WEIGHTS)
-        described = config.get("ramps")
-        count = len(stored.shapes)  # each ramp has some tensors
-        if (
-            not isinstance(described, dict)
-            or not isinstance(exits := described.get("exits"), list)
-            or len(exits) > count
-        ):
+        described, count = config.get("ramps"), len(stored.shapes)
+        exits = described.get("exits") if isinstance(described, dict) else None
+        if not isinstance(exits, list) or len(exits) > count:  # each ramp has some tensors
             raise ValueError(f"Expected {folder / CONFIG} to describe the {count} tensors of ramps in {WEIGHTS}.")
         try:
             with torch.device("meta"):
-                shapes = {name: tuple(tensor.shape) for name, tensor in cls(**config["ramps"]).state_dict().items()}
+                shapes = {name: tuple(tensor.shape) for name, tensor in cls(**described).state_dict().items()}
             if shapes != stored.shapes:
                 raise ValueError(f"the ramps it describes are not those in {WEIGHTS}")
-            ramps = cls(**config["ramps"])
+            ramps = cls(**described)
             ramps.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
         except BROKEN as error:
             raise ValueError(f"Expected {folder / CONFIG} to describe ramps, but got: {one_line(error)}") from error
@@ -242,9 +218,6 @@ def find_stack(student: nn.Module, path: str | None = None) -> list[nn.Module]:
     Args:
         student: The student.
         path: Path of its stack, an ``nn.ModuleList`` or ``nn.Sequential``; None finds a transformers model's own.
-
-    Returns:
-        The layers.
 
     Raises:
         ValueError: If there are none; the message lists the stacks there are.
@@ -281,14 +254,11 @@ def find_stack(student: nn.Module, path: str | None = None) -> list[nn.Module]:
 
 
 def resolve_exits(exits: Exits, depth: int) -> list[int]:
-    """Layers (from 0) that get a ramp; never the last, whose answer is the student's own.
+    """The layers (from 0) that get a ramp, in order; never the last, whose answer is the student's own.
 
     Args:
         exits: ``"all"``, ``"every_<n>"``, or layers.
         depth: Number of layers.
-
-    Returns:
-        The layers in order.
 
     Raises:
         ValueError: If one is beyond the depth, named twice, or there is none.
@@ -329,7 +299,7 @@ def make_ramps(
     init: Policy = "auto",
     seed: int = 0,
 ) -> Ramps:
-    """Make untrained ramps for a student.
+    """Make untrained ramps for a student, on its device.
 
     Args:
         student: A transformers model with a head, or any module with a stack of layers.
@@ -342,9 +312,6 @@ def make_ramps(
         num_outputs: Number of classes; None reads it off config or the last linear layer.
         init: How the weights are drawn, see :func:`lightning_distill.students.initialization.initialize`.
         seed: Seed of that.
-
-    Returns:
-        The ramps, on the student's device.
 
     Raises:
         ValueError: If an exit is beyond the depth, or layers, widths or classes cannot be found.
@@ -372,28 +339,20 @@ def make_ramps(
     config = getattr(student, "config", None)
     if widths is None:
         widths = getattr(config, "hidden_size", None) or [_width(stack[: layer + 1]) for layer in chosen]
-    for width in [widths] if isinstance(widths, int) else widths:
+    widths = [widths] * len(chosen) if isinstance(widths, int) else list(widths)
+    for width in widths:
         integer("widths", width, 1)
-    sizes = [widths] * len(chosen) if isinstance(widths, int) else list(widths)
+    if len(widths) != len(chosen):
+        raise ValueError(f"Expected argument `widths` to have one per exit ({len(chosen)}), but got {widths}.")
     if num_outputs is None:
         num_outputs = getattr(config, "num_labels", None) or _width([student])
     integer("num_outputs", num_outputs, 1)
-    if len(sizes) != len(chosen):
-        raise ValueError(f"Expected argument `widths` to have one per exit ({len(chosen)}), but got {list(sizes)}.")
     causal = any(getattr(module, "is_causal", False) for module in stack[0].modules())
     pooling: Pooling = "none" if task == "token_classification" else "last" if causal else "first"
     described = None if criterion is None else criterion.config()
-    made = Ramps(
-        chosen,
-        sizes,
-        num_outputs,
-        kind,
-        pooling,
-        layers=layers,
-        task=task,
-        criterion=described,
-        class_names=class_names(student, "student"),
-    )
+    names = class_names(student, "student")
+    how: dict[str, Any] = {"layers": layers, "task": task, "criterion": described, "class_names": names}
+    made = Ramps(chosen, widths, num_outputs, kind, pooling, **how)
     # Each ramp alone: as a dictionary they would look like layers that follow each other.
     for index, ramp in enumerate(made.values()):
         initialize(ramp, init, seed=seed + index)

@@ -7,14 +7,11 @@ from torch import Tensor
 
 
 def exits_of(measures: Tensor, thresholds: Tensor) -> Tensor:
-    """The exit each row leaves at.
+    """The exit each row leaves at, int64 ``[N]``; E for rows that go to the end.
 
     Args:
         measures: Shape ``[E, N]``; larger is surer, NaN is never sure.
         thresholds: Shape ``[E]``; a row leaves at the first exit whose measure is above its threshold.
-
-    Returns:
-        Int64 ``[N]``; E for rows that go to the end.
 
     Example:
         >>> import torch
@@ -95,14 +92,9 @@ def _best(exit_index: int, measures: Tensor, costs: Tensor, thresholds: Tensor) 
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """What logits are divided by so that their probabilities are worth what they say, by negative log-likelihood.
+    """The temperature, from 0.05 to 20, that logits ``[N, C]`` are to be divided by, of labels ``[N]``.
 
-    Args:
-        logits: Shape ``[N, C]``.
-        labels: Shape ``[N]``.
-
-    Returns:
-        The temperature, between 0.05 and 20.
+    Their probabilities are then worth what they say, by negative log-likelihood.
 
     Example:
         >>> import torch

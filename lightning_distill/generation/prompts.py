@@ -24,9 +24,6 @@ def prompts_of(batch: Any, max_length: int, generator: random.Random) -> list[Te
         max_length: Tokens of a prompt of plain text, at least 1.
         generator: Draws the documents.
 
-    Returns:
-        Token ids of each prompt.
-
     Raises:
         ValueError: If a row has no document with a label, so that there is nothing to write on.
 

@@ -15,16 +15,15 @@ def tokens_per_second(
     device: torch.device | str = "cpu",
     progress: bool = False,
 ) -> dict[str, float]:
-    """Median speed of several ways to write; they take turns, so that a machine that slows down slows all of them.
+    """Median tokens per second of several ways to write.
+
+    They take turns, so that a machine that slows down slows all of them.
 
     Args:
         writers: By name, each writes once and returns how many tokens that was.
         repeats: How many turns, after one that is not counted.
         device: Where they write; a GPU is synchronised around each turn.
         progress: Whether to show a bar on stderr.
-
-    Returns:
-        Tokens per second by name.
 
     Example:
         >>> import time
