@@ -148,26 +148,25 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         if objectives is None:
             soft = [] if teacher is None else [SoftTarget(temperature=2.0, weight=0.7)]
             objectives = [*soft, HardLabel(weight=0.3 if soft else 1.0)]
-        self.objectives = nn.ModuleDict(named(objectives))
-        steps = {role: f"{role}_step" for role in ("student", "teacher")}
-        base = DistillationModule
-        self._own_steps = {role for role, step in steps.items() if getattr(type(self), step) is not getattr(base, step)}
-        self.pairing = pair(
-            self.student,
-            self.teacher,
-            self._task,
-            self._each_objective(),
-            own_steps=self._own_steps,
-            own_teacher_inputs=own_teacher_inputs,
-        )
-        self.forwards = Forwards(self._task, self._each_objective(), self.pairing)
+        named_objectives = named(objectives)
+        self.objectives = nn.ModuleDict(named_objectives)
+        own: dict[str, Any] = {"own_steps": self._own_steps, "own_teacher_inputs": own_teacher_inputs}
+        self.pairing = pair(self.student, self.teacher, self._task, named_objectives, **own)
+        self.forwards = Forwards(self._task, named_objectives, self.pairing)
         #: Gives the teacher's signals for a batch: the seam where what answers in its place, as a cache, is put.
         self.teacher_source: TeacherSource = self.teacher_step if "teacher" in self._own_steps else TeacherForward(self)
         #: What else is trained, by name: gives the new loss for that of a step, its batch and both signals.
         self.loss_terms: dict[str, Callable[[Tensor, Any, Signals, Signals | None], Tensor]] = {}
-        self._check = StepCheck(self._task, self._each_objective(), same_answers=self.pairing.same_answers)
-        self._counted = Counted(self._each_objective())
+        self._check = StepCheck(self._task, named_objectives, same_answers=self.pairing.same_answers)
+        self._counted = Counted(named_objectives)
         self._score_by(self._task, metrics)
+
+    @property
+    def _own_steps(self) -> set[str]:
+        """The roles whose model is called by a step of a subclass."""
+        steps = {"student": "student_step", "teacher": "teacher_step"}
+        base, own = DistillationModule, type(self)
+        return {role for role, step in steps.items() if getattr(own, step) is not getattr(base, step)}
 
     @property
     def teacher_source_has_own_order(self) -> bool:

@@ -5,7 +5,7 @@ committee) does the same. Nothing here knows the student or an objective.
 """
 
 from lightning_distill.teachers.ensemble import TeacherEnsemble
-from lightning_distill.teachers.frozen import freeze
+from lightning_distill.teachers.module import freeze
 from lightning_distill.teachers.precision import TeacherPrecision, load_teacher
 
 __all__ = ["TeacherEnsemble", "TeacherPrecision", "freeze", "load_teacher"]

@@ -9,8 +9,26 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lightning_distill.teachers.frozen import freeze
 from lightning_distill.teachers.precision import TeacherPrecision, keeping_dtype
+
+
+def freeze(teacher: nn.Module) -> nn.Module:
+    """Take a model out of training: no parameter asks for a gradient, every submodule is in eval.
+
+    Args:
+        teacher: The model to freeze, in place.
+
+    Returns:
+        The same model.
+
+    Example:
+        >>> from torch import nn
+        >>> from lightning_distill.teachers.module import freeze
+        >>> teacher = freeze(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5)))
+        >>> teacher.training, any(p.requires_grad for p in teacher.parameters())
+        (False, False)
+    """
+    return teacher.requires_grad_(False).eval()
 
 
 class TeacherModule(L.LightningModule):
