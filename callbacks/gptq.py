@@ -1,7 +1,6 @@
 """Quantise the student when training ends, and measure what it cost."""
 
 import json
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -17,14 +16,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from tqdm.auto import tqdm
 
-from lightning_distill.arguments import between, finite, one_of, typed
+from lightning_distill.arguments import finite, one_of, typed
 from lightning_distill.models.exporting import export, source_of
 from lightning_distill.models.folders import check_folder, writing
 from lightning_distill.quantization.checkpoint import save
 from lightning_distill.quantization.finished import remove_layers
 from lightning_distill.quantization.linear import QuantLinear
 from lightning_distill.quantization.mixed import most_sensitive, sensitivity
-from lightning_distill.quantization.model import EXCLUDE, LayerReport, check_options, quantize
+from lightning_distill.quantization.model import quantize
+from lightning_distill.quantization.plan import EXCLUDE, LayerReport, check_options
+from lightning_distill.quantization.report import plot, table
 
 #: Arguments that are handed on to `quantize`.
 _OPTIONS = (
@@ -120,13 +121,12 @@ class GPTQ(L.Callback):
         folder: str | None = None,
     ) -> None:
         check_options(
-            bits, group_size, embedding_bits, bits_by_pattern, group_size_by_pattern, num_samples, true_sequential,
-            asymmetric,
+            bits, group_size, embedding_bits, bits_by_pattern, group_size_by_pattern, num_samples, damp_percent,
+            true_sequential, asymmetric,
         )  # fmt: skip
         if isinstance(calibration, str):
             one_of("calibration", calibration, ("train", "val"))
         one_of("mode", mode, ("max", "min"))
-        between("damp_percent", damp_percent, 0, 1, closed=True)
         if max_drop is not None:
             finite("max_drop", max_drop)
         if sensitive_bits not in (8, 0):
@@ -147,11 +147,11 @@ class GPTQ(L.Callback):
         self.calibration, self.monitor, self.mode, self.max_drop = calibration, monitor, mode, max_drop
         self.sensitive_layers, self.sensitive_bits, self.budget_bytes = sensitive_layers, sensitive_bits, budget_bytes
         self.attribute, self.folder = attribute, folder
-        self.bits, self.group_size, self.num_samples, self.embedding_bits = (
+        self.bits, self.group_size, self.embedding_bits, self.num_samples = (
             bits,
             group_size,
-            num_samples,
             embedding_bits,
+            num_samples,
         )
         self.sym, self.desc_act, self.static_groups, self.mse = sym, desc_act, static_groups, mse
         self.damp_percent, self.true_sequential, self.asymmetric = damp_percent, true_sequential, asymmetric
@@ -361,20 +361,17 @@ class GPTQ(L.Callback):
         described = {**self.summary, "layers": [asdict(layer) for layer in self.report]}
         with writing(folder, keep=True) as draft:
             (draft / "gptq.json").write_text(json.dumps(described, indent=2) + "\n")
-            _plot(self.report, draft / "gptq.png")
+            plot(self.report, draft / "gptq.png")
         remove_layers(_layers(folder))
         drop = _drop(before, after, self.mode)
         if after is not None and drop is not None:
             for logger in trainer.loggers:
                 logger.log_metrics({f"gptq_{self.monitor}": after, "gptq_drop": drop}, step=trainer.global_step)
                 logger.save()
-        rows = "\n".join(
-            f"{layer.name:<50} {layer.shape!s:<14} {layer.bits} bit  error {layer.error:8.3%}  rounding "
-            f"{layer.rounding_error:8.3%}  {layer.seconds:5.2f} s  {layer.note}"
-            for layer in self.report
-        )
         size, seconds = self.summary["bytes"], self.summary["seconds"]
-        rank_zero_info(f"{rows}\nGPTQ: {size:,} bytes in {seconds:.1f} s, {self.monitor} {before} -> {after}")
+        rank_zero_info(
+            f"{table(self.report)}\nGPTQ: {size:,} bytes in {seconds:.1f} s, {self.monitor} {before} -> {after}"
+        )
         if not self.summary["kept"]:
             worst = sorted(self.report, key=lambda layer: -layer.error)[:3]
             names = ", ".join(f"{layer.name} ({layer.error:.1%})" for layer in worst)
@@ -393,22 +390,3 @@ def _layers(folder: Path) -> Path:
 
 def _bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _plot(report: list[LayerReport], path: Path) -> None:
-    from matplotlib.figure import Figure  # only here: importing it costs every process that quantises nothing
-
-    rows = [layer for layer in report if layer.bits]
-    figure = Figure(figsize=(8, 1.5 + 0.22 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    places = range(len(rows))
-    errors = [[100 * layer.rounding_error for layer in rows], [100 * layer.error for layer in rows]]
-    for values, color, label in zip(errors, ("#b0b0b0", "#1f5fa8"), ("rounding", "GPTQ"), strict=True):
-        axes.plot(values, places, "o", color=color, label=label)
-    axes.set_yticks(places, [layer.name for layer in rows], fontsize=7)
-    axes.invert_yaxis()
-    if any(0 < value < math.inf for values in errors for value in values):  # weights that round exactly have no error
-        axes.set_xscale("log")
-    axes.set_xlabel("relative squared error of the layer's output (%)")
-    axes.legend()
-    figure.savefig(path, dpi=120)

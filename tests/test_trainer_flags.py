@@ -7,7 +7,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from lightning_distill.cli.text_run import text_parser
@@ -38,7 +37,6 @@ def test_every_cell_of_the_table_has_a_letter_that_is_explained() -> None:
     assert used == explained
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
 def test_snippets_run() -> None:
     names: dict[str, Any] = {"__name__": "guide"}
     for snippet in re.findall(r"^```python\n(.*?)^```", GUIDE, flags=re.MULTILINE | re.DOTALL):

@@ -15,11 +15,16 @@ from lightning_distill.models.wrapped import inside
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
-    """Run a model on what it takes of a batch, never on the labels: it would compute a loss in vain."""
+    """Run a model on what it takes of a batch, not on the labels: it would compute a loss in vain.
+
+    The decoder of an encoder-decoder that is given nothing else to read, reads the labels.
+    """
     if not isinstance(batch, Mapping):
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     names = accepted(model)
     given = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
+    if _reads_labels(model, batch):
+        given["labels"] = batch["labels"]
     inputs = {key: given[key] for key in taken_names(model, given)}
     missing = [
         name
@@ -37,6 +42,13 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     if "use_cache" in names:
         inputs["use_cache"] = False
     return model(**inputs)
+
+
+def _reads_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
+    labels = batch.get("labels")
+    tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return tokens and decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys()
 
 
 def taken_names(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:

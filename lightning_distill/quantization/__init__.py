@@ -5,11 +5,13 @@ belongs into ``callbacks/gptq.py``.
 """
 
 from lightning_distill.quantization.checkpoint import load, save
-from lightning_distill.quantization.gptq import Hessian, QuantizedWeight, gptq_layer
+from lightning_distill.quantization.gptq import QuantizedWeight, gptq_layer
+from lightning_distill.quantization.hessian import Hessian
 from lightning_distill.quantization.int8 import export_onnx_int8, load_in_4bit, load_in_8bit, quantize_int8
 from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, use_kernels
 from lightning_distill.quantization.mixed import most_sensitive, sensitivity
-from lightning_distill.quantization.model import LayerReport, quantize
+from lightning_distill.quantization.model import quantize
+from lightning_distill.quantization.plan import LayerReport
 
 __all__ = [
     "Hessian",

@@ -8,22 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.models import calling
+from lightning_distill.models.batch import decoder_token_mask, token_mask
+from lightning_distill.models.calling import call_model
 
 Forward = Callable[[nn.Module, Any], Any]
 _CROSS = re.compile(r"(encoder_attn|EncDecAttention|crossattention|cross_attention).*\.(k|v|key|value|k_proj|v_proj)$")
-
-
-def call_model(model: nn.Module, batch: Any) -> Any:
-    """Call a model on a batch: a mapping of its inputs (other keys are left out), a pair, or one tensor."""
-    if not isinstance(batch, Mapping) or not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return calling.call_model(model, batch)
-    # Here the decoder reads the labels.
-    accepted = calling.accepted(model)
-    inputs = {key: value for key, value in batch.items() if key in accepted}
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    return model(**inputs)
 
 
 def input_groups(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any, forward: Forward) -> list[list[str]]:
@@ -181,24 +170,13 @@ def _real_tokens(thread: _SuspendedForward, names: list[str]) -> Tensor:
     rows = inputs.reshape(-1, inputs.shape[-1])
     if not isinstance(thread.batch, Mapping):
         return rows
-    masks = [thread.batch.get("attention_mask"), _decoder_mask(thread.batch)]
+    masks = [token_mask(thread.batch), decoder_token_mask(thread.batch)]
     if any("decoder" in name for name in names) and not any(_CROSS.search(name) for name in names):
         masks.reverse()
     for mask in masks:
         if mask is not None and mask.ndim == 2 and mask.numel() == len(rows):
-            return rows[mask.reshape(-1).bool().to(rows.device)]
+            return rows[mask.reshape(-1).to(rows.device)]
     return rows
-
-
-def _decoder_mask(batch: Mapping[str, Any]) -> Tensor | None:
-    if "decoder_attention_mask" in batch:
-        mask: Tensor = batch["decoder_attention_mask"]
-        return mask
-    labels = batch.get("labels")
-    if labels is None or labels.ndim != 2:
-        return None
-    # The decoder reads its labels one place to the right, after a start token.
-    return torch.cat([torch.ones_like(labels[:, :1]).bool(), labels[:, :-1] != -100], dim=1)
 
 
 def first_batches(dataloader: Iterable[Any], num_samples: int, device: torch.device) -> list[Any]:

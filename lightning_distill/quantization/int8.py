@@ -19,7 +19,7 @@ from lightning_distill.models.calling import logits_of
 from lightning_distill.models.exporting import check_floats
 from lightning_distill.models.files import on_meta
 from lightning_distill.models.pretrained import architecture_of, load_whole, read_config
-from lightning_distill.quantization.model import EXCLUDE, matches
+from lightning_distill.quantization.plan import EXCLUDE, matches
 from lightning_distill.quantization.replaceable import copied, why_not_replaceable
 
 #: torchao's floor for a scale; an output whose scale is raised to it loses up to all of itself.
@@ -88,6 +88,8 @@ def _listed(reasons: Mapping[str, str | None]) -> str:
 def load_in_8bit(folder: str | os.PathLike[str], *, exclude: Sequence[str] = EXCLUDE) -> nn.Module:
     """Load a teacher or a student with the 8-bit linear layers of bitsandbytes (LLM.int8), on the CPU or the GPU.
 
+    These multiply in float16 whatever comes in, and bitsandbytes says so once, at the first batch.
+
     Args:
         folder: Folder or hub id of a transformers model in floating point.
         exclude: Patterns of the layers to leave in floating point.
@@ -142,8 +144,6 @@ def _load_bitsandbytes(folder: str | os.PathLike[str], exclude: Sequence[str], *
     left = [name for name, module in empty.named_modules() if isinstance(module, nn.Linear) and matches(name, exclude)]
     config = transformers.BitsAndBytesConfig(llm_int8_skip_modules=left or ["-"], **settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    # bitsandbytes multiplies in float16 whatever comes in, and says so at the first batch.
-    warnings.filterwarnings("ignore", "MatMul8bitLt: inputs will be cast")
     model = load_whole(architecture, os.fspath(folder), "folder", device_map=device, quantization_config=config)
     return model.eval()
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.quantization.gptq import QuantizedWeight, find_grid, narrowest
+from lightning_distill.quantization.gptq import QuantizedWeight
+from lightning_distill.quantization.grid import find_grid, narrowest
 from lightning_distill.quantization.packed_weight import packed_weight
 from lightning_distill.quantization.packing import pack, pack_zeros, unpack, unpack_zeros
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.models.calling import logits_of
-from lightning_distill.quantization.calibration import Forward, call_model, first_batches
+from lightning_distill.models.calling import call_model, logits_of
+from lightning_distill.quantization.calibration import Forward, first_batches
 from lightning_distill.quantization.linear import QuantLinear
-from lightning_distill.quantization.model import LayerReport
+from lightning_distill.quantization.plan import LayerReport
 
 
 @torch.no_grad()

@@ -4,55 +4,32 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lightning_distill.arguments import between, one_of, typed
-from lightning_distill.quantization.calibration import Forward, calibrate, call_model, first_batches
+from lightning_distill.arguments import typed
+from lightning_distill.models.calling import call_model
+from lightning_distill.quantization.calibration import Forward, calibrate, first_batches
 from lightning_distill.quantization.experts import separate_experts
 from lightning_distill.quantization.finished import FinishedLayers
-from lightning_distill.quantization.gptq import BITS, Hessian, QuantizedWeight, gptq_layer, retarget
-from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear, why_not_packable
-from lightning_distill.quantization.replaceable import copied, why_not_replaceable
-
-#: Heads, poolers, ramps, routers and adapters: few bytes, and errors there are not made good by anything after them.
-EXCLUDE = (
-    *("lm_head", "head", "classifier", "pre_classifier", "classification_head", "pooler", "score", "cls"),
-    *("qa_outputs", "embed_out", "vocab_*", "ramp", "ramps", "gate", "router"),
-    "lora_*",  # adapters are small, and what they learned is smaller than a step of their weights' grid
+from lightning_distill.quantization.gptq import QuantizedWeight, gptq_layer, retarget
+from lightning_distill.quantization.hessian import Hessian
+from lightning_distill.quantization.linear import QuantEmbedding, QuantLinear
+from lightning_distill.quantization.plan import (
+    EXCLUDE,
+    LayerReport,
+    Plan,
+    bias_of,
+    check_options,
+    left,
+    plan,
+    weight_of,
 )
-
-
-@dataclass
-class LayerReport:
-    """What quantising one layer cost.
-
-    Attributes:
-        name: The layer's name in the model.
-        shape: ``(out, in)``.
-        bits: Bits of its codes; 0 if it was left in floating point.
-        group_size: Inputs that share a scale.
-        error: Relative squared error of its output on the calibration inputs; with ``asymmetric`` from the output that
-            makes good what the layers before have lost.
-        rounding_error: The same for rounding to nearest.
-        seconds: Time, shared out by outputs among the layers with one input.
-        note: What was done otherwise than asked, and why; empty where nothing was.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int
-    error: float
-    rounding_error: float
-    seconds: float
-    note: str = ""
+from lightning_distill.quantization.replaceable import copied, why_not_replaceable
 
 
 @typed
@@ -135,17 +112,10 @@ def quantize(
         >>> all(layer.error < layer.rounding_error for layer in report)
         True
     """
-    between("damp_percent", damp_percent, 0, 1, closed=True)
     check_options(
-        bits,
-        group_size,
-        embedding_bits,
-        bits_by_pattern,
-        group_size_by_pattern,
-        num_samples,
-        true_sequential,
-        asymmetric,
-    )
+        bits, group_size, embedding_bits, bits_by_pattern, group_size_by_pattern, num_samples, damp_percent,
+        true_sequential, asymmetric,
+    )  # fmt: skip
     if asymmetric is None:
         asymmetric = bits == 2 and true_sequential and dataloader is not None
     if asymmetric and dataloader is None:
@@ -156,187 +126,143 @@ def quantize(
 
     model = copied(model)
     unknown = separate_experts(model)
-    layers, aliases = _linear_layers(model, include, exclude)
-    held = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    plan, reports = _plan(layers, held, bits, group_size, bits_by_pattern, group_size_by_pattern)
-    reports |= {name: _left(name, note) for name, note in unknown.items()}
-    if not plan:
-        raise ValueError(
-            f"Expected arguments `include` {list(include)}, `exclude` {list(exclude)} and `bits_by_pattern` "
-            f"{dict(bits_by_pattern or {})} to leave linear layers that the format can hold, but none is left of "
-            f"{len(layers)}; their widths must divide by 32."
-        )
+    planned = plan(model, include, exclude, bits, group_size, bits_by_pattern or {}, group_size_by_pattern or {})
     options: dict[str, Any] = {
         "sym": sym, "desc_act": desc_act, "static_groups": static_groups, "mse": mse, "damp_percent": damp_percent
     }  # fmt: skip
-    asked = [plan, options, num_samples, dataloader is None, true_sequential, asymmetric]
-    finished = FinishedLayers(resume, asked, [_weight(layers[name]) for name in plan])
+    asked = [planned.settings, options, num_samples, dataloader is None, true_sequential, asymmetric]
+    finished = FinishedLayers(resume, asked, [weight_of(planned.layers[name]) for name in planned.settings])
     twin = copy.deepcopy(model) if asymmetric else None
-    packed: dict[str, QuantLinear] = {}
+    work = _Work(model, planned, options, finished, true_sequential, on_layer)
+    work.take_finished()
+    for names, inputs, floats in _inputs(model, twin, work.rest(), dataloader, num_samples, forward):
+        work.quantize(names, inputs, floats)
+    # No token came to the others: layers that are not called, or experts that nobody was routed to.
+    work.round("rounded to nearest: no calibration input reached it" if dataloader is not None else "")
+    work.put_in_place()
+    embeddings = {} if embedding_bits is None else _quantize_embeddings(model, embedding_bits)
+    reports = work.reports | {name: left(name, note) for name, note in (unknown | embeddings).items()}
+    return model, [reports[name] for name in (*planned.layers, *unknown, *embeddings)]
 
-    def finish(name: str, layer: QuantLinear, report: LayerReport) -> None:
-        packed[name], reports[name] = layer, report
-        layer.take_place_of(layers[name])
-        if true_sequential:
-            # Suspended forwards still hold the float layer: give it the quantised values until the walk is over. In
-            # memory of its own: another module may hold the same tensor, or a part of it.
-            dense = layer.dequantize().to(layer.dtype)
-            weight = nn.Parameter(dense.T if layer.transposed else dense, requires_grad=False)
-            for alias in aliases[name]:
-                model.get_submodule(alias).weight = weight
-        if on_layer is not None:
-            on_layer(report, len(plan))
 
-    for name in plan:
-        kept = finished.load(name)
-        if kept is not None:
-            finish(name, kept[0].to(_weight(layers[name]).device), LayerReport(**kept[1]))
-    rest = {name: layers[name] for name in plan if name not in packed}
-    short: list[str] = []
-    for names, inputs, floats in _inputs(model, twin, rest, dataloader, num_samples, forward):
+@dataclass
+class _Work:
+    """A copy of a model whose layers are quantised one after the other, and the reports of those that are done."""
+
+    model: nn.Module
+    plan: Plan
+    options: dict[str, Any]
+    finished: FinishedLayers
+    true_sequential: bool
+    on_layer: Callable[[LayerReport, int], None] | None
+    packed: dict[str, QuantLinear] = field(default_factory=dict)
+    reports: dict[str, LayerReport] = field(init=False)
+    short: list[str] = field(default_factory=list)  # layers that fewer tokens reached than they have inputs
+
+    def __post_init__(self) -> None:
+        self.reports = dict(self.plan.left)
+
+    def rest(self) -> dict[str, nn.Module]:
+        """The layers that are still to do."""
+        return {name: self.plan.layers[name] for name in self.plan.settings if name not in self.packed}
+
+    def take_finished(self) -> None:
+        """Layers that an earlier call was done with."""
+        for name, layer in self.rest().items():
+            kept = self.finished.load(name)
+            if kept is not None:
+                self._finish(name, kept[0].to(weight_of(layer).device), LayerReport(**kept[1]))
+
+    def quantize(self, names: list[str], inputs: list[Tensor], floats: list[Tensor] | None) -> None:
+        """Layers with the same inputs; ``floats`` are those of the float model, for asymmetric calibration."""
+        hessian, note = self._hessian(names, inputs)
+        drift = None
+        if hessian is not None and floats is not None:
+            drift = _drift(inputs, floats)
+            note = "" if drift is not None else "not asymmetric: other tokens than in the float model reached it"
+        for setting in sorted({self.plan.settings[name] for name in names}):
+            together = [name for name in names if self.plan.settings[name] == setting]
+            started = time.perf_counter()
+            results = self._quantize_together(together, hessian, drift)
+            seconds = time.perf_counter() - started
+            outputs = sum(len(result.codes) for result in results)
+            for name, result in zip(together, results, strict=True):
+                said = [note, self.plan.notes.get(name, "")]
+                if hessian is not None and result.damp_percent > self.options["damp_percent"]:
+                    said.append(f"damping raised to {result.damp_percent:g}")
+                layer = QuantLinear.from_weight(result, bias_of(self.plan.layers[name]))
+                report = _report(name, result, seconds * len(result.codes) / outputs, said)
+                self.finished.save(name, layer, asdict(report))
+                self._finish(name, layer, report)
+
+    def _hessian(self, names: list[str], inputs: list[Tensor]) -> tuple[Tensor | None, str]:
+        """The Hessian of inputs, or why there is none to go by."""
         hessian = Hessian(inputs[0].shape[-1], inputs[0].device)
         for rows in inputs:
             if not bool(rows.isfinite().all()):
                 raise ValueError(f"Expected finite inputs of layer `{names[0]}`, but got NaN or infinite values.")
             hessian.update(rows)
-        matrix: Tensor | None = hessian.matrix()
-        assert matrix is not None
-        note, width = "", len(matrix)
+        matrix = hessian.matrix()
         if not bool(matrix.any()):
-            matrix, note = None, "rounded to nearest: every calibration input is zero"
-        elif hessian.count < width and "experts" in names[0].split("."):
-            matrix, note = None, f"rounded to nearest: {hessian.count} tokens reached it, {width} are needed"
-        elif hessian.count < width:
-            short += [f"{name}: {hessian.count} of {width}" for name in names]
-        drift = None
-        if matrix is not None and twin is not None:
-            drift = _drift(inputs, floats)
-            note = "" if drift is not None else "not asymmetric: other tokens than in the float model reached it"
-        for setting in sorted({plan[name] for name in names}):
-            together = [name for name in names if plan[name] == setting]
-            started = time.perf_counter()
-            results = _quantize_together([layers[name] for name in together], matrix, drift, *setting, **options)
-            seconds = time.perf_counter() - started
-            outputs = sum(len(result.codes) for result in results)
-            for name, result in zip(together, results, strict=True):
-                layer = QuantLinear.from_weight(result, _bias(layers[name]))
-                said = [note, _smaller_group(name, result, group_size_by_pattern, group_size)]
-                if matrix is not None and result.damp_percent > damp_percent:
-                    said.append(f"damping raised to {result.damp_percent:g}")
-                share = seconds * len(result.codes) / outputs
-                report = _report(name, result, share, "; ".join(filter(None, said)))
-                finished.save(name, layer, asdict(report))
-                finish(name, layer, report)
-    for name in rest:
-        if name not in packed:
-            # No token came here: a layer that is not called, or an expert that nobody was routed to.
-            note = "rounded to nearest: no calibration input reached it" if dataloader is not None else ""
-            (result,) = _quantize_together([layers[name]], None, None, *plan[name], **options)
-            finish(name, QuantLinear.from_weight(result, _bias(layers[name])), _report(name, result, 0.0, note))
-    if short:
-        warnings.warn(
-            "Expected at least as many calibration tokens as a layer has inputs, but got fewer, so that the rank of H "
-            f"is at most: {'; '.join(short[:3])}{' ...' if len(short) > 3 else ''}. Damping fills the rest; raise "
-            "`num_samples`.",
-            stacklevel=2,
-        )
-    for name in packed:
-        for alias in aliases[name]:
-            model.set_submodule(alias, packed[name].beside(model.get_submodule(alias)))
-    embeddings = {} if embedding_bits is None else _quantize_embeddings(model, embedding_bits)
-    reports |= {name: _left(name, note) for name, note in embeddings.items()}
-    return model, [reports[name] for name in (*layers, *unknown, *embeddings)]
+            return None, "rounded to nearest: every calibration input is zero"
+        if hessian.count < len(matrix):
+            if "experts" in names[0].split("."):
+                return None, f"rounded to nearest: {hessian.count} tokens reached it, {len(matrix)} are needed"
+            self.short += [f"{name}: {hessian.count} of {len(matrix)}" for name in names]
+        return matrix, ""
+
+    def _quantize_together(
+        self, names: list[str], hessian: Tensor | None, drift: Tensor | None
+    ) -> list[QuantizedWeight]:
+        # Rows of a weight do not know of each other: layers with the same input are one layer with more outputs.
+        weights = [weight_of(self.plan.layers[name]) for name in names]
+        weight = torch.cat(weights)
+        if hessian is not None and drift is not None:
+            weight = retarget(weight, hessian, drift, self.options["damp_percent"])
+        bits, group_size = self.plan.settings[names[0]]
+        result = gptq_layer(weight, hessian, bits=bits, group_size=group_size, **self.options)
+        stops = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
+        return [result.rows(stop - len(weight), stop) for weight, stop in zip(weights, stops, strict=True)]
+
+    def round(self, note: str) -> None:
+        """Round the layers that are still to do to nearest."""
+        for name, layer in self.rest().items():
+            (result,) = self._quantize_together([name], None, None)
+            self._finish(name, QuantLinear.from_weight(result, bias_of(layer)), _report(name, result, 0.0, [note]))
+
+    def _finish(self, name: str, layer: QuantLinear, report: LayerReport) -> None:
+        self.packed[name], self.reports[name] = layer, report
+        layer.take_place_of(self.plan.layers[name])
+        if self.true_sequential:
+            # Suspended forwards still hold the float layer: give it the quantised values until the walk is over. In
+            # memory of its own: another module may hold the same tensor, or a part of it.
+            dense = layer.dequantize().to(layer.dtype)
+            weight = nn.Parameter(dense.T if layer.transposed else dense, requires_grad=False)
+            for alias in self.plan.aliases[name]:
+                self.model.get_submodule(alias).weight = weight
+        if self.on_layer is not None:
+            self.on_layer(report, len(self.plan.settings))
+
+    def put_in_place(self) -> None:
+        """Have the model hold the quantised layers."""
+        if self.short:
+            warnings.warn(
+                "Expected at least as many calibration tokens as a layer has inputs, but got fewer, so that the rank "
+                f"of H is at most: {'; '.join(self.short[:3])}{' ...' if len(self.short) > 3 else ''}. Damping fills "
+                "the rest; raise `num_samples`.",
+                stacklevel=3,
+            )
+        for name, layer in self.packed.items():
+            for alias in self.plan.aliases[name]:
+                self.model.set_submodule(alias, layer.beside(self.model.get_submodule(alias)))
 
 
-def check_options(
-    bits: int,
-    group_size: int,
-    embedding_bits: int | None,
-    bits_by_pattern: Mapping[str, int] | None,
-    group_size_by_pattern: Mapping[str, int] | None,
-    num_samples: int,
-    true_sequential: bool,
-    asymmetric: bool | None,
-) -> None:
-    """Refuse what :func:`quantize` cannot do."""
-    one_of("bits", bits, BITS)
-    one_of("group_size", group_size, (-1, 32, 64, 128))
-    for value in (bits_by_pattern or {}).values():
-        one_of("bits_by_pattern", value, (*BITS, 0))
-    for value in (group_size_by_pattern or {}).values():
-        one_of("group_size_by_pattern", value, (-1, 32, 64, 128))
-    if embedding_bits not in (None, 4, 8):
-        raise ValueError(f"Expected argument `embedding_bits` to be None, 4 or 8, but got {embedding_bits}.")
-    if num_samples < 1:
-        raise ValueError(f"Expected argument `num_samples` to be at least 1, but got {num_samples}.")
-    if asymmetric and not true_sequential:
-        raise ValueError(
-            "Expected argument `asymmetric` to come with `true_sequential`, as it makes good what the layers before "
-            "have lost, but got true_sequential=False."
-        )
-
-
-def _plan(
-    layers: Mapping[str, nn.Module],
-    held: Container[int],
-    bits: int,
-    group_size: int,
-    bits_by_pattern: Mapping[str, int] | None,
-    group_size_by_pattern: Mapping[str, int] | None,
-) -> tuple[dict[str, tuple[int, int]], dict[str, LayerReport]]:
-    """Bits and group size of each layer that the format can hold, and reports of those it cannot."""
-    plan: dict[str, tuple[int, int]] = {}
-    reports: dict[str, LayerReport] = {}
-    for name, layer in layers.items():
-        reason = why_not_replaceable(layer)
-        if reason is None and id(layer.weight) in held:
-            reason = "an embedding has the same weight"
-        if reason is not None:
-            reports[name] = _left(name, reason)
-            continue
-        width = _weight(layer).shape[1]
-        layer_bits = _by_pattern(name, bits_by_pattern, bits)
-        size = _by_pattern(name, group_size_by_pattern, group_size)
-        smaller = next((size for size in (size, 64, 32) if size == -1 or width % size == 0), 0)
-        reason = why_not_packable(width, len(_weight(layer)), layer_bits or 4)
-        if reason or not layer_bits:
-            note = f"left in floating point: {reason or 'asked for'}"
-            reports[name] = LayerReport(name, _shape(layer), 0, size, 0.0, 0.0, 0.0, note)
-        else:
-            plan[name] = (layer_bits, smaller)
-    return plan, reports
-
-
-def _left(name: str, reason: str) -> LayerReport:
-    return LayerReport(name, (0, 0), 0, 0, 0.0, 0.0, 0.0, f"left in floating point: {reason}")
-
-
-def _report(name: str, result: QuantizedWeight, seconds: float, note: str) -> LayerReport:
+def _report(name: str, result: QuantizedWeight, seconds: float, notes: list[str]) -> LayerReport:
     if result.scales.dtype == torch.float32:
-        scales = "scales in float32, as float16 does not reach so far: other tools round them to float16"
-        note = "; ".join(filter(None, [note, scales]))
+        notes = [*notes, "scales in float32, as float16 does not reach so far: other tools round them to float16"]
     rows, width = result.codes.shape
-    return LayerReport(
-        name, (rows, width), result.bits, result.group_size, result.error, result.rounding_error, seconds, note
-    )
-
-
-def _smaller_group(name: str, result: QuantizedWeight, by_pattern: Mapping[str, int] | None, default: int) -> str:
-    asked = _by_pattern(name, by_pattern, default)
-    return "" if asked in (-1, result.group_size) else f"group {asked} does not divide {result.codes.shape[1]}"
-
-
-def _quantize_together(
-    layers: list[nn.Module], hessian: Tensor | None, drift: Tensor | None, bits: int, group_size: int, **options: Any
-) -> list[QuantizedWeight]:
-    # Rows of a weight do not know of each other: layers with the same input are one layer with more outputs.
-    weights = [_weight(layer) for layer in layers]
-    weight = torch.cat(weights)
-    if hessian is not None and drift is not None:
-        weight = retarget(weight, hessian, drift, options["damp_percent"])
-    result = gptq_layer(weight, hessian, bits=bits, group_size=group_size, **options)
-    stops = torch.tensor([len(weight) for weight in weights]).cumsum(0).tolist()
-    return [result.rows(stop - len(weight), stop) for weight, stop in zip(weights, stops, strict=True)]
+    errors, note = (result.error, result.rounding_error), "; ".join(filter(None, notes))
+    return LayerReport(name, (rows, width), result.bits, result.group_size, *errors, seconds, note)
 
 
 def _drift(inputs: list[Tensor], floats: list[Tensor]) -> Tensor | None:
@@ -356,7 +282,7 @@ def _inputs(
     dataloader: Iterable[Any] | None,
     num_samples: int,
     forward: Forward,
-) -> Iterator[tuple[list[str], list[Tensor], list[Tensor]]]:
+) -> Iterator[tuple[list[str], list[Tensor], list[Tensor] | None]]:
     """Names and inputs of the layers in forward order, and the inputs that the float twin has there."""
     if dataloader is None or not layers:
         return
@@ -365,7 +291,7 @@ def _inputs(
     batches = first_batches(dataloader, num_samples, weight.device)
     if twin is None:
         for names, inputs in calibrate(model, layers, batches, forward):
-            yield names, inputs, []
+            yield names, inputs, None
         return
     both = calibrate(twin, {name: twin.get_submodule(name) for name in layers}, batches, forward)
     floats: dict[str, list[Tensor]] = {}
@@ -378,23 +304,6 @@ def _inputs(
         yield names, inputs, floats[names[0]]
         for name in names:
             floats.pop(name, None)
-
-
-def _linear_layers(
-    model: nn.Module, include: Sequence[str], exclude: Sequence[str]
-) -> tuple[dict[str, nn.Module], dict[str, list[str]]]:
-    """The linear layers by their first name, and every name that shares their weight."""
-    layers: dict[str, nn.Module] = {}
-    aliases: dict[str, list[str]] = {}
-    first: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, (nn.Linear, Conv1D)) and matches(name, include) and not matches(name, exclude):
-            # A layer that shares its weight, or its all, with another one is quantised with it.
-            shared = module.weight if why_not_replaceable(module) is None else module
-            owner = first.setdefault(id(shared), name)
-            aliases.setdefault(owner, []).append(name)
-            layers.setdefault(owner, module)
-    return layers, aliases
 
 
 def _quantize_embeddings(model: nn.Module, bits: int) -> dict[str, str]:
@@ -414,27 +323,3 @@ def _quantize_embeddings(model: nn.Module, bits: int) -> dict[str, str]:
         else:
             model.set_submodule(name, done.setdefault(id(module), QuantEmbedding.from_embedding(module, bits)))
     return left
-
-
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern of ``fnmatch`` fits a layer's whole name or one part of it between dots."""
-    parts = (name, *name.split("."))
-    return any(fnmatchcase(part, pattern) for pattern in patterns for part in parts)
-
-
-def _by_pattern(name: str, values: Mapping[str, int] | None, default: int) -> int:
-    return next((value for pattern, value in (values or {}).items() if matches(name, (pattern,))), default)
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    assert isinstance(layer.weight, Tensor)
-    return layer.weight.detach().T if isinstance(layer, Conv1D) else layer.weight.detach()
-
-
-def _bias(layer: nn.Module) -> Tensor | None:
-    assert layer.bias is None or isinstance(layer.bias, Tensor)
-    return layer.bias
-
-
-def _shape(layer: nn.Module) -> tuple[int, int]:
-    return len(_weight(layer)), _weight(layer).shape[1]

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lightning_distill.quantization.gptq import find_grid
+from lightning_distill.quantization.grid import find_grid
 
 
 def paper_gptq(

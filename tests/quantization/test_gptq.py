@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_distill.quantization import Hessian, gptq_layer
-from lightning_distill.quantization.gptq import find_grid, retarget, upper_factor
+from lightning_distill.quantization.gptq import retarget
+from lightning_distill.quantization.grid import find_grid
+from lightning_distill.quantization.hessian import upper_factor
 from tests.quantization.paper import paper_gptq
 
 OPTIONS = [

@@ -16,7 +16,6 @@ GUIDE = Path(__file__).resolve().parents[2] / "docs" / "quantization.md"
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected at least as many calibration tokens"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast"),
 ]
 
 

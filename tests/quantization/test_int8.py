@@ -22,7 +22,6 @@ def needs(module: str, extra: str) -> pytest.MarkDecorator:
 needs_torchao = needs("torchao", "int8")
 needs_bitsandbytes = needs("bitsandbytes", "bitsandbytes")
 needs_onnx = needs("onnxruntime", "onnx")
-pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
 
 
 def far(model: nn.Module, other: nn.Module, batch: dict) -> float:
