@@ -58,32 +58,25 @@ def texts_of(table: Table) -> list[Text]:
     """
     found: list[Text] = []
     for row, values in enumerate(zip(*table.columns.values(), strict=True)):
-        place = f"{table.name}:{table.lines[row]}"
-        column, value = next(iter(table.columns)), values[0]
-        if len(values) == 2:
-            prompt, answer = values
-            if isinstance(prompt, str) and isinstance(answer, str):
-                for each, text in zip(table.columns, values, strict=True):
-                    check_text(table, row, each, text)
-                if not answer.strip():
+        match values:
+            case [list(messages)]:
+                found.append(_chat(table, row, messages, 0))
+            case [list(prompt), list(answer)]:
+                found.append(_chat(table, row, prompt + answer, len(prompt)))
+            case [text] | [str(), str() as text]:
+                for column, value in zip(table.columns, values, strict=True):
+                    check_text(table, row, column, value)
+                if text.strip():
+                    found.append(text if len(values) == 1 else Completion(*values, table.place(row)))
+                elif len(values) == 2:
                     raise table.error(row, "no text in 'completion'")
-                found.append(Completion(prompt, answer, place))
-            elif isinstance(prompt, list) and isinstance(answer, list):
-                messages = _messages(table, row, prompt + answer)
-                found.append(_answered(table, row, Chat(messages, len(prompt), place)))
-            else:
+            case [prompt, answer]:
                 kinds = f"{type(prompt).__name__} and {type(answer).__name__}"
                 raise table.error(row, f"expected two texts or two lists of messages, but got {kinds}")
-        elif isinstance(value, list):
-            found.append(_answered(table, row, Chat(_messages(table, row, value), 0, place)))
-        else:
-            check_text(table, row, column, value)
-            if value.strip():
-                found.append(value)
     return found
 
 
-def _messages(table: Table, row: int, values: Sequence[Any]) -> list[dict[str, Any]]:
+def _chat(table: Table, row: int, values: Sequence[Any], num_given: int) -> Chat:
     messages = []
     for value in values:
         if not isinstance(value, dict) or not isinstance(value.get("role"), str):
@@ -93,13 +86,9 @@ def _messages(table: Table, row: int, values: Sequence[Any]) -> list[dict[str, A
         if "content" in message or "tool_calls" not in message:
             check_text(table, row, "content", message.get("content"))
         messages.append(message)
-    return messages
-
-
-def _answered(table: Table, row: int, chat: Chat) -> Chat:
-    if not any(message["role"] == "assistant" for message in chat.messages[chat.num_given :]):
+    if not any(message["role"] == "assistant" for message in messages[num_given:]):
         raise table.error(row, "no message of the role 'assistant', so there is no answer to learn")
-    return chat
+    return Chat(messages, num_given, table.place(row))
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: Chat | Completion) -> Document | Conversation:

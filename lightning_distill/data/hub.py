@@ -38,10 +38,13 @@ def read_hub_dataset(
         ValueError: there is no such data set, no training split, or no such column, or it cannot be read.
     """
     splits = _load(name)
+    used = {split: next((name for name in names if name in splits), None) for split, names in _SPLITS.items()}
     tables: dict[str, Table] = {}
     names = None
-    passed_over = [split for split in splits if split not in _used(splits).values()]
-    for split, found in _used(splits).items():
+    passed_over = [split for split in splits if split not in used.values()]
+    for split, found in used.items():
+        if found is None:
+            continue
         data, place = splits[found], f"{name} ({found})"
         if label_column is not None and split != "train" and label_column not in data.column_names:
             passed_over.append(f"{found} (it has no column {label_column!r})")
@@ -68,11 +71,6 @@ def read_hub_dataset(
     if passed_over:
         rank_zero_warn(one_line(f"{name}: not used: {', '.join(passed_over)}"), stacklevel=2)
     return tables, names
-
-
-def _used(splits: Mapping[str, Any]) -> dict[str, str]:
-    found = {split: next((name for name in names if name in splits), None) for split, names in _SPLITS.items()}
-    return {split: name for split, name in found.items() if name is not None}
 
 
 def _load(name: str) -> Mapping[str, Any]:

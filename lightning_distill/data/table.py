@@ -31,9 +31,13 @@ class Table(NamedTuple):
     def __len__(self) -> int:
         return len(self.lines)
 
+    def place(self, row: int) -> str:
+        """Where a row comes from, as errors name it."""
+        return f"{self.name}:{self.lines[row]}"
+
     def error(self, row: int, problem: str) -> ValueError:
         """Make the one-line error for a row."""
-        return ValueError(one_line(f"{self.name}:{self.lines[row]}: {problem}"))
+        return ValueError(one_line(f"{self.place(row)}: {problem}"))
 
     def note(self, said: str = "") -> None:
         """Tell the user, once for all processes, what became of the rows, and which columns are not used."""

@@ -122,12 +122,9 @@ class EarlyExitInference(L.LightningModule):
         self._thresholds = chosen
 
     def settings(self) -> dict[str, Any]:
-        """Criterion, thresholds and temperatures, as primitives."""
-        return {
-            "criterion": self.criterion.config(),
-            "thresholds": {str(layer): value for layer, value in self._thresholds.items()},
-            "temperatures": {str(layer): value for layer, value in self.temperatures.items()},
-        }
+        """Criterion, thresholds and temperatures, as JSON can hold them."""
+        config = self.criterion.config()
+        return {"criterion": config, "thresholds": self.thresholds, "temperatures": self.temperatures}
 
     def forward(self, batch: Any = None, **inputs: Any) -> Tensor:
         """Logits of a batch, or of inputs by name as the student takes them; see :meth:`predict`."""

@@ -186,7 +186,8 @@ class Ramps(nn.ModuleDict):
             )
         config, stored = read_json(folder / CONFIG), Tensors()
         stored.add(folder / WEIGHTS)
-        described, count = config.get("ramps"), len(stored.shapes)
+        described: Any = config.get("ramps")
+        count = len(stored.shapes)
         exits = described.get("exits") if isinstance(described, dict) else None
         if not isinstance(exits, list) or len(exits) > count:  # each ramp has some tensors
             raise ValueError(f"Expected {folder / CONFIG} to describe the {count} tensors of ramps in {WEIGHTS}.")
