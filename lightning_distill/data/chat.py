@@ -67,7 +67,7 @@ def texts_of(table: Table) -> list[Text]:
                 for column, value in zip(table.columns, values, strict=True):
                     check_text(table, row, column, value)
                 if text.strip():
-                    found.append(text if len(values) == 1 else Completion(*values, table.place(row)))
+                    found.append(text if len(values) == 1 else Completion(values[0], text, table.place(row)))
                 elif len(values) == 2:
                     raise table.error(row, "no text in 'completion'")
             case [prompt, answer]:

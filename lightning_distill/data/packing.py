@@ -80,42 +80,36 @@ class PackedText(Dataset):
         if not pieces:
             raise ValueError("Expected argument `documents` to have one of at least two tokens, but got none")
         rows = _best_fit([len(ids) for ids, _ in pieces], max_length)
-        shape = len(rows), max_length
-        self._input_ids = torch.full(shape, pad_token_id, dtype=torch.int32)
-        self._labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int32)
-        self._position_ids = torch.zeros(shape, dtype=torch.int32)
+        empty = {"input_ids": pad_token_id, "position_ids": 0, "labels": IGNORE_INDEX}
+        self._rows = {
+            name: torch.full((len(rows), max_length), value, dtype=torch.int32) for name, value in empty.items()
+        }
         for row, members in enumerate(rows):
             begin = 0
             for member in members:
                 ids, learned = (torch.tensor(values) for values in pieces[member])
                 end = begin + len(ids)
-                self._input_ids[row, begin:end] = ids
-                self._labels[row, begin:end] = torch.where(learned, ids, IGNORE_INDEX)
-                self._position_ids[row, begin:end] = torch.arange(len(ids))
+                self._rows["input_ids"][row, begin:end] = ids
+                self._rows["position_ids"][row, begin:end] = torch.arange(len(ids))
+                self._rows["labels"][row, begin:end] = torch.where(learned, ids, IGNORE_INDEX)
                 begin = end
-            self._position_ids[row, begin:] = torch.arange(max_length - begin)
+            self._rows["position_ids"][row, begin:] = torch.arange(max_length - begin)
 
     @property
     def num_labels(self) -> int:
         """How many tokens are predicted."""
-        return int((self._labels != IGNORE_INDEX).sum())
+        return int((self._rows["labels"] != IGNORE_INDEX).sum())
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row, all alike."""
-        return [self._input_ids.shape[1]] * len(self)
+        return [self._rows["labels"].shape[1]] * len(self)
 
     def __len__(self) -> int:
-        return len(self._input_ids)
+        return len(self._rows["labels"])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return {
-            "input_ids": self._input_ids[index].long(),
-            "position_ids": self._position_ids[index].long(),
-            "labels": self._labels[index].long(),
-        }
+        return {name: values[index].long() for name, values in self._rows.items()}
 
 
 def _pieces(documents: Iterable[AnyDocument], max_length: int) -> Iterator[tuple[Sequence[int], list[bool]]]:

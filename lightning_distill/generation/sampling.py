@@ -47,7 +47,7 @@ def settings(
     cache_implementation: str | None = None,
     words: int | None = None,
 ) -> transformers.GenerationConfig:
-    """Check how a model is to write, and say it in transformers' form; it holds inside :func:`own_settings_aside`.
+    """Check how a model is to write, and say it in transformers' form; it holds inside :func:`without_own_settings`.
 
     Arguments are those of :func:`generate`, but for the tokens of the longest prompt.
 
@@ -114,7 +114,7 @@ def _cache(model: Any, kind: str | None) -> dict[str, Any]:
 
 
 @contextmanager
-def own_settings_aside(*models: nn.Module) -> Iterator[None]:
+def without_own_settings(*models: nn.Module) -> Iterator[None]:
     """Have models write by the settings they are called with alone, and not by what they ship, while the block lasts.
 
     ``generate`` fills what its caller leaves open from the model's ``generation_config``: a repetition penalty, words
@@ -236,7 +236,7 @@ def generate(
         words=words,
     )
     ends = end_tokens(model)
-    with evaluating(model), own_settings_aside(model), seeded(seed, device):
+    with evaluating(model), without_own_settings(model), seeded(seed, device):
         sequences = writer.generate(
             input_ids=ids, attention_mask=mask, generation_config=config, synced_gpus=synced_gpus
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.generation.sampling import Prompt, own_settings_aside, pad_prompts, pad_token, seeded, settings
+from lightning_distill.generation.sampling import Prompt, pad_prompts, pad_token, seeded, settings, without_own_settings
 from lightning_distill.generation.speed import tokens_per_second
 from lightning_distill.models.calling import evaluating
 from lightning_distill.models.tokenizers import check_vocabulary
@@ -131,7 +131,7 @@ def speculative(
     def count_new(sequences: list[Tensor]) -> int:
         return sum(map(len, sequences)) - prompt_tokens
 
-    with torch.no_grad(), evaluating(teacher, student), own_settings_aside(teacher, student), seeded(seed, device):
+    with torch.no_grad(), evaluating(teacher, student), without_own_settings(teacher, student), seeded(seed, device):
         _draft(student, num_draft_tokens)
         with _counting(teacher) as teacher_calls, _counting(student) as drafted:
             sequences = write(student)
