@@ -63,7 +63,7 @@ def chunked_losses(
         >>> hidden = torch.tensor([[2.0, 0.0]], requires_grad=True)
         >>> losses = chunked_losses(Projection(hidden, torch.eye(2)), terms, teacher=torch.zeros(1, 2))
         >>> losses.detach(), torch.autograd.grad(0.5 * losses.sum(), hidden)
-        (tensor([0.4338, 0.4802]), (tensor([[ 0.4214, -0.4214]]),))
+        (tensor([0.4338, 0.4805]), (tensor([[ 0.4215, -0.4215]]),))
     """
     if chunk_size != "auto" and not (isinstance(chunk_size, int) and chunk_size > 0):
         raise ValueError(f'Expected argument `chunk_size` to be "auto" or at least 1, but got {chunk_size!r}.')

@@ -20,8 +20,14 @@ from lightning_distill.objectives.features import (
     HiddenStateCosine,
     PatientHiddenState,
 )
-from lightning_distill.objectives.logits import Decoupled, HardLabel, LogitsMSE, SoftTarget, TopKSoftTarget
-from lightning_distill.objectives.logits_cosine import LogitsCosine
+from lightning_distill.objectives.logits import (
+    Decoupled,
+    HardLabel,
+    LogitsCosine,
+    LogitsMSE,
+    SoftTarget,
+    TopKSoftTarget,
+)
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import CosineSchedule, LinearSchedule, StepSchedule
 from lightning_distill.objectives.universal_logit import UniversalLogit

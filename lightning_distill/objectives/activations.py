@@ -58,12 +58,7 @@ class AttentionTransfer(NeuronSelectivity):
 
     Widths may differ; there is no projection.
 
-    Args:
-        layers: As in :class:`HiddenState`.
-        embedding: Whether the input of the first layers is a pair too.
-        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
+    Arguments are those of :class:`NeuronSelectivity`.
 
     Example:
         >>> import torch

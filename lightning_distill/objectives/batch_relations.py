@@ -94,13 +94,7 @@ class RelationalDistance(_Rows):
 
     A row's value depends on its batch. Widths may differ; there is no projection.
 
-    Args:
-        layers: As in :class:`HiddenState`.
-        pooling: What stands for a row of tokens or positions: their ``"mean"``, the ``"first"`` of them, or all
-            of them in one vector, ``"flatten"``.
-        embedding: Whether the input of the first layers is a pair too.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
+    Arguments are those of :class:`SimilarityPreserving`, with ``pooling="mean"`` as the default.
 
     Example:
         >>> import torch
@@ -125,13 +119,7 @@ class RelationalAngle(_Rows):
 
     A row's value depends on its batch. Widths may differ; there is no projection.
 
-    Args:
-        layers: As in :class:`HiddenState`.
-        pooling: What stands for a row of tokens or positions: their ``"mean"``, the ``"first"`` of them, or all
-            of them in one vector, ``"flatten"``.
-        embedding: Whether the input of the first layers is a pair too.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
+    Arguments are those of :class:`SimilarityPreserving`, with ``pooling="mean"`` as the default.
 
     Example:
         >>> import torch

@@ -41,6 +41,9 @@ class FeatureObjective(Objective):
             average pooling); otherwise maps of other sizes are refused.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
+
+    Raises:
+        ValueError: If the models do not have these layers or modules, or a projection lacks a width.
     """
 
     reads_logits = False
@@ -202,19 +205,7 @@ class FeatureObjective(Objective):
 class HiddenState(FeatureObjective):
     """Mean squared difference of hidden states, see :func:`lightning_distill.functional.hidden_state_mse`.
 
-    Args:
-        layers: A named map, a teacher layer per student layer, or pairs of layers or of module paths; None for the
-            embedding alone.
-        embedding: Whether the input of the first layers is a pair too.
-        projection: Whether student states go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
-            pair of layers.
-        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
-
-    Raises:
-        ValueError: If the models do not have these layers or modules, or a projection lacks a width.
+    Arguments are those of :class:`FeatureObjective`.
 
     Example:
         >>> import torch
@@ -239,15 +230,7 @@ class HiddenState(FeatureObjective):
 class HiddenStateCosine(FeatureObjective):
     """One minus the cosine of hidden states, see :func:`lightning_distill.functional.hidden_state_cosine`.
 
-    Args:
-        layers: As in :class:`HiddenState`; DistilBERT compares the last layers only.
-        embedding: Whether the input of the first layers is a pair too.
-        projection: Whether student states go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
-            pair of layers.
-        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
+    DistilBERT compares the last layers alone, ``"last"``. Arguments are those of :class:`FeatureObjective`.
 
     Example:
         >>> import torch
@@ -272,15 +255,7 @@ class PatientHiddenState(FeatureObjective):
 
     Only the first real token of each row is read. The paper leaves out the last layer: pass pairs to do the same.
 
-    Args:
-        layers: As in :class:`HiddenState`.
-        embedding: Whether the input of the first layers is a pair too.
-        projection: Whether student states go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
-            pair of layers.
-        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
+    Arguments are those of :class:`FeatureObjective`.
 
     Example:
         >>> import torch
@@ -306,15 +281,7 @@ class PatientHiddenState(FeatureObjective):
 class Flow(FeatureObjective):
     """How features change from one mapped layer to the next (FSP), see :func:`lightning_distill.functional.flow`.
 
-    Args:
-        layers: As in :class:`HiddenState`, of at least two pairs; in a CNN, layers of one resolution.
-        embedding: Whether the input of the first layers is a pair too.
-        projection: Whether student states go through a learned linear layer; None: where the widths differ.
-        widths: Widths ``(student, teacher)``, where they cannot be read off the models; or a list of them, one for each
-            pair of layers.
-        pool_maps: Whether of two feature maps the larger is pooled to the height and width of the smaller.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
+    Arguments are those of :class:`FeatureObjective`; ``layers`` has at least two pairs, in a CNN of one resolution.
 
     Raises:
         ValueError: If there are fewer than two pairs.

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_distill import functional
 from lightning_distill.arguments import typed
 from lightning_distill.functional.divergences import Divergence
-from lightning_distill.functional.terms import HardLabelTerm, SoftTargetTerm
+from lightning_distill.functional.tensors import full_precision
+from lightning_distill.functional.terms import CosineTerm, HardLabelTerm, SoftTargetTerm
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals.signals import Signals
@@ -92,29 +93,18 @@ class SoftTarget(_Softened):
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
+        options: Any = {"temperature": self.temperature, "mask": student.mask, "reduction": "none"}
         if teacher.top_k:
             if self.divergence != "forward_kl":
                 raise self._error("divergence", "'forward_kl' with a teacher's k best classes alone", self.divergence)
-            values = functional.top_k_soft_target(
-                student.logits,
-                teacher.top_k[self.temperature].log_probs,
-                teacher.top_k[self.temperature].classes,
-                temperature=self.temperature,
-                mask=student.mask,
-                reduction="none",
-            )
+            best = teacher.top_k[self.temperature]
+            values = functional.top_k_soft_target(student.logits, best.log_probs, best.classes, **options)
         elif _are_values(student):
             values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
         else:
+            shares = {"beta": self.beta, "alpha": self.alpha}
             values = functional.soft_target(
-                student.logits,
-                teacher.logits,
-                temperature=self.temperature,
-                divergence=self.divergence,
-                beta=self.beta,
-                alpha=self.alpha,
-                mask=student.mask,
-                reduction="none",
+                student.logits, teacher.logits, divergence=self.divergence, **shares, **options
             )
         return Loss(values, student.mask)
 
@@ -155,8 +145,7 @@ class TopKSoftTarget(_Softened):
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
-        logits = teacher.logits if teacher.logits.dtype == torch.float64 else teacher.logits.float()
-        log_probs = torch.log_softmax(logits / self.temperature, dim=-1)
+        log_probs = torch.log_softmax(full_precision(teacher.logits) / self.temperature, dim=-1)
         top, classes = log_probs.topk(min(self.k, log_probs.shape[-1]), dim=-1)
         values = functional.top_k_soft_target(
             student.logits, top, classes, temperature=self.temperature, mask=student.mask, reduction="none"
@@ -254,6 +243,39 @@ class LogitsMSE(Objective):
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Mean squared difference per row, or per token."""
         values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
+        return Loss(values, student.mask)
+
+
+@typed
+class LogitsCosine(Objective):
+    """One minus the cosine of the logits, see :func:`lightning_distill.functional.logits_cosine`.
+
+    Over a large vocabulary it is computed chunk by chunk, as :class:`SoftTarget` is.
+
+    Args:
+        weight: Factor of the loss in the total; a number or a schedule.
+        name: What it is logged as.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.objectives import LogitsCosine
+        >>> from lightning_distill.signals.signals import Signals
+        >>> LogitsCosine()(Signals(torch.tensor([[1.0, 0.0]])), Signals(torch.tensor([[0.0, 1.0]]))).mean().item()
+        1.0
+    """
+
+    needs_classes = True
+
+    def __init__(self, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
+        super().__init__(weight, name)
+
+    def chunked_term(self) -> CosineTerm:
+        """The distance of a chunk of tokens."""
+        return CosineTerm()
+
+    def forward(self, student: Signals, teacher: Signals) -> Loss:
+        """One minus the cosine per row, or per token."""
+        values = functional.logits_cosine(student.logits, teacher.logits, mask=student.mask, reduction="none")
         return Loss(values, student.mask)
 
 

@@ -78,14 +78,7 @@ class LinearSchedule:
 class CosineSchedule(LinearSchedule):
     """From one number to another along half a cosine, slow at both ends.
 
-    Args:
-        start: Number up to progress ``begin``.
-        end: Number from progress ``finish`` on.
-        begin: Progress at which it starts to change.
-        finish: Progress at which it has changed.
-
-    Raises:
-        ValueError: If not 0 <= begin < finish <= 1.
+    Arguments and errors are those of :class:`LinearSchedule`.
 
     Example:
         >>> from lightning_distill.objectives import CosineSchedule

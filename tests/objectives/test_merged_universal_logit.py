@@ -15,6 +15,7 @@ from lightning_distill.models.batch import batch_of
 from lightning_distill.objectives import HardLabel, UniversalLogit
 from lightning_distill.signals.signals import Signals
 from lightning_distill.step.counting import before
+from lightning_distill.tasks import TASKS
 from tests.helpers.models import llama
 
 TEXTS = ["the tokenizers tokenize the tokenized token", "zwölf  Boxkämpfer jagen 東京 🙂🙂 tokens", "a b  ab a"]
@@ -207,7 +208,7 @@ def test_from_the_batch_to_the_loss_and_through_accumulation(tmp_path: Path) -> 
         ]
         expected = functional.merged_universal_logit(*logits, *labels, *spans, words=words, matched_weight=2.0)
         torch.testing.assert_close(module.losses(batch)["universal_logit"], expected)
-    told = (before("causal_lm", batch_of(role, batch)) for role in ("student", "teacher"))
+    told = (before(TASKS["causal_lm"], batch_of(role, batch)) for role in ("student", "teacher"))
     assert objective.count(*told) == sum(int(one.max()) for one in spans[1])
     run = L.Trainer(
         accelerator="cpu",
