@@ -387,7 +387,7 @@ PRIVATE_NAMES = [
     PrivateName(
         "torch.utils.data:DataLoader",
         "_iterator",
-        ("training/snapshot.py",),
+        ("training/dry_run.py",),
         "copy a loader without the workers that are alive",
     ),
     # -- transformers, torchmetrics

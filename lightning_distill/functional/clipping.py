@@ -1,7 +1,8 @@
 """Gradient clipping as functions on gradients: norms over all shards, coefficients, thresholds, in-place scaling.
 
-The functions take gradients in groups, each of which one foreach call can take; :func:`group_tensors` makes them. A
-caller with the same parameters at every step groups those once: for thousands of tensors that is a fifth of the time.
+``groups`` are gradients by kind, each group what one foreach call can take: :func:`group_tensors` makes them. A caller
+with the same parameters at every step groups those once: for thousands of tensors that is a fifth of the time. DTensors
+(FSDP2) count with all their shards, which makes a norm a collective call.
 """
 
 import math
@@ -19,17 +20,9 @@ Groups = Sequence[Sequence[Tensor]]
 
 
 def group_tensors(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
-    """Tensors by device, type and mesh of shards, in the order of their first appearance.
-
-    Args:
-        tensors: Tensors of any shapes.
-
-    Returns:
-        Lists, each of one kind.
+    """Tensors of any shapes by device, type and mesh of shards, in the order of their first appearance.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import group_tensors
         >>> [len(group) for group in group_tensors([torch.ones(2), torch.ones(3).double(), torch.ones(1)])]
         [2, 1]
     """
@@ -41,17 +34,9 @@ def group_tensors(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def gradient_of(parameter: Tensor) -> Tensor | None:
-    """A parameter's gradient; of a sparse one the entries that it stores, each once, which share its memory.
-
-    Args:
-        parameter: Its gradient is put into coalesced form if it is sparse.
-
-    Returns:
-        A dense tensor, or None if there is no gradient.
+    """A parameter's gradient, or None; of a sparse one, which is coalesced, the entries it stores, in the same memory.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import gradient_of
         >>> words = torch.nn.Embedding(9, 2, sparse=True)
         >>> words(torch.tensor([3, 3, 5])).sum().backward()
         >>> gradient_of(words.weight)
@@ -69,17 +54,10 @@ def gradient_of(parameter: Tensor) -> Tensor | None:
 def total_norm(groups: Groups) -> Tensor:
     """Euclidean norm of all gradients taken as one vector, over all shards of a sharded model.
 
-    Gradients of half precision are accumulated in float32, where a squared entry does not overflow.
-
-    Args:
-        groups: Gradients by kind; DTensors (FSDP2) count with all their shards, which is a collective call.
-
-    Returns:
-        A scalar on the device of the first gradient; 0 if there is none.
+    Gradients of half precision are accumulated in float32, where a squared entry does not overflow. The result is a
+    scalar on the device of the first gradient; 0 if there is none.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import group_tensors, total_norm
         >>> total_norm(group_tensors([torch.tensor([3.0]), torch.tensor([[0.0, 4.0]])]))
         tensor(5.)
     """
@@ -92,17 +70,9 @@ def total_norm(groups: Groups) -> Tensor:
 
 
 def all_finite(groups: Groups) -> Tensor:
-    """Whether no gradient has a NaN or infinite entry, for less than the price of a norm.
-
-    Args:
-        groups: Gradients by kind; DTensors count with all their shards, which is a collective call.
-
-    Returns:
-        A boolean scalar on the device of the first gradient; true if there is none.
+    """Whether no gradient has a NaN or infinite entry, for less than the price of a norm: a boolean scalar.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import all_finite
         >>> all_finite([[torch.ones(2), torch.tensor([1.0, float("inf")])]])
         tensor(False)
     """
@@ -128,16 +98,9 @@ def all_finite(groups: Groups) -> Tensor:
 def norm_coefficient(norm: Tensor, max_norm: Tensor | float) -> Tensor:
     r"""The factor :math:`\min(1, m / (n + 10^{-6}))` that brings a norm :math:`n` down to :math:`m`.
 
-    Args:
-        norm: Norms of any shape.
-        max_norm: Their upper bound; infinity leaves them alone.
-
-    Returns:
-        Factors of the shape of ``norm``.
+    Norms may have any shape; the bound infinity leaves them alone.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import norm_coefficient
         >>> norm_coefficient(torch.tensor([0.5, 4.0]), 1.0)
         tensor([1.0000, 0.2500])
 
@@ -147,15 +110,9 @@ def norm_coefficient(norm: Tensor, max_norm: Tensor | float) -> Tensor:
 
 
 def scale_(groups: Groups, coefficient: Tensor) -> None:
-    """Multiply gradients in place.
-
-    Args:
-        groups: Gradients by kind.
-        coefficient: A scalar.
+    """Multiply gradients in place by a scalar.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import scale_
         >>> gradient = torch.tensor([2.0, 4.0])
         >>> scale_([[gradient]], torch.tensor(0.5))
         >>> gradient
@@ -170,13 +127,7 @@ def scale_(groups: Groups, coefficient: Tensor) -> None:
 def clip_by_value_(groups: Groups, threshold: float) -> None:
     """Clamp every entry to [-threshold, threshold] in place.
 
-    Args:
-        groups: Gradients by kind.
-        threshold: The largest absolute value that stays.
-
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import clip_by_value_
         >>> gradient = torch.tensor([-3.0, 0.2])
         >>> clip_by_value_([[gradient]], 0.5)
         >>> gradient
@@ -203,8 +154,6 @@ def clip_adaptively_(parameters: Groups, threshold: float, eps: float = 1e-3) ->
         eps: Floor of the weights' norm, so that weights which start at zero can move.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import clip_adaptively_
         >>> weight = torch.nn.Parameter(torch.eye(2))
         >>> weight.grad = torch.tensor([[3.0, 4.0], [0.0, 0.001]])
         >>> clip_adaptively_([[weight]], threshold=0.01)
@@ -245,8 +194,6 @@ def unit_norms(tensor: Tensor) -> Tensor:
         Norms of shape [units, 1, ..., 1], or a scalar for a vector. For a DTensor, of the units in this process.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import unit_norms
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
         tensor([[5.],
                 [2.]])
@@ -274,8 +221,6 @@ def percentile_threshold(history: Tensor, percentile: float) -> Tensor:
         Of the shape of ``history`` without its first dimension.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import percentile_threshold
         >>> percentile_threshold(torch.tensor([1.0, 3.0, 2.0, float("nan")]), 50)
         tensor(2.)
 
@@ -311,8 +256,6 @@ def zscore_threshold(
         Bounds of the shape of ``norm``.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import zscore_threshold
         >>> zscore_threshold(torch.tensor([2.0, 6.0]), torch.ones(2), torch.ones(2), threshold=2.5)
         tensor([   inf, 2.2500])
 
@@ -324,22 +267,22 @@ def zscore_threshold(
     return torch.where(z > threshold, bound, math.inf)
 
 
-def spike_threshold(past: Tensor, factor: float) -> Tensor:
+def spike_threshold(past: Tensor, factor: float | None) -> Tensor:
     """Upper bound for a norm whose past is too short for statistics: a multiple of the median, which no spike moves.
 
     Args:
         past: Norms of shape [window, ...], with NaN for places not yet filled.
-        factor: How many times the median.
+        factor: How many times the median; None for no bound.
 
     Returns:
         Of the shape of ``past`` without its first dimension; 1 where there is no norm above 0 yet.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import spike_threshold
         >>> spike_threshold(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1e6, 0.0]]), 3.0)
         tensor([6., 1.])
     """
+    if factor is None:
+        return torch.full_like(past[0], math.inf)
     median = torch.nanquantile(past, 0.5, dim=0)
     return torch.where(median > 0, factor * median, 1.0)
 
@@ -361,8 +304,6 @@ def running_moments(
         The new means and variances.
 
     Example:
-        >>> import torch
-        >>> from lightning_distill.functional.clipping import running_moments
         >>> mean = variance = torch.zeros(())
         >>> for count, value in enumerate([1.0, 2.0, 6.0]):
         ...     mean, variance = running_moments(torch.tensor(value), mean, variance, torch.tensor(count), 3, 0.9)
@@ -377,6 +318,62 @@ def running_moments(
     new_mean = mean + weight * (value - mean)
     distance = torch.where(warming_up, value - mean, value - new_mean)
     return new_mean, (1 - weight) * variance + weight * (value - new_mean) * distance
+
+
+def percentile_bound(
+    norm: Tensor, finite: Tensor, state: dict[str, Tensor], percentile: float, spike_factor: float | None
+) -> Tensor:
+    """Upper bound for norms [units] by :func:`percentile_threshold` of a past that takes them in, if the step counts.
+
+    ``state`` has that past, ``history`` of shape [window, units], and ``count``, how many norms there have been. No
+    step waits for a device. The other arguments are those of :class:`~lightning_distill.callbacks.GradientClipping`.
+    """
+    history, count = state["history"], state["count"]
+    spike = spike_threshold(history, spike_factor)
+    _write(history, count % len(history), norm, finite)
+    bound = percentile_threshold(history, percentile)
+    # Of few norms, the percentile lies above all but the largest, which may be this one.
+    held = (count + 1).clamp(max=len(history))
+    return torch.where(percentile / 100 * (held - 1) > held - 2, bound.minimum(spike), bound)
+
+
+def zscore_bound(
+    norm: Tensor,
+    finite: Tensor,
+    state: dict[str, Tensor],
+    threshold: float,
+    spike_factor: float | None,
+    decay: float,
+    option: Literal["adaptive_scaling", "mean"],
+    factor: float,
+    skip_spikes: bool,
+) -> Tensor:
+    """Upper bound for norms [units] by :func:`zscore_threshold` of moments that take them in, if the step counts.
+
+    ``state`` has these, ``mean`` and ``variance`` of shape [units], ``past``, the norms of the warm-up, of shape
+    [window, units], and ``count``. No step waits for a device. The other arguments are those of
+    :class:`~lightning_distill.callbacks.GradientClipping`.
+    """
+    mean, variance, count, past = (state[name] for name in ("mean", "variance", "count", "past"))
+    warming_up = count < len(past)
+    bound = zscore_threshold(norm, mean, variance, threshold, option=option, factor=factor)
+    bound = torch.where(warming_up, spike_threshold(past, spike_factor), bound)
+    _write(past, count.clamp(max=len(past) - 1), norm, finite & warming_up)
+    # All norms of the warm-up weigh the same, and none more than what a spike is cut to.
+    first = past.minimum(spike_threshold(past, spike_factor))
+    first_mean = first.nanmean(0)
+    plain = first_mean, (first - first_mean).square().nanmean(0)
+    decaying = running_moments(norm.minimum(bound), mean, variance, count, 0, decay)
+    update = finite & (warming_up | ~((norm > bound) & skip_spikes))
+    for old, early, late in zip((mean, variance), plain, decaying, strict=True):
+        old.copy_(torch.where(update, torch.where(warming_up, early, late), old))
+    return bound
+
+
+def _write(past: Tensor, place: Tensor, norm: Tensor, when: Tensor) -> None:
+    """Put norms into a row of those of the past, without waiting for a device."""
+    place = place.reshape(1)
+    past.index_copy_(0, place, torch.where(when, norm, past.index_select(0, place)))
 
 
 def _joined(group: Sequence[Tensor]) -> Tensor:

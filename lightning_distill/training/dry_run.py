@@ -4,6 +4,7 @@ import copy
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,6 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.trainer.connectors.data_connector import _DataLoaderSource
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
@@ -85,7 +84,7 @@ def _run(trainer: Any, callbacks: list[L.Callback], max_steps: int, val_batches:
     trainer.fit_loop = loop
     trainer.callbacks = callbacks
     trainer.loggers = [DummyLogger() for _ in trainer.loggers]
-    trainer._logger_connector = _LoggerConnector(trainer)
+    trainer._logger_connector = type(trainer._logger_connector)(trainer)
     if trainer.lightning_module.automatic_optimization:
         trainer.strategy.lr_scheduler_configs = []
     trainer.limit_val_batches = val_batches
@@ -97,14 +96,15 @@ def _run(trainer: Any, callbacks: list[L.Callback], max_steps: int, val_batches:
     loop.teardown()
 
 
-def _copied(loop: Any) -> _DataLoaderSource:
+def _copied(loop: Any) -> Any:
+    """The source of a loop's batches, with copies of its loaders."""
     loaders = loop._combined_loader
     if loaders is None:
         given = loop._data_source.dataloader()
         loaders = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "max_size_cycle")
-    copies = CombinedLoader(loaders.iterables, loaders._mode)
+    copies = copy.copy(loaders)
     copies.flattened = [copy_loader(loader) for loader in loaders.flattened]
-    return _DataLoaderSource(copies, loop._data_source.name)
+    return replace(loop._data_source, instance=copies)
 
 
 def copy_loader(loader: Any) -> Any:

@@ -1,6 +1,5 @@
 """Models over several devices: by shards of every layer (FSDP2), by a tensor-parallel plan, by copies (DDP)."""
 
-import warnings
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any
@@ -9,9 +8,10 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import nn
+from lightning_utilities import apply_to_collection
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -48,12 +48,27 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         >>> from lightning_distill.training.parallel import shard
         >>> student = shard(student, self.device_mesh["data_parallel"])  # doctest: +SKIP
     """
-    # Nothing here changes a model's output in place, which is what it warns of.
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module is not model:
+    for module in [*(part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)), model]:
+        if not isinstance(module, FSDPModule):
+            module.register_forward_hook(_of_their_own)
             fully_shard(module, mesh=mesh)
-    return fully_shard(model, mesh=mesh)  # type: ignore[return-value]
+    return model
+
+
+class _OfItsOwn(torch.autograd.Function):
+    """A tensor in the same memory that is no view: FSDP2 hooks the outputs of a module, and warns of views."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+def _of_their_own(module: nn.Module, args: Any, output: Any) -> Any:
+    return apply_to_collection(output, Tensor, lambda value: _OfItsOwn.apply(value) if value.requires_grad else value)
 
 
 def tensor_parallel(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
