@@ -84,6 +84,7 @@ class TeacherCache(L.Callback):
         self.path, self.signals, self.top_k, self.dtype = path, tuple(signals), top_k, dtype
         self._module: Any = None
         self._cached: CachedSignals | None = None
+        self._before: Any = None  # what answered in the teacher's place before
         self._count = CacheCount()
         self._first_epoch = 0
 
@@ -146,6 +147,7 @@ class TeacherCache(L.Callback):
             )
         kept = self._kept(module)
         check_description(self.path, described(module, kept))
+        self._before = module._teacher_source
         self._module, self._cached = module, CachedSignals(self.path, module, kept, self._count, rank)
         module.teacher_source = self._cached
 
@@ -186,7 +188,7 @@ class TeacherCache(L.Callback):
     def detach(self) -> None:
         """Give the module its teacher back and close the files."""
         if self._cached is not None:
-            self._module.teacher_source = self._cached.source
+            self._module.teacher_source = self._before
             self._cached.close()
         self._module = self._cached = None
 

@@ -153,8 +153,7 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         own: dict[str, Any] = {"own_steps": self._own_steps, "own_teacher_inputs": own_teacher_inputs}
         self.pairing = pair(self.student, self.teacher, self._task, named_objectives, **own)
         self.forwards = Forwards(self._task, named_objectives, self.pairing)
-        #: Gives the teacher's signals for a batch: the seam where what answers in its place, as a cache, is put.
-        self.teacher_source: TeacherSource = self.teacher_step if "teacher" in self._own_steps else TeacherForward(self)
+        self._teacher_source: TeacherSource | None = None
         #: What else is trained, by name: gives the new loss for that of a step, its batch and both signals.
         self.loss_terms: dict[str, Callable[[Tensor, Any, Signals, Signals | None], Tensor]] = {}
         self._check = StepCheck(self._task, named_objectives, same_answers=self.pairing.same_answers)
@@ -167,6 +166,18 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         steps = {"student": "student_step", "teacher": "teacher_step"}
         base, own = DistillationModule, type(self)
         return {role for role, step in steps.items() if getattr(own, step) is not getattr(base, step)}
+
+    @property
+    def teacher_source(self) -> TeacherSource:
+        """Gives the teacher's signals for a batch: the seam where what answers in its place, as a cache, is put."""
+        if self._teacher_source is not None:
+            return self._teacher_source
+        # Made when it is asked for: kept, it and the module would hold each other.
+        return TeacherForward(self) if self.teacher_source_has_own_order else self.teacher_step
+
+    @teacher_source.setter
+    def teacher_source(self, source: TeacherSource | None) -> None:
+        self._teacher_source = source
 
     @property
     def teacher_source_has_own_order(self) -> bool:
