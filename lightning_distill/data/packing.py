@@ -1,4 +1,7 @@
-"""Documents of different lengths in rows of one length, without one attending to another."""
+"""Documents of different lengths in rows of one length, without one attending to another.
+
+transformers' ``DataCollatorWithFlattening`` joins what a batch happens to hold in one row, of another length each time.
+"""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias

@@ -1,7 +1,7 @@
 """Early exit: ramps, criteria, exact batched inference, calibration.
 
-Here belongs how rows leave early and what that costs. How ramps are trained belongs into ``callbacks/early_exit.py``;
-their losses are functions in ``functional/``.
+Here belongs how rows leave early, what that costs, and what ramps learn from. When they learn belongs into
+``callbacks/early_exit.py``; measures of how sure an answer is are functions in ``functional/``.
 """
 
 from lightning_distill.early_exit.calibration import calibrate
