@@ -7,16 +7,13 @@ what it was called with.
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from torch import Tensor
 
 from lightning_distill.functional.attention import Attention
-
-if TYPE_CHECKING:
-    # They are made of functions whose package imports this file.
-    from lightning_distill.functional.projection import TopK
-    from lightning_distill.signals.head import Deferred
+from lightning_distill.functional.projection import TopK
+from lightning_distill.signals.head import Deferred
 
 
 @dataclass(frozen=True)
@@ -88,8 +85,8 @@ class Signals:
     modules: dict[str, Tensor] = field(default_factory=dict)
     decoder: str | None = None
     decoder_token_mask: Tensor | None = None
-    top_k: dict[float, "TopK"] = field(default_factory=dict)
-    deferred: "Deferred | None" = None
+    top_k: dict[float, TopK] = field(default_factory=dict)
+    deferred: Deferred | None = None
     regression: bool = False
     offsets: Tensor | None = None
 
