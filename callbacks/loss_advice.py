@@ -46,15 +46,7 @@ class LossAdvice(L.Callback):
 
     @staticmethod
     def judge(losses: Tensor, min_fall: float = 0.01) -> Verdict:
-        """Name the shape of a loss curve.
-
-        Args:
-            losses: Averaged losses in the order of training, shape [windows].
-            min_fall: As of the class.
-
-        Returns:
-            ``"too short"`` (fewer than three windows), ``"diverging"``, ``"flat"`` or ``"falling"``.
-        """
+        """Name the shape of averaged losses in the order of training, shape [windows]; ``min_fall`` as of the class."""
         if not losses.isfinite().all():
             return "diverging"
         if len(losses) < 3:
@@ -80,8 +72,7 @@ class LossAdvice(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Judge the curve and say it."""
-        losses = torch.stack([loss.to(pl_module.device) for loss in self._windows]) if self._windows else torch.zeros(0)
-        self.verdict = self.judge(losses, self.min_fall)
+        self.verdict = self.judge(torch.tensor([float(loss) for loss in self._windows]), self.min_fall)
         if self.verdict == "diverging":
             rank_zero_warn("The training loss diverged: try a learning rate lower by a factor of 10.")
         elif self.verdict == "flat":

@@ -61,8 +61,6 @@ class Resumable(L.Callback):
     def __init__(self, seed: int = 0, *, resume_hint: str | None = None) -> None:
         super().__init__()
         integer("seed", seed, 0, 2**32 - 1)
-        if not (resume_hint is None or isinstance(resume_hint, str)):
-            raise TypeError(f"Expected argument `resume_hint` to be a string or None, but got {resume_hint!r}.")
         self.seed, self.resume_hint = seed, resume_hint
         self._received: signal.Signals | None = None
         self._handlers: dict[signal.Signals, Any] = {}
@@ -121,23 +119,7 @@ class Resumable(L.Callback):
         if not trainer.sanity_checking and trainer.state.fn == "fit":
             self._seed(trainer, within_step=False)
 
-    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the signals to the program."""
-        self._leave_to_program(trainer)
-
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the signals to the program, outside of a training."""
-        self._leave_to_program(trainer)
-
-    def on_test_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the signals to the program."""
-        self._leave_to_program(trainer)
-
-    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Leave the signals to the program."""
-        self._leave_to_program(trainer)
-
-    def _leave_to_program(self, trainer: L.Trainer) -> None:
         """Put the program's own handler of SIGTERM in the place of Lightning's, where it has one.
 
         Lightning's makes a collective call in the handler, which waits for ever if another process is in another.
@@ -145,6 +127,8 @@ class Resumable(L.Callback):
         earlier = self._of_program
         if callable(earlier) and not self._handlers and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, earlier)
+
+    on_sanity_check_start = on_test_start = on_predict_start = on_validation_start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give a resumed run its metrics, and take over the two signals."""

@@ -39,14 +39,7 @@ class UncertaintyBalance(nn.Module):
         self.log_variance = nn.Parameter(torch.zeros(len(self.names)))
 
     def forward(self, losses: dict[str, Tensor]) -> Tensor:
-        """The total of the losses of these names, a scalar.
-
-        Args:
-            losses: One scalar per name.
-
-        Returns:
-            A scalar.
-        """
+        """The total, a scalar, of one scalar per name."""
         ordered = _ordered(losses, self.names)
         return ((-self.log_variance).exp() * ordered + self.log_variance / 2).sum()
 
@@ -89,14 +82,11 @@ class GradientNormBalance(nn.Module):
         self.register_buffer("norms", torch.full((len(self.names),), torch.nan))
 
     def forward(self, losses: dict[str, Tensor], shared: Sequence[Tensor]) -> Tensor:
-        """The total of the losses of these names, a scalar; while gradients are on, the norms are measured first.
+        """The total, a scalar, of one scalar per name; while gradients are on, the norms are measured first.
 
         Args:
             losses: One scalar per name.
             shared: Tensors, such as the parameters of the student's last layer, that the losses depend on.
-
-        Returns:
-            A scalar.
         """
         ordered = _ordered(losses, self.names)
         if torch.is_grad_enabled():

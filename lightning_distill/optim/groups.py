@@ -85,21 +85,15 @@ def parameter_groups(
 def _layers_below_the_head(module: nn.Module, layer_decay: float) -> dict[str, int]:
     """By parameter name, how many factors its learning rate gets: 0 for the head, L + 1 for the embeddings."""
     between("layer_decay", layer_decay, 0, 1)
-    stacks = {
-        path: stack
-        for path, stack in module.named_modules()
-        if isinstance(stack, nn.ModuleList) and any(parameter.requires_grad for parameter in stack.parameters())
-    }
+    lists = [(path, part) for path, part in module.named_modules() if isinstance(part, nn.ModuleList)]
+    stacks = {path: len(part) for path, part in lists if any(weight.requires_grad for weight in part.parameters())}
     if not stacks:
         raise ValueError("Expected argument `layer_decay` to be None for a module without a ModuleList of layers.")
-    path = max(stacks, key=lambda path: len(stacks[path]))
-    depth = len(stacks[path])
-    factors, seen = {}, False
+    stack = max(stacks, key=lambda path: stacks[path])
+    factors, outside = {}, stacks[stack] + 1
     for name, _ in module.named_parameters():
-        if name.startswith(f"{path}."):
-            seen = True
-            layer = int(name.removeprefix(f"{path}.").partition(".")[0])
-            factors[name] = depth - layer
+        if name.startswith(f"{stack}."):
+            factors[name], outside = stacks[stack] - int(name.removeprefix(f"{stack}.").partition(".")[0]), 0
         else:
-            factors[name] = 0 if seen else depth + 1
+            factors[name] = outside
     return factors

@@ -11,12 +11,8 @@ from torch.optim.lr_scheduler import CyclicLR
 def peak_lrs(optimizers: Sequence[Optimizer], schedules: Sequence[Any] = ()) -> list[list[float]]:
     """The learning rate each parameter group is configured with: the one its schedule warms up to or decays from.
 
-    Args:
-        optimizers: optimizers, at any point of their schedules.
-        schedules: their schedules; compound ones are looked into.
-
-    Returns:
-        One list per optimizer with one learning rate per parameter group.
+    The optimizers may be at any point of their schedules, of which compound ones are looked into. There is one list per
+    optimizer.
 
     Raises:
         ValueError: a group has no learning rate, as with an optimizer that sets its own.
@@ -47,12 +43,8 @@ def scale_peak_lrs(
 ) -> None:
     """Multiply the peak learning rates of optimizers and schedules as if they had been built with the product.
 
-    Floors that are given as absolute numbers (``eta_min`` of a cosine, ``min_lr`` of a plateau) stay.
-
-    Args:
-        optimizers: optimizers.
-        schedules: their schedules; compound ones are looked into.
-        factors: one factor per parameter group, one list per optimizer.
+    There is one factor per parameter group, in one list per optimizer. Floors that are given as absolute numbers
+    (``eta_min`` of a cosine, ``min_lr`` of a plateau) stay.
 
     Example:
         >>> import torch

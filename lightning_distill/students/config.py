@@ -29,20 +29,16 @@ def by_hand(model: nn.Module) -> str:
         ['config.num_layers = 2', 'config.num_decoder_layers = 2']
     """
     config: Any = getattr(model, "config", None)
-    lines = [f"config.{field} = {value}" for field, value in _smaller(model, config)]
+    towers = [name for name in getattr(config, "sub_configs", None) or {} if getattr(config, name, None) is not None]
+    found = [(f"{name}.{field}", half) for name in towers for field, half in _of_depth(getattr(config, name))]
+    if not towers:
+        found = list(_of_depth(config))
+        too_flat = bool(found) and found[0][1] == 1 == getattr(config, found[0][0])
+        if too_flat or (found and not _has_layers_of_its_own(model, config)):
+            found = [(name, _half(getattr(config, name))) for name in _WIDTHS if getattr(config, name, 1) % 2 == 0]
+        found = found or [("num_hidden_layers", 3)]
+    lines = [f"config.{field} = {value}" for field, value in found]
     return "; ".join(["config = copy.deepcopy(teacher.config)", *lines, "student = type(teacher)(config)"])
-
-
-def _smaller(model: nn.Module, config: Any) -> Iterator[tuple[str, Any]]:
-    parts = [name for name in getattr(config, "sub_configs", None) or {} if getattr(config, name, None) is not None]
-    if parts:
-        for name in parts:
-            yield from ((f"{name}.{field}", value) for field, value in _of_depth(getattr(config, name)))
-        return
-    found = list(_of_depth(config))
-    if found and (found[0][1] == 1 == getattr(config, found[0][0]) or not _has_layers_of_its_own(model, config)):
-        found = [(name, _half(getattr(config, name))) for name in _WIDTHS if getattr(config, name, 1) % 2 == 0]
-    yield from found or [("num_hidden_layers", 3)]
 
 
 def _of_depth(config: Any) -> Iterator[tuple[str, Any]]:

@@ -143,8 +143,8 @@ def copy_from_teacher(
 
     Args:
         student: A model of the teacher's class, of the size of one that :func:`student_from_teacher` makes.
-        teacher: The model to copy from; one of the architectures known there.
-        layers: Which of the teacher's layers, see :func:`lightning_distill.students.layer_map.layer_map`.
+        teacher: The model to copy from.
+        layers: See there.
         names: The student's parameters to fill; None: all.
 
     Returns:
@@ -154,9 +154,7 @@ def copy_from_teacher(
         ValueError: If the student is of another class or size, or the architecture is not known.
 
     Example:
-        >>> import torch
         >>> from transformers import BertConfig, BertModel
-        >>> from lightning_distill.students.from_teacher import copy_from_teacher
         >>> small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
         >>> teacher = BertModel(BertConfig(num_hidden_layers=4, **small))
         >>> student = BertModel(BertConfig(num_hidden_layers=2, **small))

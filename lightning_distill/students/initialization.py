@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -45,18 +45,13 @@ class Initialized:
     target_std: float | None
     measured_std: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """The line as primitives."""
-        return asdict(self)
+    as_dict = asdict
 
 
 def init_weight_(
     weight: Tensor, policy: str, activation: str, slope: float, std: float, generator: Generator
 ) -> tuple[str, float]:
     """Fill one weight in place by a rule.
-
-    ``"auto"`` takes Xavier with the gain of tanh or sigmoid, LeCun for SELU, a truncated normal for GELU and SiLU,
-    Xavier with gain 1 where nothing follows, and He (with the slope of a leaky ReLU) otherwise.
 
     Args:
         weight: at least two dimensions, output features first.

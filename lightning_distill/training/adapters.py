@@ -16,11 +16,8 @@ _KEY, _SAMPLES = "frozen_base", 8
 def frozen_base(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters of a model with adapters that belong to its base and are not trained.
 
-    Args:
-        model: A peft model, a transformers model with ``add_adapter``, or any other.
-
-    Returns:
-        Them by name, those with several names by each; none where the model has no adapters, or is sharded (FSDP2).
+    It may be a peft model, a transformers model with ``add_adapter``, or any other. Parameters with several names stand
+    under each; there are none where the model has no adapters, or is sharded (FSDP2).
 
     Example:
         >>> from torch import nn
@@ -29,12 +26,9 @@ def frozen_base(model: nn.Module) -> dict[str, nn.Parameter]:
         {}
     """
     layers = _layers_of_peft(model)
-    if not layers:
-        return {}
-    named = model.named_parameters(remove_duplicate=False)
     return {
         name: found
-        for name, found in named
+        for name, found in (model.named_parameters(remove_duplicate=False) if layers else ())
         # Lightning loads a whole file into sharded weights by itself, and asks for a key of each.
         if not (found.requires_grad or isinstance(found, DTensor)) and _is_of_base(name, layers)
     }
@@ -89,8 +83,8 @@ class AdapterCheckpoints(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep by what the frozen base is known again."""
         super().on_save_checkpoint(checkpoint)
-        base = _known_by(self.student)
-        if base:
+        samples = {name: _samples(parameter) for name, parameter in frozen_base(self.student).items()}
+        if base := {name: values for name, values in samples.items() if values is not None}:
             checkpoint[_KEY] = base
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -113,11 +107,6 @@ class AdapterCheckpoints(L.LightningModule):
                     f"trained on, but got {'another' if name in base else 'none'} in `{name}`. Give the same base, "
                     "loaded from its folder, with the same adapters on it."
                 )
-
-
-def _known_by(model: nn.Module) -> dict[str, list[float]]:
-    samples = {name: _samples(parameter) for name, parameter in frozen_base(model).items()}
-    return {name: values for name, values in samples.items() if values is not None}
 
 
 def _samples(parameter: Tensor) -> list[float] | None:

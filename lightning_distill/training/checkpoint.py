@@ -5,7 +5,8 @@ import os
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +46,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: _PATH, storage_options: Any | None = None) -> None:
-        """Write a checkpoint.
-
-        Args:
-            checkpoint: What the Trainer dumped.
-            path: The file.
-            storage_options: Not taken, as by Lightning's own.
-
-        Raises:
-            OSError: If the disk is full or the folder cannot be written; an earlier checkpoint of that name stays.
-        """
+        """Write a checkpoint; a full disk is an OSError, and an earlier checkpoint of that name stays."""
         system, local = url_to_fs(str(path))
         if storage_options is not None or not isinstance(system, LocalFileSystem):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -84,12 +76,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: _PATH, map_location: Any = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Read a checkpoint without running anything in it.
-
-        Args:
-            path: The file.
-            map_location: As for :func:`torch.load`.
-            weights_only: None stands for True.
+        """Read a checkpoint without running anything in it; ``weights_only=None`` stands for True.
 
         Raises:
             FileNotFoundError: If there is none.
@@ -157,27 +144,19 @@ def _key_file(path: Path) -> Path:
     return path / "meta.pt" if path.is_dir() and (path / "meta.pt").exists() else path
 
 
-class _refusing:
-    """Turns what torch says of a damaged file or of a pickle with code in it into one error that says which."""
-
-    def __init__(self, path: _PATH) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, pickle.UnpicklingError):
-            raise ValueError(
-                f"Expected {self._path} to hold tensors and primitives only, but got: {_first_line(error)} Nothing in "
-                "it was run."
-            ) from error
-        if isinstance(error, (EOFError, zipfile.BadZipFile, IsADirectoryError)) or (
-            isinstance(error, RuntimeError) and "PytorchStreamReader" in str(error)
-        ):
-            raise ValueError(
-                f"Expected {self._path} to be a whole checkpoint, but got: {_first_line(error)}"
-            ) from error
+@contextmanager
+def _refusing(path: _PATH) -> Iterator[None]:
+    """Turn what torch says of a damaged file or of a pickle with code in it into one error that says which."""
+    try:
+        yield
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"Expected {path} to hold tensors and primitives only, but got: {_first_line(error)} Nothing in it was run."
+        ) from error
+    except (EOFError, zipfile.BadZipFile, IsADirectoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise ValueError(f"Expected {path} to be a whole checkpoint, but got: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -128,10 +128,10 @@ def _plan(model: nn.Module) -> dict[str, str]:
 def _check_heads(model: nn.Module, size: int) -> None:
     config: Any = getattr(model, "config", None)
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-        if (getattr(config, name, None) or 0) % size:
+        if (found := getattr(config, name, None) or 0) % size:
             raise ValueError(
-                f"Expected `tensor_parallel_size` to divide the model's `{name}`, but got {size} and "
-                f"{getattr(config, name)}; choose another size."
+                f"Expected `tensor_parallel_size` to divide the model's `{name}`, but got {size} and {found}; choose "
+                "another size."
             )
 
 
@@ -174,14 +174,7 @@ def parallelize(student: nn.Module, teacher: nn.Module | None, objectives: nn.Mo
 
 
 def check_requests(objectives: Iterable[Objective]) -> None:
-    """Refuse objectives on attention where a process holds a part of the heads.
-
-    Args:
-        objectives: All of them.
-
-    Raises:
-        ValueError: If one reads queries, keys or values.
-    """
+    """Refuse, by a ValueError, objectives on attention where a process holds a part of the heads."""
     needy = [objective.name for objective in objectives if objective.student_request.attention]
     if needy:
         raise ValueError(
@@ -196,12 +189,7 @@ def is_parallel(module: nn.Module) -> bool:
 
 
 def check_trainer(trainer: L.Trainer, student: nn.Module, teacher: nn.Module | None) -> None:
-    """Refuse a Trainer that would train or save something else than is meant.
-
-    Args:
-        trainer: The Trainer, whose processes know each other.
-        student: The model that learns.
-        teacher: The model that is imitated, or None.
+    """Refuse a Trainer, whose processes know each other, that would train or save something else than is meant.
 
     Raises:
         ValueError: If DeepSpeed would save the teacher, a static graph would meet accumulation, SyncBatchNorm would
@@ -220,14 +208,12 @@ def check_trainer(trainer: L.Trainer, student: nn.Module, teacher: nn.Module | N
             f"but got {trainer.accumulate_grad_batches}: torch learns the graph in the first backward, which "
             "accumulation leaves without DDP. Use `strategy='ddp'`."
         )
-    on_cpu = strategy.root_device.type == "cpu"
-    if getattr(strategy, "_layer_sync", None) is not None and on_cpu:
-        names = [name for name, module in student.named_modules() if isinstance(module, _BatchNorm)]
-        if names:
-            raise ValueError(
-                "Expected argument `sync_batchnorm` of the Trainer to be False on a CPU, but got True and a student "
-                f"with `{names[0]}`: torch's SyncBatchNorm needs a GPU. Leave it out, or use another norm."
-            )
+    norm = next((name for name, module in student.named_modules() if isinstance(module, _BatchNorm)), None)
+    if getattr(strategy, "_layer_sync", None) is not None and strategy.root_device.type == "cpu" and norm is not None:
+        raise ValueError(
+            "Expected argument `sync_batchnorm` of the Trainer to be False on a CPU, but got True and a student with "
+            f"`{norm}`: torch's SyncBatchNorm needs a GPU. Leave it out, or use another norm."
+        )
     if isinstance(strategy, DDPStrategy) and teacher is not None and trainer.world_size > 1:
         _check_same_on_every_process(strategy, teacher)
 
@@ -235,9 +221,7 @@ def check_trainer(trainer: L.Trainer, student: nn.Module, teacher: nn.Module | N
 def look_for_unused(strategy: Strategy, objectives: Iterable[Objective]) -> None:
     """Tell DDP, before it wraps, that a student's head has no gradient where no objective reads its logits.
 
-    Args:
-        strategy: The Trainer's; what its user has said about unused parameters or a static graph holds.
-        objectives: What the student learns from.
+    What the strategy's user has said about unused parameters or a static graph holds.
     """
     if not isinstance(strategy, DDPStrategy) or any(objective.reads_logits for objective in objectives):
         return
