@@ -208,7 +208,7 @@ PRIVATE_NAMES = [
     PrivateName(
         _MODULE,
         "_parameters",
-        ("quantization/experts.py", "quantization/replaceable.py", "teachers/cached.py"),
+        ("quantization/experts.py", "quantization/replaceable.py", "teachers/cache/teacher.py"),
         "see and take away what a module has registered itself, entries of None too",
     ),
     PrivateName(
@@ -217,8 +217,8 @@ PRIVATE_NAMES = [
         (
             "quantization/linear.py",
             "quantization/replaceable.py",
-            "teachers/cached.py",
-            "teachers/holder.py",
+            "teachers/cache/teacher.py",
+            "teachers/module.py",
         ),
         "put another tensor in the place of a buffer, entries of None too",
     ),
@@ -237,7 +237,7 @@ PRIVATE_NAMES = [
     PrivateName(
         _MODULE,
         "_apply",
-        ("quantization/linear.py", "teachers/holder.py"),
+        ("quantization/linear.py", "teachers/module.py"),
         "keep the type of tensors that `.to(dtype)` must not change, and move a teacher that is no submodule",
     ),
     PrivateName(
@@ -335,7 +335,7 @@ PRIVATE_NAMES = [
             "early_exit/walk.py",
             "measure.py",
             "quantization/packed_weight.py",
-            "step/forwards.py",
+            "step/counting.py",
         ),
         "walk through nested batches and outputs, those of transformers too, which torch has no public module for",
     ),
@@ -369,19 +369,19 @@ PRIVATE_NAMES = [
     PrivateName(
         "torch.amp.grad_scaler:GradScaler",
         "_step_supports_amp_scaling",
-        ("callbacks/gradient_clipping.py", "module.py"),
+        ("callbacks/gradient_clipping.py", "training/scaled_steps.py"),
         "know that a fused optimizer unscales the gradients itself",
     ),
     PrivateName(
         "torch.optim.lr_scheduler:LRScheduler",
         "_last_lr",
-        ("callbacks/early_exit.py", "optim/peak_lr.py"),
+        ("optim/own_group.py", "optim/peak_lr.py"),
         "keep what a schedule says of its rates in step with a group that is added or scaled",
     ),
     PrivateName(
         "torch.optim.lr_scheduler:SequentialLR",
         "_schedulers",
-        ("callbacks/early_exit.py", "optim/peak_lr.py"),
+        ("optim/own_group.py", "optim/peak_lr.py"),
         "reach the schedules that a sequence or a chain is made of",
     ),
     PrivateName(
@@ -394,7 +394,7 @@ PRIVATE_NAMES = [
     PrivateName(
         _CONFIG,
         "_attn_implementation",
-        ("models/fingerprints.py", "signals/attention.py", "teachers/cached.py"),
+        ("models/fingerprints.py", "signals/attention.py", "teachers/cache/teacher.py"),
         "read which attention a model runs, and change it for one layer (`set_attn_implementation` is of a model)",
     ),
     PrivateName(
