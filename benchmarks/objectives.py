@@ -2,6 +2,7 @@
 
 python benchmarks/objectives.py            # prints the table, writes benchmarks/results/objectives.json and the picture
 python benchmarks/objectives.py --rows 500 --seeds 0
+python benchmarks/objectives.py --more     # the other objectives on the first student, into objectives_more.json
 
 All combinations train in lockstep in one process: the same batches, one forward of the teacher for all of them, then a
 step of each student. So a machine that slows down slows all alike. Every student takes the same number of steps; the
@@ -32,10 +33,22 @@ from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.objectives import (
     AttentionMap,
     AttentionRelation,
+    AttentionTransfer,
+    Contrastive,
+    Flow,
     HardLabel,
     HiddenState,
+    HiddenStateCosine,
+    LogitsCosine,
+    LogitsMSE,
+    NeuronSelectivity,
     Objective,
+    PatientHiddenState,
+    RelationalAngle,
+    RelationalDistance,
+    SimilarityPreserving,
     SoftTarget,
+    UniversalLogit,
 )
 from lightning_distill.signals.description import describe
 from lightning_distill.signals.recorder import Recorder
@@ -65,6 +78,27 @@ COMBINATIONS: dict[str, Callable[[], list[list[Objective]]]] = {
         [SoftTarget(temperature=1.0)],
     ],
     "all": lambda: [[*predictions(), HiddenState("uniform"), AttentionMap("uniform", "kl"), AttentionRelation()]],
+}
+
+# What is added to the two predictions has its defaults and weight 1. Two classes leave nothing to compare for Decoupled
+# and TopKSoftTarget.
+OTHERS: list[Callable[[], Objective]] = [
+    LogitsMSE,
+    LogitsCosine,
+    UniversalLogit,
+    lambda: HiddenStateCosine("last"),
+    PatientHiddenState,
+    Flow,
+    NeuronSelectivity,
+    AttentionTransfer,
+    SimilarityPreserving,
+    RelationalDistance,
+    RelationalAngle,
+    Contrastive,
+]
+MORE: dict[str, Callable[[], list[list[Objective]]]] = {
+    **{name: COMBINATIONS[name] for name in ("hard labels only", "soft")},
+    **{f"soft + {type(make()).__name__}": lambda make=make: [[*predictions(), make()]] for make in OTHERS},
 }
 
 
@@ -125,7 +159,13 @@ def accuracy(model: nn.Module, data: TextClassificationData) -> float:
 
 
 def race(
-    shape: str, seed: int, data: TextClassificationData, teacher: nn.Module, rows: int, epochs: int
+    combinations: dict[str, Callable[[], list[list[Objective]]]],
+    shape: str,
+    seed: int,
+    data: TextClassificationData,
+    teacher: nn.Module,
+    rows: int,
+    epochs: int,
 ) -> dict[str, dict[str, float]]:
     """Train all combinations on the same batches; returns accuracy and seconds by combination."""
     dataset = data.train_dataloader().dataset
@@ -133,7 +173,7 @@ def race(
     sampler = BucketBatchSampler([dataset.lengths[row] for row in chosen], data.batch_size, seed=seed)
     racers = {
         name: Racer(student_from_teacher(teacher, **STUDENTS[shape]), stages(), epochs * len(sampler), LR[shape])
-        for name, stages in COMBINATIONS.items()
+        for name, stages in combinations.items()
     }
     torch.manual_seed(seed)
     request = Request()
@@ -164,7 +204,7 @@ def race(
 def summarise(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, Any]]:
     """Mean accuracy and its spread over seeds; the gain over hard labels is paired by seed."""
     table = {}
-    for name in COMBINATIONS:
+    for name in runs[0]:
         scores = [run[name]["accuracy"] for run in runs]
         gains = [run[name]["accuracy"] - run["hard labels only"]["accuracy"] for run in runs]
         table[name] = {
@@ -204,7 +244,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "objectives.json")
+    parser.add_argument("--more", action="store_true", help="the other objectives, each beside soft target and label")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/objectives.json, or objectives_more")
     parser.add_argument(
         "--picture", type=Path, default=Path(__file__).parents[1] / "docs" / "images" / "objectives.png"
     )
@@ -222,8 +263,11 @@ def main() -> None:
     teacher = load_pretrained(path).eval().requires_grad_(False)
     of_teacher = accuracy(teacher, data)
     results = {}
-    for shape in STUDENTS:
-        runs = [race(shape, seed, data, teacher, arguments.rows, arguments.epochs) for seed in arguments.seeds]
+    combinations = MORE if arguments.more else COMBINATIONS
+    for shape in list(STUDENTS)[: 1 if arguments.more else None]:
+        runs = [
+            race(combinations, shape, seed, data, teacher, arguments.rows, arguments.epochs) for seed in arguments.seeds
+        ]
         results[shape] = summarise(runs)
         print(f"\n| {shape} | accuracy, % | spread | gain over hard labels, each seed | CPU seconds |\n{'|---' * 5}|")
         for name, row in results[shape].items():
@@ -231,10 +275,13 @@ def main() -> None:
             print(f"| {name} | {row['accuracy']} | {row['spread']} | {gains} | {row['seconds']:.0f} |")
         print()
     settings = {key: value for key, value in vars(arguments).items() if key not in ("output", "picture")}
-    arguments.output.parent.mkdir(exist_ok=True)
+    file = f"objectives{'_more' * arguments.more}.json"
+    output = arguments.output or Path(__file__).parent / "results" / file
+    output.parent.mkdir(exist_ok=True)
     written = {"settings": settings, "torch": torch.__version__, "teacher": round(of_teacher, 2), "students": results}
-    arguments.output.write_text(json.dumps(written, indent=2) + "\n")
-    plot(results, of_teacher, arguments.picture)
+    output.write_text(json.dumps(written, indent=2) + "\n")
+    if not arguments.more:
+        plot(results, of_teacher, arguments.picture)
 
 
 if __name__ == "__main__":
