@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from lightning_distill.cli import cache as cache_cli
 from lightning_distill.cli import quantize as quantization
 from lightning_distill.cli.parser import FlagParser
-from lightning_distill.cli.trainer import one_line_errors
+from lightning_distill.cli.screen import one_line_errors
 from lightning_distill.training.stops import stops
 
 COMMANDS = {"cache": cache_cli.main, "quantize": quantization.main}

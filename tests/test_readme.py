@@ -10,7 +10,7 @@ import pytest
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_distill import DistillationModule
-from lightning_distill.cli.text_run import text_parser
+from lightning_distill.cli import text_parser
 from tests.helpers.models import bert
 from tests.helpers.text import write_sentiment, write_tokenizer
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_distill.cli.text_run import text_parser
+from lightning_distill.cli import text_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = (ROOT / "docs" / "trainer-flags.md").read_text()

@@ -1,33 +1,84 @@
 """The command line: flags from signatures, the Trainer they describe, resuming, one-line errors, reports.
 
-Here belongs what nobody wants to read in a recipe. What a recipe teaches (data, models, objectives, the fit) belongs
-into the recipe; nothing outside ``recipes/`` and ``__main__`` imports this room.
+Here belongs what nobody wants to read in a recipe, as plain functions. What a recipe teaches (data, models, objectives,
+the fit) belongs into the recipe; nothing outside ``recipes/`` and ``__main__`` imports this room.
 """
 
-from lightning_distill.cli.run_folder import begin_run, end_run, resume_from, run_command, say
+from lightning_distill.cli.dry_run import dry_run
+from lightning_distill.cli.flags import (
+    BASELINE,
+    check_flags,
+    language_parser,
+    names_nothing,
+    set_defaults,
+    text_parser,
+    trains_teacher,
+)
+from lightning_distill.cli.language import (
+    check_lengths,
+    embedded_documents,
+    measure_draft,
+    on_policy_arguments,
+    prompts_of,
+    report_language,
+    sampling,
+    writer,
+)
+from lightning_distill.cli.models import align, in_own_precision, named_student, student_size, with_new_head
+from lightning_distill.cli.ramps import begin_ramps, check_ramps, measure_ramps
+from lightning_distill.cli.run_folder import begin_run, command, resume_from
+from lightning_distill.cli.screen import begin_training, one_line_errors, quiet, say, shows_progress
+from lightning_distill.cli.text import embedded_text, metric_of, monitor_of, report_text, test_batches, text_objectives
 from lightning_distill.cli.trainer import (
-    best_checkpoint,
+    asked_objectives,
     build_callbacks,
-    make_trainer,
-    one_line_errors,
-    optimizer_from_flags,
-    quiet,
-    recipe_parser,
-    schedule_from_flags,
+    load_best,
+    module_arguments,
+    trainer_arguments,
 )
 
 __all__ = [
+    "BASELINE",
+    "align",
+    "asked_objectives",
+    "begin_ramps",
     "begin_run",
-    "best_checkpoint",
+    "begin_training",
     "build_callbacks",
-    "end_run",
-    "make_trainer",
+    "check_flags",
+    "check_lengths",
+    "check_ramps",
+    "command",
+    "dry_run",
+    "embedded_documents",
+    "embedded_text",
+    "in_own_precision",
+    "language_parser",
+    "load_best",
+    "measure_draft",
+    "measure_ramps",
+    "metric_of",
+    "module_arguments",
+    "monitor_of",
+    "named_student",
+    "names_nothing",
+    "on_policy_arguments",
     "one_line_errors",
-    "optimizer_from_flags",
+    "prompts_of",
     "quiet",
-    "recipe_parser",
+    "report_language",
+    "report_text",
     "resume_from",
-    "run_command",
+    "sampling",
     "say",
-    "schedule_from_flags",
+    "set_defaults",
+    "shows_progress",
+    "student_size",
+    "test_batches",
+    "text_objectives",
+    "text_parser",
+    "trainer_arguments",
+    "trains_teacher",
+    "with_new_head",
+    "writer",
 ]

@@ -5,11 +5,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+from jsonargparse import Namespace
 
 from lightning_distill.callbacks.resumable import Resumable
 from lightning_distill.callbacks.teacher_cache import TeacherCache
-from lightning_distill.cli.parser import FlagParser
-from lightning_distill.cli.trainer import quiet
+from lightning_distill.cli.parser import FlagParser, Flags
+from lightning_distill.cli.screen import quiet
 from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import Objective
@@ -65,8 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_class_arguments(L.Trainer, "trainer", instantiate=False)
     parser.set_defaults({"trainer.enable_model_summary": False, "trainer.logger": False})
     config = parser.parse_args(None if argv is None else list(argv))
-    quiet()
-    made = parser.instantiate(config)
+    with quiet():
+        _fill(config, parser.instantiate(config))
+
+
+def _fill(config: Flags, made: Namespace) -> None:
     cache = TeacherCache(**config.cache.as_dict())
     check_folder(cache.path)
     teacher: Any = load_pretrained(config.teacher, "--teacher")

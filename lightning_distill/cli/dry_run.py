@@ -1,5 +1,6 @@
-"""What is wrong with flags, data and models, before anything is written: asked of the flags, then found by a step."""
+"""One step of a training before anything is written, which finds what is wrong with Trainer, data and models."""
 
+import copy
 import logging
 import os
 import tempfile
@@ -9,18 +10,96 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentParser, Namespace
+import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import nn
 
-from lightning_distill.arguments import integer
 from lightning_distill.callbacks import LRFinder, TeacherCache
-from lightning_distill.cli.trainer import build_callbacks, make_trainer
+from lightning_distill.cli.flags import trains_teacher
+from lightning_distill.cli.models import in_own_precision
+from lightning_distill.cli.parser import Flags
+from lightning_distill.cli.trainer import build_callbacks, module_arguments, trainer_arguments
 from lightning_distill.module import DistillationModule
+from lightning_distill.objectives import Objective
 
-# They write, or train, where the phase will.
-_LEFT_OUT = (LRFinder, TeacherCache)
+
+def dry_run(
+    flags: Flags,
+    data: Any,
+    teacher: Any,
+    student: nn.Module,
+    *stages: list[Objective],
+    make: Callable[..., DistillationModule] = DistillationModule,
+) -> None:
+    """Train one step and validate one batch of each training that is to come, on copies.
+
+    All is written to a folder that goes away.
+
+    Args:
+        flags: The parsed flags.
+        data: The data.
+        teacher: The teacher; it stays as it is.
+        student: The student; it stays as it is.
+        *stages: What it learns from; they stay as they are.
+        make: What makes the module of a student.
+
+    Raises:
+        ValueError: If the Trainer shards models or starts more processes than a machine can bear, or a limit leaves
+            less than a batch; and whatever else the Trainer, the module and its callbacks refuse up to the first step.
+    """
+    _check_limits(flags, data)
+    imitated = in_own_precision(flags, teacher)
+    for objectives in stages:
+        _step(flags, data, make, imitated, student, objectives, flags.trainer.max_epochs)
+    if trains_teacher(flags):
+        _step(flags, data, DistillationModule, None, teacher, None, flags.model.teacher_epochs)
+
+
+def _step(
+    flags: Flags,
+    data: Any,
+    make: Callable[..., DistillationModule],
+    teacher: nn.Module | None,
+    student: nn.Module,
+    objectives: list[Objective] | None,
+    max_epochs: int,
+) -> None:
+    with_teacher = teacher is not None
+    flags = Flags.of(flags.clone(), flags.parser)  # recommends nothing: the training itself says what is far from it
+    asked = build_callbacks(flags, "student", with_teacher=with_teacher)
+    caches = [one for one in asked if isinstance(one, TeacherCache)]
+    with tempfile.TemporaryDirectory() as folder, _unannounced():
+        flags.output_dir, flags.resume, flags.trainer.logger = Path(folder), False, False
+        # They write, or train, where the training will.
+        asked = build_callbacks(flags, "dry_run", with_teacher=with_teacher)
+        callbacks = [one for one in asked if not isinstance(one, LRFinder | TeacherCache)]
+        arguments = trainer_arguments(flags, "dry_run", callbacks=[*callbacks, _OneStep()])
+        for callback in arguments["callbacks"]:
+            if isinstance(callback, ModelCheckpoint):
+                callback.save_last = False  # one is enough to see that it can be written
+        arguments |= {
+            "max_epochs": max_epochs,
+            "min_epochs": None,
+            "min_steps": None,
+            "num_sanity_val_steps": 0,
+            "limit_val_batches": 0 if flags.trainer.limit_val_batches == 0 else 1,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "profiler": None,
+        }
+        trainer = L.Trainer(**arguments)
+        _check_trainer(trainer)
+        if getattr(trainer.strategy.launcher, "is_interactive_compatible", False):
+            # An error in a process that this one forks arrives here as a traceback.
+            trainer = L.Trainer(**arguments | {"strategy": "auto", "devices": 1, "num_nodes": 1})
+        options = module_arguments(flags, data, trainer, with_teacher=with_teacher)
+        module = make(teacher, _copy(student), copy.deepcopy(objectives), **options)
+        for cache in caches:  # does it hold what is asked for?
+            cache.attach(module)
+            cache.detach()
+        trainer.fit(module, datamodule=data)
 
 
 class _OneStep(L.Callback):
@@ -29,7 +108,7 @@ class _OneStep(L.Callback):
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         own = Path(trainer.default_root_dir)
         for callback in list(trainer.callbacks):
-            elsewhere = Path(getattr(callback, "dirpath", None) or own / "checkpoints").parent != own
+            elsewhere = not Path(getattr(callback, "dirpath", None) or own).is_relative_to(own)
             if isinstance(callback, Checkpoint) and elsewhere:
                 trainer.callbacks.remove(callback)
 
@@ -37,96 +116,31 @@ class _OneStep(L.Callback):
         trainer.should_stop = True
 
 
-def check_flags(config: Namespace) -> None:
-    """Refuse what a recipe cannot do, and numbers that Lightning takes and stumbles over.
-
-    Args:
-        config: The parsed flags.
-
-    Raises:
-        ValueError: If there is such a flag.
-    """
-    trainer = config.trainer
-    integer("--seed", config.seed, 0, 2**32 - 1)
-    integer("--save_every_n_steps", config.save_every_n_steps, 1)
-    integer("--trainer.accumulate_grad_batches", trainer.accumulate_grad_batches, 1)
-    epochs = {f"--model.{name}": value for name, value in config.model.items() if name.endswith("epochs")}
-    lengths = {f"--trainer.{name}": trainer[name] for name in ("max_epochs", "max_steps")}
-    for flag, value in (epochs | lengths).items():
-        if value is not None and not (value == -1 and flag in lengths):  # the Trainer's word for no end
-            integer(flag, value, 1)
-    for name in ("limit_train_batches", "limit_test_batches"):
-        if trainer[name] == 0:
-            raise ValueError(f"--trainer.{name} is 0: a recipe trains and tests on at least a batch")
-    for name in ("val_check_interval", "check_val_every_n_epoch"):
-        if trainer[name] == 0:
-            raise ValueError(f"--trainer.{name} is 0; --trainer.limit_val_batches 0 trains without validation")
-    if trainer.barebones:
-        raise ValueError("--trainer.barebones keeps no checkpoint and logs nothing; a recipe needs both")
-    if isinstance(trainer.strategy, str) and "spawn" in trainer.strategy:
-        raise ValueError(f"--trainer.strategy {trainer.strategy} starts processes without the recipe; ddp_fork has it")
+def _copy(model: nn.Module) -> nn.Module:
+    """A copy of whose parameters the same count as new: see :mod:`lightning_distill.students.untouched`."""
+    copied = copy.deepcopy(model)
+    for given, parameter in zip(model.parameters(), copied.parameters(), strict=True):
+        vars(parameter).update(vars(given))
+        if given._version:
+            with torch.no_grad():
+                parameter.mul_(1)
+    return copied
 
 
-def check_trainer(trainer: L.Trainer) -> None:
-    """Refuse a Trainer that shards models, or starts more processes than a machine can bear.
+def _check_limits(flags: Flags, data: Any) -> None:
+    for split in ("train", "val", "test"):
+        limit = flags.trainer[f"limit_{split}_batches"]
+        loader = getattr(data, f"{split}_dataloader")
+        if isinstance(limit, float) and 0 < limit < 1 and int(limit * (batches := len(loader()))) == 0:
+            raise ValueError(f"--trainer.limit_{split}_batches {limit} of {batches} batches is less than one; raise it")
 
-    Args:
-        trainer: The Trainer that the flags describe.
 
-    Raises:
-        ValueError: If it is such a one.
-    """
+def _check_trainer(trainer: L.Trainer) -> None:
     if isinstance(trainer.strategy, ModelParallelStrategy):
         raise ValueError("--trainer.strategy: a recipe writes whole models; shard in a script of your own")
     cores = os.cpu_count() or 1
     if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(8, 2 * cores):
         raise ValueError(f"--trainer.devices asks for {trainer.num_devices} processes on a CPU of {cores} cores")
-
-
-def dry_run(
-    parser: ArgumentParser, config: Namespace, make_module: Callable[[], DistillationModule], data: Any, epochs: int
-) -> None:
-    """Train one step and validate one batch with the Trainer that a phase will have, in a folder that goes away.
-
-    Args:
-        parser: The parser that made ``config``.
-        config: The parsed flags.
-        make_module: Makes a module as the phase's; it is trained.
-        data: The data.
-        epochs: Of the phase.
-
-    Raises:
-        ValueError: If a limit leaves less than a batch; and whatever else the Trainer, the module and its callbacks
-            refuse up to the first step.
-    """
-    for split in ("train", "val", "test"):
-        limit = config.trainer[f"limit_{split}_batches"]
-        loader = getattr(data, f"{split}_dataloader")
-        if isinstance(limit, float) and 0 < limit < 1 and int(limit * (batches := len(loader()))) == 0:
-            raise ValueError(f"--trainer.limit_{split}_batches {limit} of {batches} batches is less than one; raise it")
-    config = config.clone()
-    with tempfile.TemporaryDirectory() as folder, _unannounced():
-        config.output_dir, config.resume, config.trainer.logger = Path(folder), False, False
-        asked = build_callbacks(config, "dry_run")
-        callbacks: list[L.Callback] = [callback for callback in asked if not isinstance(callback, _LEFT_OUT)]
-        # There is one in the phase, which the flags may forbid.
-        callbacks += [ModelCheckpoint(Path(folder) / "checkpoints"), _OneStep()]
-        options: dict[str, Any] = {
-            "max_epochs": epochs,
-            "min_epochs": None,
-            "min_steps": None,
-            "num_sanity_val_steps": 0,
-            "limit_val_batches": 0 if config.trainer.limit_val_batches == 0 else 1,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "profiler": None,
-        }
-        trainer = make_trainer(parser, config, "dry_run", callbacks=callbacks, **options)
-        if getattr(trainer.strategy.launcher, "is_interactive_compatible", False):
-            # An error in a process that this one forks arrives here as a traceback.
-            options |= {"strategy": "auto", "devices": 1, "num_nodes": 1}
-            trainer = make_trainer(parser, config, "dry_run", callbacks=callbacks, **options)
-        trainer.fit(make_module(), datamodule=data)
 
 
 @contextmanager

@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_distill.models.batch import IGNORE_INDEX
+from lightning_distill.models.heads import LANGUAGE_MODELS
 
 CONFIDENCE = 0.95
 _Z = 1.959963984540054  # of the normal distribution, two-sided
@@ -117,6 +119,18 @@ class OneAnswer(Metric):
     def compute(self) -> Tensor:
         """Whether all are the same."""
         return (self.low >= self.high).all().float()
+
+
+class CountTested(L.Callback):
+    """Lets the test of a :class:`DistillationModule` say on how many items it was, and whether it had one answer."""
+
+    def setup(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
+        """Add both to the metrics of the test."""
+        if stage == "test" and hasattr(pl_module, "scores"):
+            counts = pl_module.scores("test").metrics
+            counts["num_items"] = ItemCount()
+            if pl_module.task not in LANGUAGE_MODELS:  # what is one answer to a text?
+                counts["one_answer"] = OneAnswer()
 
 
 @dataclass

@@ -1,12 +1,23 @@
-"""The parser of command lines: short flags, and errors of one line that say which flag was meant."""
+"""The parser of command lines: short flags, help by group, and errors of one line that say which flag was meant.
 
+Lightning's own parser was tried in its place (``LightningArgumentParser`` with ``add_lightning_class_args``,
+``add_optimizer_args`` and ``link_arguments``) and saves two lines, as it is the same jsonargparse:
+``add_optimizer_args`` takes classes, where ``--optimizer lion`` names a function's argument; links have nothing to
+link, as a recipe makes several Trainers and models of what it has read; an error is 62 lines of usage before the one
+that counts; and ``LightningCLI`` makes its one Trainer, model and data module before a recipe could look at a file.
+"""
+
+import argparse
+import copy
 import difflib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+
+from lightning_distill.optim import LRRange
 
 # The flag that asks for a callback, and the short ones for the name of a thing that has more flags.
 SWITCHES = {
@@ -37,14 +48,40 @@ _NOISE = (
 _EXPECTED = re.compile(r"Expected an? (typing\.Literal\[.*?\]|<class '.*?'>|.*?)(?:\. Got value: .*)?$", re.MULTILINE)
 
 
+class Flags(Namespace):
+    """What was said on a command line, by name: ``flags.trainer.max_epochs``.
+
+    Attributes:
+        parser: The parser that made it.
+        given: As it was parsed, whatever has been filled in since.
+        recommended: The learning rates commonly recommended for the task; None where nobody recommends any.
+        trainings: Names of the trainings that have begun.
+    """
+
+    __slots__ = ("given", "parser", "recommended", "trainings")
+    given: Namespace
+    parser: "FlagParser"
+    recommended: LRRange | None
+    trainings: list[str]
+
+    @classmethod
+    def of(cls, config: Namespace, parser: "FlagParser") -> "Flags":
+        """What a parser has parsed."""
+        flags = cls(config)
+        flags.given, flags.parser, flags.recommended, flags.trainings = config.clone(), parser, None, []
+        return flags
+
+
 class FlagParser(ArgumentParser):
     """A parser whose errors are one line, which knows the short flags and takes no abbreviation.
 
-    A file of flags stays one: ``--optimizer lion.yaml``. ``--objectives SoftTarget,HardLabel`` is a list.
+    A file of flags stays one: ``--optimizer lion.yaml``. ``--objectives SoftTarget,HardLabel`` is a list. ``--help
+    optimizer`` lists the flags ``--optimizer.*``.
 
     Args:
         *args: What jsonargparse's parser takes.
-        **options: Likewise.
+        job: The flags that ``--help`` lists, with names as ``model.*`` for a group; None: all.
+        **options: What jsonargparse's parser takes.
 
     Example:
         >>> from lightning_distill.cli.parser import FlagParser
@@ -54,34 +91,63 @@ class FlagParser(ArgumentParser):
         3
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, *args: Any, job: Collection[str] | None = None, **options: Any) -> None:
         super().__init__(*args, allow_abbrev=False, formatter_class=_Formatter, **options)
+        self.job = job
 
-    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Namespace:  # type: ignore[override]
+    def parse_args(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Flags:  # type: ignore[override]
         """Parse a command line; see jsonargparse."""
-        words = iter(sys.argv[1:] if args is None else args)
-        given: list[str] = []
-        for word in words:
-            name, equals, value = word.partition("=")
-            if name in (*_SHORT, "--objectives"):
-                following = [] if equals else [next(words, None)]
-                value = value if equals else following[0] or ""
-                if name in _SHORT and not value.endswith((".yaml", ".yml", ".json")):
-                    name = _SHORT[name]
-                if name == "--objectives" and value[:1] not in ("", "[", "{", "-") and value != "null":
-                    value = f"[{value}]"
-                given.append(f"{name}={value}" if equals or following != [None] else name)
-            else:
-                given.append(word)
+        words = list(sys.argv[1:] if args is None else args)
+        self._help_by_group(words)
         try:
-            config: Namespace = super().parse_args(given, *rest, **options)
+            config: Namespace = super().parse_args(_written_out(words), *rest, **options)
         except RecursionError:
             self.error("a file of flags holds itself, or is nested too deep")
-        dests = [action.dest for action in self._actions if not action.dest.endswith(".help")]
-        for group in {dest.partition(".")[0] for dest in dests if "." in dest}:
+        for group in self._groups():
             if not isinstance(config.get(group), Namespace):  # jsonargparse lets a file say `trainer: 3`
                 self.error(f"--{group}: expected flags by name, but got {config.get(group)!r}")
-        return config
+        return Flags.of(config, self)
+
+    def _groups(self) -> list[str]:
+        """What the names of several flags begin with."""
+        dests = [action.dest for action in self._actions if not action.dest.endswith(".help")]
+        return list(dict.fromkeys(dest.partition(".")[0] for dest in dests if "." in dest))
+
+    def _help_by_group(self, words: Sequence[str]) -> None:
+        """Answer ``--help <group>``, where it is asked."""
+        asked = [index for index, word in enumerate(words) if word.partition("=")[0] in ("-h", "--help")]
+        groups = self._groups()
+        if not asked or not groups:
+            return
+        following = [word for word in words[asked[0] + 1 : asked[0] + 2] if not word.startswith("-")]
+        topic = words[asked[0]].partition("=")[2] or "".join(following)
+        if topic and topic not in groups:
+            self.error(f"--help: expected nothing or one of {', '.join(groups)}, but got {topic!r}")
+        if topic:
+            self._print_message(self._section(topic, lambda dest: dest.partition(".")[0] == topic), sys.stdout)
+            self.exit()
+
+    def format_help(self, *args: Any) -> str:
+        """All flags, or those of the job on one screen and the names of the other groups."""
+        if self.job is None:
+            return super().format_help(*args)
+        job, self.formatter_class = set(self.job), _Short
+        title = (self.description or "").strip().partition("\n")[0]
+        flags = self._section(title, lambda dest: dest in job or f"{dest.partition('.')[0]}.*" in job)
+        self.formatter_class = _Formatter
+        return f"{flags}\nOther flags, and all that these may be: --help followed by\n  {', '.join(self._groups())}\n"
+
+    def _section(self, title: str, shows: Callable[[str], bool]) -> str:
+        """The help of some flags, by their names."""
+        groups, usage, description = self._action_groups, self.usage, self.description
+        one = copy.copy(groups[0])
+        one.title, one.description = title, None
+        one._group_actions = [action for action in self._actions if shows(action.dest)]
+        self._action_groups, self.usage, self.description = [one], argparse.SUPPRESS, None
+        try:
+            return super().format_help()
+        finally:
+            self._action_groups, self.usage, self.description = groups, usage, description
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong in one line, and exit with code 2."""
@@ -103,11 +169,44 @@ class FlagParser(ArgumentParser):
         return f" (did you mean {' and '.join(meant)}?)" if meant else "; --help lists the flags"
 
 
+def _written_out(words: Iterable[str]) -> list[str]:
+    """A command line with the short flags in full."""
+    rest, given = iter(words), list[str]()
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in (*_SHORT, "--objectives"):
+            following = [] if equals else [next(rest, None)]
+            value = value if equals else following[0] or ""
+            if name in _SHORT and not value.endswith((".yaml", ".yml", ".json")):
+                name = _SHORT[name]
+            if name == "--objectives" and value[:1] not in ("", "[", "{", "-") and value != "null":
+                value = f"[{value}]"
+            given.append(f"{name}={value}" if equals or following != [None] else name)
+        else:
+            given.append(word)
+    return given
+
+
 class _Formatter(DefaultHelpFormatter):
-    """Keeps the line breaks of the docstring, where the commands stand."""
+    """Keeps the line breaks of a description."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+class _Short(_Formatter):
+    """A line a flag: its name, the first words on it, its default."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        return ", ".join(action.option_strings)
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = re.split(r"[;.] ", action.help or "")[0].rstrip(".")
+        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in text
+        return f"{text} (default: %(default)s)" if shown else text
 
 
 def one_line(message: str) -> str:

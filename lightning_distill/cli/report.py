@@ -14,6 +14,12 @@ from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+
+from lightning_distill.cli.evidence import CONFIDENCE, Outcome, remarks
+from lightning_distill.cli.parser import Flags
+from lightning_distill.cli.run_folder import end_run
+from lightning_distill.measure import count_bytes, count_parameters
 
 #: Steps and values by metric.
 Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
@@ -42,6 +48,72 @@ class Column(NamedTuple):
     form: str
     scale: float = 1.0
     name: str | None = ""
+
+
+def write_report(
+    flags: Flags,
+    models: Mapping[str, nn.Module],
+    scores: Mapping[str, Mapping[str, float]],
+    rows: Mapping[str, Mapping[str, Any]],
+    columns: Sequence[Column],
+    *,
+    metric: str,
+    what: str,
+    available: int,
+    seconds: float,
+    **more: Any,
+) -> None:
+    """Print the table, write ``summary.json`` and ``curves.png``, and end the run; called on rank 0.
+
+    Args:
+        flags: The parsed flags.
+        models: The models by name.
+        scores: What the test of each has logged.
+        rows: What else was measured of each.
+        columns: What the table shows of it.
+        metric: Name of the metric that decides.
+        what: What the models were tested on: rows or tokens.
+        available: How many of these the test data have, of which ``--trainer.limit_test_batches`` may take a part.
+        seconds: How long the run took.
+        **more: What else ``summary.json`` holds.
+    """
+    output_dir = flags.output_dir
+    sizes = {name: {"parameters": count_parameters(models[name]), "bytes": count_bytes(models[name])} for name in rows}
+    rows = {name: {**sizes[name], **row} for name, row in rows.items()}
+    tested = {name: Outcome.of(scores[name], metric) for name in rows}
+    items = tested["student"].items
+    intervals = {name: test.interval for name, test in tested.items()}
+    one_answer = [name for name, test in tested.items() if test.one_answer]
+    summary = rows | {
+        "ratios": ratios(rows["student"], rows["teacher"], columns),
+        "tested": {
+            "items": items,
+            "available": available,
+            "intervals": intervals,  # Wilson's, of accuracies; other metrics have none
+            "confidence": CONFIDENCE,
+            "one_answer": one_answer,
+        },
+        "versions": versions(),
+        "seed": flags.seed,
+        "seconds": round(seconds, 1),
+        **more,
+    }
+    write_summary(output_dir / "summary.json", summary)
+    curves = {name: read_curves(output_dir / "logs" / name / "metrics.csv") for name in flags.trainings}
+    panels = {
+        "training loss": ["train_loss"],
+        f"validation {metric}": [f"val_{metric}"],
+        "agreement": ["val_agreement"],
+    }
+    plot_curves(output_dir / "curves.png", curves, panels=panels)
+    part = f"{items}" if items == available else f"{items} of {available}"
+    title = f"{part} test {what}, seed {flags.seed}, {seconds:.0f} s"
+    print()
+    print_table(rows, columns, reference="teacher", title=title, intervals=intervals, meaningless=one_answer)
+    for remark in remarks(tested, {name: row.get("metric") for name, row in rows.items()}, metric):
+        print(remark)
+    print(f"\nThe student is in {output_dir / 'student'}, the numbers are in {output_dir / 'summary.json'}.")
+    end_run(flags)
 
 
 def ratio(student: float | None, teacher: float | None) -> float | None:

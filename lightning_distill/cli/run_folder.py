@@ -8,20 +8,20 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 from filelock import FileLock, Timeout
-from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.utilities import rank_zero_only
+from torch.utils._pytree import tree_leaves
 
+from lightning_distill.cli.parser import Flags
+from lightning_distill.cli.screen import quiet, say
 from lightning_distill.training.checkpoint import newest_checkpoint, read_checkpoint
 from lightning_distill.training.stops import stops
-
-say = rank_zero_only(print)
 
 _NOTES, _UNFINISHED, _LOCK, _HOLDER = "run.json", "unfinished.yaml", ".lock", ".lock.json"
 # All that may be another in a resumed run, because nothing that is computed depends on it.
@@ -39,18 +39,20 @@ _held: dict[Path, Any] = {}
 
 
 @contextmanager
-def run_command() -> Iterator[None]:
+def command() -> Iterator[None]:
     """What goes around the ``main`` of a recipe: signals end it with their codes, and its folder is free after it.
 
+    What libraries say to everybody is not heard meanwhile, see :func:`lightning_distill.cli.screen.quiet`.
+
     Example:
-        >>> from lightning_distill.cli.run_folder import run_command
-        >>> @run_command()
+        >>> from lightning_distill import cli
+        >>> @cli.command()
         ... def main():
         ...     print("trains")
         >>> main()
         trains
     """
-    with stops("the same command with --resume"):
+    with quiet(), stops("the same command with --resume"):
         earlier = set(_held)
         try:
             yield
@@ -60,23 +62,22 @@ def run_command() -> Iterator[None]:
 
 
 @rank_zero_only
-def check_run(parser: ArgumentParser, config: Namespace) -> None:
+def check_run(flags: Flags) -> None:
     """Refuse, before anything is read, a folder in which another run is at work, or ``--resume`` with other flags.
 
     Args:
-        parser: The parser that made ``config``.
-        config: The parsed flags.
+        flags: The parsed flags.
 
     Raises:
         ValueError: If it is so.
     """
-    folder = config.output_dir
+    folder = flags.output_dir
     if (folder / _LOCK).exists() and folder.resolve() not in _held:
         _acquire(folder)
         _release(folder.resolve())
-    if config.resume and (folder / _NOTES).exists():
+    if flags.resume and (folder / _NOTES).exists():
         was = _read_notes(folder / _NOTES)
-        _check_same(folder, was, _describe(parser, config) | {"contents": was["contents"]})
+        _check_same(folder, was, _describe(flags) | {"contents": was["contents"]})
 
 
 def _acquire(folder: Path) -> None:
@@ -119,25 +120,25 @@ def _holder(folder: Path) -> str:
 
 
 @rank_zero_only
-def begin_run(parser: ArgumentParser, config: Namespace, contents: Mapping[str, str] | None = None) -> None:
+def begin_run(flags: Flags, data: Any = None, teacher: Any = None) -> None:
     """Hold the folder, and note what the run is; without ``--resume``, put away what another run has left.
 
     Args:
-        parser: The parser that made ``config``.
-        config: The parsed flags.
-        contents: Digests of data and models that are no local files, by what they are called.
+        flags: The parsed flags.
+        data: The data module, whose rows are noted where they come from no file that the flags name.
+        teacher: The teacher, of which is noted which commit of the hub it is.
 
     Raises:
         ValueError: If another run is at work in the folder, or ``--resume`` comes with another recipe, other flags, or
             other contents of the data and models than the run that is there.
     """
-    folder = config.output_dir
+    folder = flags.output_dir
     _acquire(folder)
-    notes = _describe(parser, config)
-    notes["contents"] = _contents(notes["flags"]) | dict(contents or {})
+    notes = _describe(flags)
+    notes["contents"] = _contents(notes["flags"]) | _contents_of_no_file(flags, data, teacher)
     checkpoints, file = folder / "checkpoints", folder / _NOTES
     there = checkpoints.exists() and any(checkpoints.rglob("*.ckpt"))
-    if config.resume:
+    if flags.resume:
         if file.exists():
             _check_same(folder, _read_notes(file), notes)
         elif there:
@@ -154,50 +155,48 @@ def begin_run(parser: ArgumentParser, config: Namespace, contents: Mapping[str, 
             file.rename(earlier / _NOTES)
         cut = "a run that was cut" if (folder / _UNFINISHED).exists() else "an earlier run"
         say(f"{folder} holds {cut}. Its checkpoints are now in {earlier}: this run begins anew.")
-    if not (config.resume and file.exists()):
+    if not (flags.resume and file.exists()):
         _write(file, json.dumps(notes, indent=1))
-    noted = config.clone()
+    noted = flags.given.clone()
     noted.resume = False
-    (folder / _UNFINISHED).write_text(parser.dump(noted))
+    (folder / _UNFINISHED).write_text(flags.parser.dump(noted))
 
 
 @rank_zero_only
-def end_run(config: Namespace) -> None:
+def end_run(flags: Flags) -> None:
     """Note that nothing is left to resume, and let others in.
 
     Args:
-        config: The parsed flags.
+        flags: The parsed flags.
     """
-    (config.output_dir / _UNFINISHED).unlink(missing_ok=True)
-    if config.output_dir.resolve() in _held:
-        _release(config.output_dir.resolve())
+    (flags.output_dir / _UNFINISHED).unlink(missing_ok=True)
+    if flags.output_dir.resolve() in _held:
+        _release(flags.output_dir.resolve())
 
 
-def resume_from(config: Namespace, phase: str) -> Path | None:
-    """The newest good checkpoint of a phase, where ``--resume`` asks for it, and say which; None to begin the phase.
+def resume_from(flags: Flags, phase: str) -> Path | None:
+    """The newest good checkpoint of a training, where ``--resume`` asks for it, and say which; None to begin it.
 
     Args:
-        config: The parsed flags.
-        phase: Name of the phase.
+        flags: The parsed flags.
+        phase: Name of the training.
     """
-    newest = newest_checkpoint(config.output_dir / "checkpoints" / phase) if config.resume else None
+    newest = newest_checkpoint(flags.output_dir / "checkpoints" / phase) if flags.resume else None
     if newest is not None:
         say(f"Resuming {phase.replace('_', ' ')} from {newest}, step {read_checkpoint(newest).get('global_step')}")
     return newest
 
 
-def best_weights(config: Namespace, phase: str, best: str) -> dict[str, Any] | None:
-    """The weights of a phase's best epoch; where that checkpoint is damaged or gone, of the newest good one.
+def best_weights(folder: Path, best: str) -> dict[str, Any] | None:
+    """The weights of a training's best epoch; where that checkpoint is damaged or gone, of the newest good one.
 
     Args:
-        config: The parsed flags.
-        phase: Name of the phase.
+        folder: Of the training's checkpoints.
         best: The path that the ModelCheckpoint knows; empty where it knows none.
 
     Returns:
-        The state of the module; None where the phase keeps no checkpoints.
+        The state of the module; None where the training keeps no checkpoints.
     """
-    folder = config.output_dir / "checkpoints" / phase
     if not best and not (folder / "best.ckpt").exists():
         return None
     wanted = Path(best or folder / "best.ckpt")
@@ -207,28 +206,24 @@ def best_weights(config: Namespace, phase: str, best: str) -> dict[str, Any] | N
         path = newest_checkpoint(wanted.parent, ignoring=wanted)
         instead = "the last step is taken" if path is None else f"{path.name} is taken in its place"
         reason = "It is gone." if isinstance(error, FileNotFoundError) else str(error)
-        warnings.warn(f"The checkpoint of the best epoch of {phase} cannot be read: {instead}. {reason}", stacklevel=2)
+        said = f"The checkpoint of the best epoch of {folder.name} cannot be read: {instead}. {reason}"
+        warnings.warn(said, stacklevel=2)
     return None if path is None else dict(read_checkpoint(path)["state_dict"])
 
 
-def content_digest(parts: Iterator[bytes]) -> str:
-    """A digest of bytes, for :func:`begin_run`.
-
-    Args:
-        parts: The bytes, in order.
-    """
+def _digest(parts: Iterable[bytes]) -> str:
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
 
 
-def _describe(parser: ArgumentParser, config: Namespace) -> dict[str, Any]:
+def _describe(flags: Flags) -> dict[str, Any]:
     """What a run is: the recipe, known by the name of its default folder, and the flags."""
-    flags = dict(_flat("", yaml.safe_load(parser.dump(config))))
-    flags["output_dir"] = str(config.output_dir.resolve())  # Lightning's checkpoints name it, too
-    kept = {name: value for name, value in flags.items() if not name.startswith(_FREE)}
-    notes = {"recipe": Path(parser.get_default("output_dir")).name, "flags": kept}
+    given = dict(_flat("", yaml.safe_load(flags.parser.dump(flags.given))))
+    given["output_dir"] = str(flags.output_dir.resolve())  # Lightning's checkpoints name it, too
+    kept = {name: value for name, value in given.items() if not name.startswith(_FREE)}
+    notes = {"recipe": Path(flags.parser.get_default("output_dir")).name, "flags": kept}
     described: dict[str, Any] = json.loads(json.dumps(notes, default=str))  # as it will be read
     return described
 
@@ -243,6 +238,16 @@ def _contents(flags: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(path, str) and path
     ]
     return {f"--{name} {file}": _digest_of(file) for name, path in named for file in _files(path)}
+
+
+def _contents_of_no_file(flags: Flags, data: Any, teacher: Any) -> dict[str, str]:
+    """Digests of what is read and is no file that a flag names: rows of the hub or of packages, a hub model."""
+    found = {}
+    if data is not None and not (flags.data.get("train_file") or flags.data.get("text_files")):
+        rows = (tree_leaves(split[index]) for split in data._datasets.values() for index in range(len(split)))
+        found["the rows of the data"] = _digest(bytes(str(leaf.tolist()), "utf-8") for row in rows for leaf in row)
+    commit = getattr(teacher.config, "_commit_hash", None) if teacher is not None else None
+    return found | ({"--model.teacher": commit} if commit else {})
 
 
 def _flat(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -265,7 +270,7 @@ def _digest_of(file: Path) -> str:
             while block := stream.read(1 << 20):
                 yield block
 
-    return content_digest(blocks())
+    return _digest(blocks())
 
 
 def _write(file: Path, text: str) -> None:

@@ -102,8 +102,6 @@ class TextClassificationData(TextData):
         if not 0 < val_split < 1:
             raise ValueError(f"Expected argument `val_split` to be between 0 and 1, but got {val_split}")
         one_of("task", task, ("classification", "regression"))
-        if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
-            raise ValueError(f"Expected argument `label_names` to name two or more classes, but got {label_names}")
         check_class_weights(class_weights, balanced, task)
         self.files = {"train": train_file, "val": val_file, "test": test_file}
         self.label_column = label_column
@@ -114,7 +112,7 @@ class TextClassificationData(TextData):
         self.task = task
         self.balanced = balanced
         self._class_weights = class_weights
-        self._given_label_names = label_names
+        self._given_label_names = _checked_names(label_names)
         self._found_label_names: list[str] = []
         self._rows: dict[str, Sequence[Row]] = {}
 
@@ -184,13 +182,18 @@ class TextClassificationData(TextData):
             tables["train"] = tables["train"].take(sorted(kept))
         return {"test": tables["val"]} | tables
 
-    @cached_property
+    @property
     def label_names(self) -> list[str]:
-        """Names of the classes in the order of their ids; empty for regression."""
+        """Names of the classes in the order of their ids; empty for regression. They may be set before ``setup``."""
         if self.task == "regression":
             return []
         _ = self._tables
         return self._given_label_names or self._found_label_names
+
+    @label_names.setter
+    def label_names(self, names: list[str] | None) -> None:
+        _ = self._tables
+        self._given_label_names = _checked_names(names)
 
     @property
     def num_labels(self) -> int:
@@ -275,6 +278,12 @@ def _text_columns(text_columns: list[str] | str, label_column: str) -> list[str]
             f"{text_columns!r} beside {label_column!r}"
         )
     return found
+
+
+def _checked_names(names: list[str] | None) -> list[str] | None:
+    if names is not None and (len(names) < 2 or len(set(names)) < len(names)):
+        raise ValueError(f"Expected argument `label_names` to name two or more classes, but got {names}")
+    return names
 
 
 def _table_of_rows(name: str, rows: Sequence[Row], wanted: Sequence[str]) -> Table:

@@ -19,8 +19,7 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillationModule, functional
 from lightning_distill.__main__ import main
 from lightning_distill.callbacks import EarlyExit, TeacherCache
-from lightning_distill.cli.text_run import text_parser
-from lightning_distill.cli.trainer import build_callbacks
+from lightning_distill.cli import build_callbacks, text_parser
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader, TextClassificationData
 from lightning_distill.data.embedded import train_tokenizer
 from lightning_distill.generation import OnPolicyDistillation

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from lightning_distill.arguments import typed
-from lightning_distill.cli.text_run import text_parser
+from lightning_distill.cli import text_parser
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_distill.cli.language_run import language_parser
+from lightning_distill.cli import language_parser
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "language-models.md"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_distill.cli.text_run import text_parser
+from lightning_distill.cli import text_parser
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

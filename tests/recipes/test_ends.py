@@ -8,12 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lightning_distill import cli
 from lightning_distill.__main__ import main as command
-from lightning_distill.cli import run as phases
 from lightning_distill.data import train_causal_tokenizer
 from tests.helpers.models import llama
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe
@@ -27,7 +28,7 @@ pytestmark = [
 
 
 def ended(
-    main: Callable[[list[str]], None],
+    main: Any,
     flags: list[str],
     where: str,
     number: int,
@@ -42,7 +43,7 @@ def ended(
     Args:
         main: What is run.
         flags: Its flags.
-        where: The function, ``module:class.method``.
+        where: The function, ``module:class.method``; of the module ``recipe`` a name in the recipe.
         number: The signal.
         folder: For stderr.
         to: The process that gets it.
@@ -58,12 +59,14 @@ def ended(
             os.dup2(stream.fileno(), 2)
             sys.stderr = os.fdopen(2, "w")
         sent: list[int] = []
-        holder: Any = importlib.import_module(path)
+        holder: Any = SimpleNamespace() if path == "recipe" else importlib.import_module(path)
+        if path == "recipe":
+            vars(holder).update(main.__wrapped__.__globals__)
         for owner in owners:
             holder = getattr(holder, owner)
 
         original = getattr(holder, name)
-        phases.Run._dry_run = lambda _: None  # type: ignore[method-assign]  # it is no phase
+        cli.dry_run = lambda *_, **__: None  # it is no phase
 
         def sends(*arguments: Any, **options: Any) -> Any:
             for _ in range(times if not sent and os.environ.get("LOCAL_RANK", "0") == "0" else 0):
@@ -73,6 +76,8 @@ def ended(
             return original(*arguments, **options)
 
         setattr(holder, name, sends)
+        if path == "recipe" and not owners:
+            main.__wrapped__.__globals__[name] = sends
         main(flags)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -82,12 +87,12 @@ def ended(
 
 
 TEXT = [
-    "lightning_distill.cli.text_run:TextRun.read",
+    "recipe:TextClassificationData.setup",
     "lightning_distill.module:DistillationModule.test_step",
     "lightning_distill.module:DistillationModule.export",
     "lightning_distill.callbacks.gptq:quantize",
-    "lightning_distill.cli.text_run:latency_ms",
-    "lightning_distill.cli.run:plot_curves",
+    "recipe:latency_ms",
+    "lightning_distill.cli.report:plot_curves",
 ]
 
 
@@ -121,7 +126,9 @@ def test_early_exit(files: list[str], tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
-@pytest.mark.parametrize("where", ["teacher_documents", "tokens_per_second", "speculative"])
+@pytest.mark.parametrize(
+    "where", ["recipe:teacher_documents", "recipe:tokens_per_second", "lightning_distill.cli.language:speculative"]
+)
 def test_a_language_model_that_writes(where: str, tmp_path: Path) -> None:
     texts = [text for text, _ in sentiment(40)]
     tokenizer = train_causal_tokenizer(texts, vocab_size=300)
@@ -135,8 +142,7 @@ def test_a_language_model_that_writes(where: str, tmp_path: Path) -> None:
         "--trainer.limit_train_batches=1", "--trainer.max_epochs=1", "--trainer.accelerator=cpu",
         "--trainer.enable_progress_bar=false",
     ]  # fmt: skip
-    place = f"lightning_distill.cli.language_run:{where}"
-    code, said = ended(load_recipe("causal_lm"), flags, place, signal.SIGINT, tmp_path)
+    code, said = ended(load_recipe("causal_lm"), flags, where, signal.SIGINT, tmp_path)
     assert code == 130, said
     assert "Stopped by Ctrl-C. Go on with: the same command with --resume" in said
     assert "Traceback" not in said

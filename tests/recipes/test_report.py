@@ -10,7 +10,6 @@ import torch
 import transformers
 
 from lightning_distill.cli import report
-from lightning_distill.cli import run as phases
 from lightning_distill.cli.evidence import (
     ItemCount,
     OneAnswer,
@@ -46,7 +45,7 @@ def test_a_teacher_of_metric_0_and_a_report_that_failed(
         raise OSError("the picture")
 
     with monkeypatch.context() as broken:
-        broken.setattr(phases, "plot_curves", fail)
+        broken.setattr(report, "plot_curves", fail)
         with pytest.raises(OSError, match="the picture"):
             main(files)
     main([*files, "--resume"])

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from lightning_distill.cli import run_folder
-from lightning_distill.cli.text_run import text_parser
+from lightning_distill.cli import run_folder, text_parser
 from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, refusal, summary
 from tests.helpers.text import write_sentiment
 
@@ -68,9 +67,8 @@ def test_a_finished_run_is_gone_on_with_as_it_was_or_not_at_all(files: list[str]
 
 def begin(flags: list[str]) -> None:
     """What a recipe does before it trains."""
-    parser = text_parser(None, output_dir="runs/distilbert")
-    config = parser.parse_args(flags)
-    run_folder.begin_run(parser, config)
+    config = text_parser(None, output_dir="runs/distilbert").parse_args(flags)
+    run_folder.begin_run(config)
     run_folder.end_run(config)
 
 
@@ -121,15 +119,14 @@ def test_a_best_checkpoint_that_cannot_be_read(files: list[str], tmp_path: Path)
         main([*files, "--resume"])
     assert student.read_bytes() == weights  # of one epoch
     best.unlink()
-    config = text_parser(None, output_dir="runs/distilbert").parse_args(files)
     with pytest.warns(UserWarning, match=f"{said} It is gone"):
-        found = run_folder.best_weights(config, "student", str(best))
+        found = run_folder.best_weights(best.parent, str(best))
     assert found is not None
     for file in best.parent.iterdir():
         file.unlink()
     with pytest.warns(UserWarning, match="the last step is taken"):
-        assert run_folder.best_weights(config, "student", str(best)) is None
-    assert run_folder.best_weights(config, "student", "") is None
+        assert run_folder.best_weights(best.parent, str(best)) is None
+    assert run_folder.best_weights(best.parent, "") is None
 
 
 def test_two_runs_at_once(files: list[str], tmp_path: Path, capsys: Any) -> None:

@@ -1,0 +1,153 @@
+"""What the recipes of text classifiers need that teaches nothing: embedded text, what is measured, rows of a report."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from torch import nn
+
+from lightning_distill.cli.parser import Flags
+from lightning_distill.cli.report import Column, write_report
+from lightning_distill.cli.trainer import asked_objectives
+from lightning_distill.data import TextClassificationData
+from lightning_distill.objectives import HardLabel, Objective
+
+_ROWS_PER_CLASS = 700
+
+
+def embedded_text(flags: Flags) -> tuple[TextClassificationData, transformers.PreTrainedModel]:
+    """Text of the installed packages, labelled by the package, and an untrained small BERT for it."""
+    data = TextClassificationData.embedded(max_rows_per_class=_ROWS_PER_CLASS, seed=flags.seed, **flags.data.as_dict())
+    assert isinstance(data.tokenizer, transformers.PreTrainedTokenizerBase)
+    bert = transformers.BertConfig(
+        vocab_size=len(data.tokenizer),
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=6,
+        intermediate_size=768,
+        max_position_embeddings=max(128, data.max_length),
+        pad_token_id=data.tokenizer.pad_token_id,
+        id2label=data.id2label,
+        label2id=data.label2id,
+    )
+    return data, transformers.BertForSequenceClassification(bert)
+
+
+def text_objectives(flags: Flags, data: TextClassificationData, default: list[Objective]) -> list[Objective]:
+    """What ``--objectives`` asks for, or the default; hard labels weigh classes as ``--data.class_weights`` asks.
+
+    Args:
+        flags: The parsed flags.
+        data: The data.
+        default: What a student learns from where no flag says it.
+
+    Raises:
+        ValueError: If classes are to be weighed, and none of ``--objectives`` learns from labels.
+    """
+    asked = asked_objectives(flags)
+    hard = [objective for objective in asked or default if isinstance(objective, HardLabel)]
+    if data.class_weights is not None and asked and not hard:
+        raise ValueError("--data.class_weights needs the objective HardLabel, which learns from labels")
+    for objective in hard:
+        if objective.class_weights is None:
+            objective.class_weights = data.class_weights
+    return asked or default
+
+
+def metric_of(data: TextClassificationData) -> str:
+    """Name of the metric that decides."""
+    return "pearson" if data.task == "regression" else "accuracy"
+
+
+def monitor_of(data: TextClassificationData) -> str:
+    """The validation metric that says which epoch is best."""
+    return f"val_{metric_of(data)}"
+
+
+def test_batches(flags: Flags, data: TextClassificationData) -> dict[int, list[Any]]:
+    """Batches of test rows in the order of the file: 64 of one row, and 8 of 32 rows.
+
+    A trial run that tests on a few batches gets as few.
+
+    Args:
+        flags: The parsed flags.
+        data: The data.
+
+    Returns:
+        The batches by their size.
+    """
+    rows: Any = data.predict_dataloader().dataset
+    limit = flags.trainer.limit_test_batches
+    found = {}
+    for size, count in ((1, 64), (32, 8)):
+        count = min(count, limit) if isinstance(limit, int) and limit > 0 else count
+        groups = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)][:count]
+        found[size] = [data.collate([rows[row] for row in group]) for group in groups]
+    return found
+
+
+def report_text(
+    flags: Flags,
+    data: TextClassificationData,
+    models: Mapping[str, nn.Module],
+    scores: Mapping[str, Mapping[str, float]],
+    latency: Mapping[int, Mapping[str, float]],
+    *,
+    seconds: float,
+    **more: Any,
+) -> None:
+    """Print the table, write ``summary.json`` and ``curves.png``; called on rank 0.
+
+    Args:
+        flags: The parsed flags.
+        data: The data.
+        models: The models by name; one in few bits, ``student-gptq``, has a line of its own.
+        scores: What the test of each has logged.
+        latency: Milliseconds of each by the size of the batch, 1 and 32.
+        seconds: How long the run took.
+        **more: What else ``summary.json`` holds.
+    """
+    metric = metric_of(data)
+    rows = {
+        name: {
+            "metric_name": metric,
+            "metric": scores[name][f"test_{metric}"],
+            "agreement": scores[name].get("test_agreement", 1.0),
+            "latency_ms_batch1": latency[1][name],
+            "latency_ms_batch32": latency[32][name],
+        }
+        for name in models
+        if name != "student-gptq"
+    }
+    columns = [
+        Column("parameters", "parameters", "{:.2f} M", 1e-6),
+        Column("on disk", "bytes", "{:.1f} MB", 1e-6),
+        Column(f"{metric} (test)", "metric", "{:.4f}", name="metric_retained"),
+        Column("agreement", "agreement", "{:.4f}", name=None),
+        Column("batch 1", "latency_ms_batch1", "{:.2f} ms", name="latency_batch1"),
+        Column("batch 32", "latency_ms_batch32", "{:.1f} ms", name="latency_batch32"),
+    ]
+    if "student-gptq" in models:
+        written = json.loads((flags.output_dir / "student-gptq" / "gptq.json").read_text())
+        more["gptq"] = {
+            **{key: written[key] for key in ("bits", "group_size", "bytes")},
+            "metric": scores["student-gptq"][f"test_{metric}"],
+            "metric_before": scores["student"][f"test_{metric}"],
+            "seconds": round(written["seconds"], 1),
+            "latency_ms_batch1": latency[1]["student-gptq"],
+        }
+    rows_of_test: Any = data.predict_dataloader().dataset
+    write_report(
+        flags, models, scores, rows, columns, metric=metric, what="rows", available=len(rows_of_test),
+        seconds=seconds, **more,
+    )  # fmt: skip
+    if "gptq" in more:
+        print(f"\nThe student in {flags.gptq.bits} bits: {json.dumps(more['gptq'])}")
+    for name, key in (("teacher", "early_exit"), ("student", "early_exit_student")):
+        if (row := more.get(key)) is not None:
+            print(
+                f"Early exit of the {name}: {row['mean_depth']:.2f} layers on average, {metric} "
+                f"{row['metric_full']:.4f} -> {row['metric_early']:.4f}, throughput "
+                f"x {row['throughput_ratio_batch1']:.2f} (batch 1), x {row['throughput_ratio_batch32']:.2f} (batch 32)"
+            )
