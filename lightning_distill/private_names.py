@@ -33,8 +33,8 @@ class PrivateName(NamedTuple):
 
         Example:
             >>> from lightning_distill.private_names import PrivateName
-            >>> PrivateName("json", "_gone", ("cli/run.py",), "read").why_missing()
-            'json has no `json._gone`, which cli/run.py needs to read.'
+            >>> PrivateName("json", "_gone", ("cli/cache.py",), "read").why_missing()
+            'json has no `json._gone`, which cli/cache.py needs to read.'
         """
         try:
             found = _has(resolve_name(self.owner), self.name)
@@ -298,7 +298,7 @@ PRIVATE_NAMES = [
     PrivateName(
         "torch:Tensor",
         "_version",
-        ("quantization/calibration.py", "students/untouched.py"),
+        ("cli/dry_run.py", "quantization/calibration.py", "students/untouched.py"),
         "tell whether a tensor was written to in place",
     ),
     PrivateName(
@@ -331,7 +331,7 @@ PRIVATE_NAMES = [
         "_pytree",
         (
             "callbacks/early_exit.py",
-            "cli/run.py",
+            "cli/run_folder.py",
             "early_exit/walk.py",
             "measure.py",
             "quantization/packed_weight.py",
@@ -403,7 +403,7 @@ PRIVATE_NAMES = [
         ("models/fingerprints.py", "teachers/precision.py"),
         "leave the folder out of a fingerprint, where it is a key of `to_dict`, and of a quantised copy",
     ),
-    PrivateName(_CONFIG, "_commit_hash", ("cli/run.py",), "say in a report which version of a model was loaded"),
+    PrivateName(_CONFIG, "_commit_hash", ("cli/run_folder.py",), "say in a report which version of a model was loaded"),
     PrivateName(
         "transformers:PreTrainedModel",
         "_is_hf_initialized",

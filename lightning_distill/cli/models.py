@@ -108,8 +108,9 @@ def named_student(flags: Flags, teacher: Any, data: Any) -> transformers.PreTrai
     if isinstance(data, TextClassificationData):
         own, theirs = class_names(student, "--model.student"), class_names(teacher, "--model.teacher")
         for others, what in ((theirs, "--model.teacher"), (data.label_names, "the data")):
-            named = own and others and not _are_numbers(others)
-            if named and class_order(own, others, "--model.student", what) is not None:
+            if not own or not others or _are_numbers(others):
+                continue
+            if class_order(own, others, "--model.student", what) is not None:
                 raise ValueError(f"--model.student has the classes {own}, and {what} {others}, in this order")
     advice = "--model.student must read text in the words of --model.teacher, whose tokenizer the data have."
     check_vocabulary(student, teacher, padded=True, advice=advice)

@@ -8,11 +8,12 @@ that counts; and ``LightningCLI`` makes its one Trainer, model and data module b
 """
 
 import argparse
-import copy
 import difflib
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
@@ -122,32 +123,31 @@ class FlagParser(ArgumentParser):
         following = [word for word in words[asked[0] + 1 : asked[0] + 2] if not word.startswith("-")]
         topic = words[asked[0]].partition("=")[2] or "".join(following)
         if topic and topic not in groups:
-            self.error(f"--help: expected nothing or one of {', '.join(groups)}, but got {topic!r}")
+            self.error(f"there is no group {topic!r} for --help: expected one of {', '.join(groups)}")
         if topic:
-            self._print_message(self._section(topic, lambda dest: dest.partition(".")[0] == topic), sys.stdout)
+            print(self._chosen(lambda action: action if action.dest.partition(".")[0] == topic else None), end="")
             self.exit()
 
     def format_help(self, *args: Any) -> str:
-        """All flags, or those of the job on one screen and the names of the other groups."""
+        """All flags, or those of the job on one screen and the names of the groups of all flags."""
         if self.job is None:
             return super().format_help(*args)
-        job, self.formatter_class = set(self.job), _Short
-        title = (self.description or "").strip().partition("\n")[0]
-        flags = self._section(title, lambda dest: dest in job or f"{dest.partition('.')[0]}.*" in job)
-        self.formatter_class = _Formatter
-        return f"{flags}\nOther flags, and all that these may be: --help followed by\n  {', '.join(self._groups())}\n"
+        job = set(self.job)
+        title = (self.description or "").partition("\n")[0]
+        flags = self._chosen(lambda action: _short(action) if {action.dest, _group_of(action)} & job else None)
+        groups = textwrap.fill(", ".join(self._groups()), 100, initial_indent="  ", subsequent_indent="  ")
+        return (
+            f"{title}\n(Commands to begin with stand at the head of {self.prog}.)\n\n{flags}\n"
+            f"All flags of a group, what they may be and their defaults: --help followed by one of\n{groups}\n"
+        )
 
-    def _section(self, title: str, shows: Callable[[str], bool]) -> str:
-        """The help of some flags, by their names."""
-        groups, usage, description = self._action_groups, self.usage, self.description
-        one = copy.copy(groups[0])
-        one.title, one.description = title, None
-        one._group_actions = [action for action in self._actions if shows(action.dest)]
-        self._action_groups, self.usage, self.description = [one], argparse.SUPPRESS, None
+    def _chosen(self, choose: Callable[[argparse.Action], argparse.Action | None]) -> str:
+        """The help of some flags."""
+        self.formatter_class = partial(_Chosen, choose=choose)  # type: ignore[assignment]
         try:
             return super().format_help()
         finally:
-            self._action_groups, self.usage, self.description = groups, usage, description
+            self.formatter_class = _Formatter
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong in one line, and exit with code 2."""
@@ -194,19 +194,41 @@ class _Formatter(DefaultHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
-class _Short(_Formatter):
-    """A line a flag: its name, the first words on it, its default."""
+class _Chosen(_Formatter):
+    """Shows some flags, as they are or as others say them, and nothing else."""
 
-    def __init__(self, prog: str) -> None:
+    def __init__(self, prog: str, choose: Callable[[argparse.Action], argparse.Action | None]) -> None:
         super().__init__(prog, max_help_position=34, width=120)
+        self.choose = choose
 
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        return ", ".join(action.option_strings)
+    def add_usage(self, *_: Any, **__: Any) -> None:
+        """Not here."""
 
-    def _get_help_string(self, action: argparse.Action) -> str:
-        text = re.split(r"[;.] ", action.help or "")[0].rstrip(".")
-        shown = action.default not in (None, False, argparse.SUPPRESS) and "default" not in text
-        return f"{text} (default: %(default)s)" if shown else text
+    def add_text(self, text: str | None) -> None:
+        """Not here."""
+
+    def start_section(self, heading: str | None) -> None:
+        """All is one."""
+
+    def end_section(self) -> None:
+        """All is one."""
+
+    def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
+        """Add those that are chosen."""
+        super().add_arguments([chosen for action in actions if (chosen := self.choose(action)) is not None])
+
+
+def _group_of(action: argparse.Action) -> str:
+    return f"{action.dest.partition('.')[0]}.*"
+
+
+def _short(action: argparse.Action) -> argparse.Action:
+    """A flag on one line: its name, the first words on it, its default."""
+    text = re.split(r"\. ", (action.help or "").replace("``", ""))[0].rstrip(".")
+    text = textwrap.shorten(text[0].lower() + text[1:], 66, placeholder=" ...")
+    if "default" not in text and action.default not in (None, False, argparse.SUPPRESS):
+        text = f"{text} (default: {action.default})"
+    return argparse.Action(action.option_strings[:1], action.dest, nargs=0, default=argparse.SUPPRESS, help=text)
 
 
 def one_line(message: str) -> str:

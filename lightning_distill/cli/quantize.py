@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import transformers
+from jsonargparse import Namespace
 
 from lightning_distill.arguments import integer
 from lightning_distill.cli.parser import FlagParser
+from lightning_distill.cli.screen import quiet
 from lightning_distill.models.folders import check_folder
 from lightning_distill.models.pretrained import load_pretrained, load_tokenizer
 from lightning_distill.quantization.checkpoint import save
@@ -42,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"Expected argument `--data` to be a text file, but got {arguments.data}.")
     lines = [line.split("\t")[0].strip() for line in arguments.data.read_text().splitlines()]
     lines = [line for line in lines if line][: arguments.num_samples]
-    transformers.utils.logging.disable_progress_bar()
+    with quiet():
+        _quantize(arguments, lines, output)
+
+
+def _quantize(arguments: Namespace, lines: list[str], output: Path) -> None:
     model = load_pretrained(arguments.model, "--model")
     tokenizer = load_tokenizer(arguments.model, "--model", model)
     if tokenizer.pad_token is None:

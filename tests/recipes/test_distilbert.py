@@ -1,7 +1,9 @@
 """The recipe: what it writes, what it says of wrong input, which flags reach the Trainer."""
 
 import json
+import logging
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,6 +201,54 @@ def test_help_and_print_config(main: Any, capsys: Any) -> None:
         with pytest.raises(SystemExit, match="0"):
             main([flag])
         assert expected in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["distilbert", "tinybert", "minilm", "fastbert", "causal_lm"])
+def test_help_is_one_screen_and_names_the_groups_of_the_rest(name: str, capsys: Any) -> None:
+    main = load_recipe(name)
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert len(said.splitlines()) <= 44
+    assert all(len(line) <= 120 for line in said.splitlines())
+    assert "--model.teacher " in said
+    assert "--model.num_layers              layers of the student (default: half of them)" in said
+    groups = said.split("followed by one of")[1].replace("\n", " ").split(",")
+    for group in map(str.strip, groups):
+        with pytest.raises(SystemExit, match="0"):
+            main(["--help", group])
+        flags = re.findall(r"^--(\w+)", capsys.readouterr().out, re.MULTILINE)
+        assert set(flags) == {group}
+    with pytest.raises(SystemExit, match="0"):
+        main(["--help=trainer"])
+    assert "--trainer.accumulate_grad_batches" in capsys.readouterr().out
+    said = refusal(main, ["--help", "optimzer"], capsys)
+    assert "there is no group 'optimzer' for --help: expected one of data, optimizer, " in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "times"), [([], 1), (["--model.baseline=true"], 2), (["--model.finetune_teacher=true"], 2)]
+)
+def test_a_student_is_built_once_and_once_more_where_it_has_to_be_another(
+    main: Any, flags: list[str], times: int, files: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, built = main.__wrapped__.__globals__, []
+
+    def build(*arguments: Any, **options: Any) -> Any:
+        built.append(options)
+        return student_from_teacher(*arguments, **options)
+
+    monkeypatch.setitem(names, "student_from_teacher", build)
+    main([*files, *flags, "--model.teacher_epochs=1"])
+    assert len(built) == times
+
+
+def test_a_recipe_silences_nothing_beyond_its_end(main: Any, files: list[str]) -> None:
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    before = (list(warnings.filters), list(logger.filters), transformers.utils.logging.is_progress_bar_enabled())
+    main(files)
+    after = (list(warnings.filters), list(logger.filters), transformers.utils.logging.is_progress_bar_enabled())
+    assert after == before
 
 
 @pytest.mark.forks
