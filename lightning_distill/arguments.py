@@ -18,7 +18,7 @@ def typed(target: _Callable) -> _Callable:
     mypy and jsonargparse check code and command lines; this is for a notebook, where ``"0.1"`` for a number would
     otherwise fail an hour later, or count as True. A whole number is a number; True is neither. Tuples and lists stand
     for each other. Which strings a ``Literal`` allows, and which numbers are in range, the function itself says, which
-    knows why.
+    knows why (an objective names itself).
 
     Args:
         target: The function, or the class.

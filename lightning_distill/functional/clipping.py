@@ -185,13 +185,9 @@ def _weights_of(parameter: Tensor) -> Tensor:
 
 
 def unit_norms(tensor: Tensor) -> Tensor:
-    """Euclidean norm of every unit: of each row or output channel, or of a vector as a whole.
+    """Euclidean norm of each row or output channel, [units, 1, ..., 1], or of a vector as a whole, a scalar.
 
-    Args:
-        tensor: A tensor, or a DTensor with shards.
-
-    Returns:
-        Norms of shape [units, 1, ..., 1], or a scalar for a vector. For a DTensor, of the units in this process.
+    Of a DTensor, it is that of the units in this process.
 
     Example:
         >>> unit_norms(torch.tensor([[3.0, 4.0], [0.0, 2.0]]))
@@ -211,14 +207,9 @@ def unit_norms(tensor: Tensor) -> Tensor:
 
 
 def percentile_threshold(history: Tensor, percentile: float) -> Tensor:
-    """The percentile of past norms, interpolated linearly as numpy does, with NaN for places not yet filled.
+    """The percentile, from 0 to 100, of past norms of shape [window, ...], interpolated linearly as numpy does.
 
-    Args:
-        history: Norms of shape [window, ...].
-        percentile: Between 0 and 100.
-
-    Returns:
-        Of the shape of ``history`` without its first dimension.
+    NaN stands for places not yet filled. The result is of shape [...].
 
     Example:
         >>> percentile_threshold(torch.tensor([1.0, 3.0, 2.0, float("nan")]), 50)
@@ -245,15 +236,12 @@ def zscore_threshold(
     z)`, the further out, the closer to the mean; or the mean itself.
 
     Args:
-        norm: Norms of any shape.
+        norm: Norms of any shape, which is that of the bounds too.
         mean: Running means of past norms, of the same shape.
         variance: Running variances, of the same shape.
         threshold: The z-score :math:`z_t` from which a norm stands out.
         option: ``"adaptive_scaling"``, or ``"mean"`` for the mean.
         factor: :math:`f`, of the adaptive bound.
-
-    Returns:
-        Bounds of the shape of ``norm``.
 
     Example:
         >>> zscore_threshold(torch.tensor([2.0, 6.0]), torch.ones(2), torch.ones(2), threshold=2.5)
@@ -270,12 +258,8 @@ def zscore_threshold(
 def spike_threshold(past: Tensor, factor: float | None) -> Tensor:
     """Upper bound for a norm whose past is too short for statistics: a multiple of the median, which no spike moves.
 
-    Args:
-        past: Norms of shape [window, ...], with NaN for places not yet filled.
-        factor: How many times the median; None for no bound.
-
-    Returns:
-        Of the shape of ``past`` without its first dimension; 1 where there is no norm above 0 yet.
+    The past is of shape [window, ...], with NaN for places not yet filled, and the bound of shape [...]: 1 where there
+    is no norm above 0 yet, infinity for the factor None.
 
     Example:
         >>> spike_threshold(torch.tensor([[1.0, 0.0], [2.0, 0.0], [1e6, 0.0]]), 3.0)
@@ -292,16 +276,15 @@ def running_moments(
 ) -> tuple[Tensor, Tensor]:
     r"""Mean and variance with one more value: plain ones during the warm-up, exponentially decaying ones after it.
 
+    Values, means and variances (of the population, not of a sample) are of one shape.
+
     Args:
-        value: New values of any shape.
-        mean: Means so far, of the same shape.
-        variance: Variances so far (of the population, not of a sample), of the same shape.
+        value: New values.
+        mean: Means so far.
+        variance: Variances so far.
         count: How many values they hold, a scalar.
         warmup_steps: How many values the plain mean and variance are taken of.
         decay: :math:`\alpha` in :math:`\mu \leftarrow \alpha \mu + (1 - \alpha) v`.
-
-    Returns:
-        The new means and variances.
 
     Example:
         >>> mean = variance = torch.zeros(())

@@ -33,16 +33,15 @@ def smooth_losses(losses: Sequence[float] | Tensor, smoothing: float = 0.98) -> 
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"Expected argument `smoothing` to be in [0, 1), but got {smoothing}")
-    values = torch.as_tensor(losses, dtype=torch.float64)
-    averages = accumulate(values.tolist(), lambda mean, loss: smoothing * mean + (1 - smoothing) * loss, initial=0.0)
+    values = torch.as_tensor(losses, dtype=torch.float64).tolist()
+    _, *averages = accumulate(values, lambda mean, loss: smoothing * mean + (1 - smoothing) * loss, initial=0.0)
     count = torch.arange(1, len(values) + 1, dtype=torch.float64)
-    return torch.tensor(list(averages)[1:], dtype=torch.float64) / (1 - smoothing**count)
+    return torch.tensor(averages, dtype=torch.float64) / (1 - smoothing**count)
 
 
 def _valley(lrs: Tensor, losses: Tensor) -> float:
     # Longest strictly decreasing subsequence: length[i] is the longest one ending at i.
-    length: list[int] = []
-    values = losses.tolist()
+    length, values = list[int](), losses.tolist()
     for i, value in enumerate(values):
         length.append(1 + max((length[j] for j in range(i) if values[j] > value), default=0))
     longest = max(length)
@@ -90,9 +89,6 @@ def lr_suggestion(
         lrs: learning rates in rising order, shape ``[N]`` with N at least 16.
         losses: smoothed losses, shape ``[N]``, without the noisy head and the exploding tail, see :func:`trim_curve`.
         rule: name of the rule.
-
-    Returns:
-        The suggested learning rate.
 
     Raises:
         ValueError: unknown ``rule``, different lengths, fewer than 16 points, or a loss that is not finite.

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_distill.arguments import typed
+from lightning_distill.arguments import one_of, typed
 from lightning_distill.functional.tensors import fill_
 from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.models.wrapped import inside
@@ -114,8 +114,7 @@ def student_from_teacher(
     """
     model: Any = load_pretrained(teacher, "teacher")
     _check_known(model)
-    if init not in ("teacher", "random"):
-        raise ValueError(f"Expected argument `init` to be 'teacher' or 'random', but got {init!r}.")
+    one_of("init", init, ("teacher", "random"))
     depth = model.config.num_hidden_layers
     if compression_ratio is not None:
         if num_layers is not None or width is not None:
