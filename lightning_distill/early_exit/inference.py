@@ -1,5 +1,6 @@
 """What a student with ramps answers: its own forward, which each row leaves at the first exit that is sure of it."""
 
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -16,7 +17,6 @@ from lightning_distill.early_exit.walk import (
     BatchDimensions,
     Cost,
     Rows,
-    Stopwatch,
     UnknownArgumentsError,
     caught_layers,
     count_rows,
@@ -191,7 +191,7 @@ class _Pass:
 
     def run(self) -> Prediction:
         model = self.model
-        self.watch, self.since = Stopwatch(), -1
+        self.lap_began, self.since = time.perf_counter(), -1
         if self.exits:
             self.total = count_rows(self.batch)
             with caught_layers(model.student, model.layers, self.call):
@@ -230,7 +230,7 @@ class _Pass:
             sure &= ~self.left
         leaving = sure.nonzero().squeeze(1)  # waits for the device
         layers, self.since = position - self.since, position
-        model.cost.layer = min(model.cost.layer, self.watch.lap() / layers / len(rows))
+        model.cost.layer = min(model.cost.layer, self.lap() / layers / len(rows))
         if not len(leaving):
             return output
         self.left_at.append((position, rows.index[leaving], logits[leaving]))
@@ -244,12 +244,17 @@ class _Pass:
             return output
         if model.sort and len(rows) == self.total:
             staying = staying[measure[staying].argsort(descending=not model.criterion.rising)]
-        self.watch.lap()
+        self.lap()
         output = rows.keep(position, staying, arguments, output)
         self.left = None
         self.state = tuple(tensor[staying] for tensor in self.state or ())
-        model.cost.cut = min(model.cost.cut, self.watch.lap() / len(staying))
+        model.cost.cut = min(model.cost.cut, self.lap() / len(staying))
         return output
+
+    def lap(self) -> float:
+        """Seconds since the last lap. At an exit the host has waited for the device, so they hold the device's work."""
+        began, self.lap_began = self.lap_began, time.perf_counter()
+        return self.lap_began - began
 
     def judge(self, position: int, logits: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
         """Each row's measure (the least sure of its tokens') and whether it is sure."""

@@ -7,7 +7,6 @@ Which dimension of which argument is the batch is not guessed: it is the one tha
 """
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -225,16 +224,3 @@ class Rows:
                 shape[dim] = self.total
                 leaves[place] = leaves[place].new_zeros(shape).index_copy(dim, self.index, leaves[place])
         return tree_unflatten(leaves, tree)
-
-
-class Stopwatch:
-    """Seconds since the last lap. At an exit the host has waited for the device, so a lap holds the device's work."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        """End a lap."""
-        now = time.perf_counter()
-        self._last, seconds = now, now - self._last
-        return seconds

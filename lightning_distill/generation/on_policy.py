@@ -6,7 +6,7 @@ from typing import Any
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 
-from lightning_distill.arguments import between
+from lightning_distill.arguments import between, integer
 from lightning_distill.generation.prompts import prompts_of
 from lightning_distill.generation.sampling import generate, settings
 from lightning_distill.module import DistillationModule
@@ -84,8 +84,7 @@ class OnPolicyDistillation(DistillationModule):
     ) -> None:
         super().__init__(teacher, student, objectives, **kwargs)
         between("on_policy", on_policy, 0, 1, closed=True)
-        if prompt_length < 1:
-            raise ValueError(f"Expected argument `prompt_length` to be at least 1, but got {prompt_length}.")
+        integer("prompt_length", prompt_length, 1)
         if not self._needs_teacher:
             raise ValueError(
                 "Expected argument `objectives` to have one that reads the teacher, because the student's own text has "

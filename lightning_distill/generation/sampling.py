@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from lightning_distill.arguments import between, one_of
+from lightning_distill.arguments import between, integer, one_of
 from lightning_distill.models.batch import IGNORE_INDEX
 from lightning_distill.models.calling import evaluating
 from lightning_distill.models.wrapped import inside
@@ -63,9 +63,8 @@ def settings(
             f"Expected a causal language model of transformers, such as `LlamaForCausalLM`, but got "
             f"`{type(model).__name__}`."
         )
-    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams)):
-        if value < 1:
-            raise ValueError(f"Expected argument `{name}` to be at least 1, but got {value}.")
+    integer("max_new_tokens", max_new_tokens, 1)
+    integer("num_beams", num_beams, 1)
     if not (isinstance(temperature, int | float) and 0 < temperature < math.inf):
         raise ValueError(
             f"Expected argument `temperature` to be finite and above 0, but got {temperature!r}. For the most probable "

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from lightning_distill.arguments import integer
 from lightning_distill.data.packing import Document
 from lightning_distill.generation.sampling import Prompt, end_tokens, generate
 from lightning_distill.models.fingerprints import add_tensors
@@ -78,8 +79,7 @@ def teacher_documents(
         "num_beams": num_beams,
         "words": words,
     }
-    if batch_size < 1:
-        raise ValueError(f"Expected argument `batch_size` to be at least 1, but got {batch_size}.")
+    integer("batch_size", batch_size, 1)
     rows = [[int(token) for token in prompt] for prompt in prompts]
     # The tokens that end a text are all that a model's own settings say.
     ends = end_tokens(teacher)

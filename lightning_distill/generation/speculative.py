@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_distill.arguments import integer
 from lightning_distill.generation.sampling import Prompt, pad_prompts, pad_token, seeded, settings, without_own_settings
 from lightning_distill.generation.speed import tokens_per_second
 from lightning_distill.models.calling import evaluating
@@ -109,8 +110,7 @@ def speculative(
     check_not_shared(student, teacher)
     check_vocabulary(student, teacher, padded=True)
     student = _with_words_of(student, teacher)
-    if num_draft_tokens < 1:
-        raise ValueError(f"Expected argument `num_draft_tokens` to be at least 1, but got {num_draft_tokens}.")
+    integer("num_draft_tokens", num_draft_tokens, 1)
     if cache_implementation not in (None, "dynamic"):
         raise ValueError(
             f"Expected argument `cache_implementation` to be 'dynamic' beside a draft, but got "
