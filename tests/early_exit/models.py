@@ -3,33 +3,18 @@
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 
 from lightning_distill.early_exit import Criterion, EarlyExitModel, make_ramps
-from tests.helpers.models import SMALL, tokens
+from tests.helpers.models import tokens
+from tests.models.registry import build
 
 DEPTH = 4
-
-#: Class prefix, and what its config needs beside or instead of the usual.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "Bert": {},
-    "DistilBert": {"dim": 16, "hidden_dim": 32, "n_heads": 2, "n_layers": DEPTH, "vocab_size": 64},
-    "Roberta": {"max_position_embeddings": 40},
-    "Electra": {"embedding_size": 16},
-    "DebertaV2": {"relative_attention": True, "position_buckets": 4, "pos_att_type": ["p2c", "c2p"]},
-    "ModernBert": {"cls_token_id": 1, "sep_token_id": 2},
-    "GPT2": {"n_embd": 16, "n_layer": DEPTH, "n_head": 2, "n_positions": 32},
-    "Llama": {"num_key_value_heads": 1},
-    "Qwen3": {"num_key_value_heads": 1, "head_dim": 8},
-}
 
 
 def student(architecture: str = "Bert", head: str = "SequenceClassification", **config: Any) -> Any:
     """A model of four layers whose layers say different things."""
-    settings = {**SMALL, "num_hidden_layers": DEPTH, **ARCHITECTURES[architecture], **config}
-    made = getattr(transformers, f"{architecture}Config")(**settings)
-    model = getattr(transformers, f"{architecture}For{head}")(made).eval()
+    model = build(architecture, head, layers=config.pop("num_hidden_layers", DEPTH), **config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

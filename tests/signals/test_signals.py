@@ -4,79 +4,28 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as hf
 from torch import Tensor, nn
 
 from lightning_distill.signals.description import describe, find_decoder, find_layers
 from lightning_distill.signals.recorder import Recorder, capture
 from lightning_distill.signals.signals import Request
+from tests.models import registry
+from tests.models.registry import ARCHITECTURES, inputs
 
 DEPTH = 3
-COMMON = {
-    "hidden_size": 32,
-    "num_hidden_layers": DEPTH,
-    "num_attention_heads": 4,
-    "intermediate_size": 48,
-    "vocab_size": 50,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+ENCODER_DECODERS = ["T5", "Bart"]
+RECORDED = [name for name, row in ARCHITECTURES.items() if row.has_attention]
 
 
-def build(name: str) -> hf.PreTrainedModel:
+def build(name: str) -> Any:
     torch.manual_seed(0)
-    if name == "bert":
-        return hf.BertForSequenceClassification(hf.BertConfig(**COMMON))
-    if name == "distilbert":
-        config = {"dim": 32, "n_layers": DEPTH, "n_heads": 4, "hidden_dim": 48, "vocab_size": 50}
-        return hf.DistilBertForSequenceClassification(hf.DistilBertConfig(**config))
-    if name == "roberta":
-        return hf.RobertaForSequenceClassification(hf.RobertaConfig(**COMMON))
-    if name == "electra":
-        return hf.ElectraForSequenceClassification(hf.ElectraConfig(embedding_size=16, **COMMON))
-    if name == "modernbert":
-        config = hf.ModernBertConfig(**COMMON, cls_token_id=1, sep_token_id=2, local_attention=4)
-        return hf.ModernBertForSequenceClassification(config)
-    if name == "llama":
-        return hf.LlamaForCausalLM(hf.LlamaConfig(**COMMON, num_key_value_heads=2))
-    if name == "qwen3":
-        return hf.Qwen3ForCausalLM(hf.Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8))
-    if name == "gpt2":
-        config = {"n_embd": 32, "n_layer": DEPTH, "n_head": 4, "vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2}
-        return hf.GPT2LMHeadModel(hf.GPT2Config(**config))
-    if name == "t5":
-        config = {"d_model": 32, "num_layers": DEPTH, "num_heads": 4, "d_kv": 8, "d_ff": 48, "vocab_size": 50}
-        return hf.T5ForConditionalGeneration(hf.T5Config(**config, decoder_start_token_id=0))
-    if name == "bart":
-        sizes = {"layers": DEPTH, "attention_heads": 4, "ffn_dim": 48}
-        config = {f"{side}_{what}": size for side in ("encoder", "decoder") for what, size in sizes.items()}
-        config |= {"d_model": 32, "vocab_size": 50, "max_position_embeddings": 64}
-        return hf.BartForConditionalGeneration(hf.BartConfig(**config))
-    assert name == "vit"
-    config = {"hidden_size": 32, "num_hidden_layers": DEPTH, "num_attention_heads": 4, "intermediate_size": 48}
-    return hf.ViTForImageClassification(hf.ViTConfig(**config, image_size=8, patch_size=2))
-
-
-ARCHITECTURES = ["bert", "distilbert", "roberta", "electra", "modernbert", "llama", "qwen3", "gpt2", "t5", "vit"]
-
-
-def inputs(name: str) -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    if name == "vit":
-        return {"pixel_values": torch.randn(2, 3, 8, 8)}
-    ids = torch.randint(3, 50, (2, 10))
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = 0
-    batch = {"input_ids": ids, "attention_mask": mask}
-    return batch | {"decoder_input_ids": ids} if name == "t5" else batch
+    return registry.build(name, layers=DEPTH, hidden_size=32, num_attention_heads=4)
 
 
 EVERYTHING = Request(hidden_states=frozenset(range(DEPTH)), embedding=True, attention=frozenset({0, DEPTH - 1}))
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", RECORDED)
 @pytest.mark.parametrize("padded", [True, False])
 def test_capture_changes_no_bit_and_equals_what_transformers_gives(name: str, padded: bool) -> None:
     model, batch = build(name).eval(), inputs(name)
@@ -88,7 +37,7 @@ def test_capture_changes_no_bit_and_equals_what_transformers_gives(name: str, pa
 
     model.set_attn_implementation("eager")
     eager = model(**batch, output_hidden_states=True, output_attentions=True)
-    prefix = "encoder_" if name == "t5" else ""
+    prefix = "encoder_" if name in ENCODER_DECODERS else ""
     states, maps = getattr(eager, f"{prefix}hidden_states"), getattr(eager, f"{prefix}attentions")
     torch.testing.assert_close(captured["embedding"], states[0])
     # A padded query may see no key at all (ModernBERT's local attention); what it then gives differs and is no matter.
@@ -96,7 +45,7 @@ def test_capture_changes_no_bit_and_equals_what_transformers_gives(name: str, pa
     real = torch.ones(states[0].shape[:2], dtype=torch.bool) if mask is None else mask.bool()
     for layer in range(DEPTH):
         expected = states[layer + 1]
-        if name == "vit" and layer == DEPTH - 1:
+        if name == "ViT" and layer == DEPTH - 1:
             expected = model.vit.layernorm(expected)
         torch.testing.assert_close(captured["hidden_states"][layer][real], expected[real], atol=2e-6, rtol=1e-5)
     for layer in EVERYTHING.attention:
@@ -104,7 +53,7 @@ def test_capture_changes_no_bit_and_equals_what_transformers_gives(name: str, pa
         torch.testing.assert_close(own, expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", RECORDED)
 def test_gradients_are_the_same_bits_and_the_model_is_left_as_it_was(name: str) -> None:
     model, batch = build(name).train(), inputs(name)
     before = snapshot(model)
@@ -129,7 +78,7 @@ def snapshot(model: nn.Module) -> Any:
 
 
 def test_eager_attention_stays_eager() -> None:
-    model, batch = build("llama").eval(), inputs("llama")
+    model, batch = build("Llama").eval(), inputs("Llama")
     model.set_attn_implementation("eager")
     maps = model(**batch, output_attentions=True).attentions
     output, captured = capture(model, EVERYTHING, **batch, output_attentions=True)
@@ -140,12 +89,12 @@ def test_eager_attention_stays_eager() -> None:
 
 def test_gradient_checkpointing_records_once_and_with_its_gradient() -> None:
     def gradients(checkpointing: bool) -> tuple[list[Tensor], Recorder]:
-        model = build("bert").train()
+        model = build("Bert").train()
         if checkpointing:
             model.activation_checkpointing_enable()
         recorder = Recorder(model, EVERYTHING)
         torch.manual_seed(2)
-        logits = model(**inputs("bert")).logits
+        logits = model(**inputs("Bert")).logits
         captured = recorder.take()
         maps = sum(attention.probabilities().square().sum() for attention in captured["attention"].values())
         (logits.sum() + maps + captured["hidden_states"][1].square().sum()).backward()
@@ -160,15 +109,15 @@ def test_gradient_checkpointing_records_once_and_with_its_gradient() -> None:
 
 
 def test_reentrant_gradient_checkpointing_is_refused_where_it_would_lose_the_gradient() -> None:
-    model = build("bert").train()
+    model = build("Bert").train()
     model.activation_checkpointing_enable({"use_reentrant": True})
     recorder = Recorder(model, EVERYTHING)
     with pytest.raises(RuntimeError, match="use_reentrant"):
-        model(**inputs("bert"))
+        model(**inputs("Bert"))
     recorder.remove()
 
 
-@pytest.mark.parametrize("name", ["bert", "llama"])
+@pytest.mark.parametrize("name", ["Bert", "Llama"])
 def test_student_compile(name: str) -> None:
     model, batch = build(name).train(), inputs(name)
     model.config.attention_dropout = model.config.attention_probs_dropout_prob = model.config.hidden_dropout_prob = 0.0
@@ -186,7 +135,7 @@ def test_student_compile(name: str) -> None:
     (captured["hidden_states"][1].sum() + captured["attention"][2].probabilities().square().sum()).backward()
     assert (
         find_layers(model)[0]
-        .get_submodule("attention.self.query" if name == "bert" else "self_attn.q_proj")
+        .get_submodule("attention.self.query" if name == "Bert" else "self_attn.q_proj")
         .weight.grad.abs()
         .sum()
         > 0
@@ -195,7 +144,7 @@ def test_student_compile(name: str) -> None:
 
 
 def test_autocast() -> None:
-    model, batch = build("bert").eval(), inputs("bert")
+    model, batch = build("Bert").eval(), inputs("Bert")
     with torch.autocast("cpu", torch.bfloat16):
         _, captured = capture(model, EVERYTHING, **batch)
         maps = captured["attention"][0].probabilities()
@@ -205,7 +154,7 @@ def test_autocast() -> None:
 
 
 def test_copy_and_pickle_after_remove() -> None:
-    model, batch = build("bert").eval(), inputs("bert")
+    model, batch = build("Bert").eval(), inputs("Bert")
     recorder = Recorder(model, EVERYTHING)
     logits = model(**batch).logits
     recorder.remove()
@@ -231,7 +180,7 @@ def test_take_forgets_and_says_what_did_not_run() -> None:
     ],
 )
 def test_what_a_model_cannot_give_is_refused(request_: Request, message: str) -> None:
-    model = build("bert")
+    model = build("Bert")
     before = snapshot(model)
     with pytest.raises(ValueError, match=message):
         Recorder(model, request_)
@@ -246,18 +195,18 @@ def test_a_plain_module_has_no_layers() -> None:
 
 
 def test_describe_reads_grouped_heads() -> None:
-    info = describe(build("llama"))
+    info = describe(build("Llama"))
     assert (info.depth, info.width, info.num_heads, info.num_key_value_heads) == (3, 32, 4, 2)
-    assert describe(build("bert")).num_key_value_heads == 4
+    assert describe(build("Bert")).num_key_value_heads == 4
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
+@pytest.mark.parametrize("name", ENCODER_DECODERS)
 def test_the_decoder_of_an_encoder_decoder_is_named_by_path(name: str) -> None:
-    model, batch = build(name).eval(), inputs("t5")
+    model, batch = build(name).eval(), inputs("T5")
     batch["decoder_input_ids"] = batch["decoder_input_ids"][:, :7]
     decoder = find_decoder(model)
     assert decoder is not None
-    stack = {"t5": "block", "bart": "layers"}[name]
+    stack = {"T5": "block", "Bart": "layers"}[name]
     paths = frozenset(f"{decoder}.{stack}.{layer}" for layer in (0, 1))
     plain = model(**batch)
     output, captured = capture(model, Request(attention=paths, modules=paths), **batch)

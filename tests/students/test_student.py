@@ -14,30 +14,17 @@ from torch import nn
 
 from lightning_distill import student_from_teacher
 from lightning_distill.signals.description import find_layers
-from tests.helpers.models import SMALL, bert, llama
+from tests.helpers.models import bert, llama
+from tests.models.registry import ARCHITECTURES, build
 
-KINDS = {
-    "Bert": {},
-    "DistilBert": {"dim": 16, "hidden_dim": 32, "n_heads": 2},
-    "Roberta": {},
-    "Electra": {"embedding_size": 8},
-    "ModernBert": {"cls_token_id": 1, "sep_token_id": 2},
-    "GPT2": {"n_positions": 32, "n_inner": None},
-    "Llama": {"num_key_value_heads": 2, "num_attention_heads": 4},
-    "Qwen3": {"num_key_value_heads": 1, "head_dim": 8},
-}
+KINDS = [name for name, row in ARCHITECTURES.items() if row.has_students]
 # A model whose first layer differs is allowed to say so; the test of that message is below.
 pytestmark = pytest.mark.filterwarnings("ignore:The student's first layer is the teacher's layer")
 
 
 def make(kind: str, head: str = "SequenceClassification", *, layers: int = 4, **config: Any) -> nn.Module:
     torch.manual_seed(0)
-    fields = SMALL | KINDS[kind] | config
-    if kind == "DistilBert":
-        fields = {key: value for key, value in fields.items() if key not in ("hidden_size", "num_attention_heads")}
-    full = getattr(transformers, f"{kind}Config")(**fields, num_hidden_layers=layers)
-    name = f"GPT2{'LMHeadModel' if head == 'CausalLM' else 'For' + head}" if kind == "GPT2" else f"{kind}For{head}"
-    model: nn.Module = getattr(transformers, name)(full)
+    model: nn.Module = build(kind, head, layers=layers, **config)
     # Norms of ones and biases of zeros would hide a wrong slice.
     with torch.no_grad():
         for parameter in model.parameters():
@@ -51,10 +38,7 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
 
 
-CASES = [(kind, "SequenceClassification") for kind in KINDS]
-CASES += [(kind, "TokenClassification") for kind in KINDS]
-CASES += [(kind, "MaskedLM") for kind in ("Bert", "DistilBert", "Roberta", "Electra", "ModernBert")]
-CASES += [(kind, "CausalLM") for kind in ("GPT2", "Llama", "Qwen3")]
+CASES = [(kind, head) for kind in KINDS for head in ARCHITECTURES[kind].heads]
 
 
 @pytest.mark.parametrize(("kind", "head"), CASES)
@@ -78,7 +62,7 @@ def test_depth_and_width_survive_a_round_trip(kind: str, head: str, tmp_path: Pa
     assert bool(torch.isfinite(logits(student)).all())
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", KINDS)
 def test_layers_are_those_of_the_map(kind: str) -> None:
     teacher = make(kind)
     student = student_from_teacher(teacher, num_layers=2, layers=[0, 3])
