@@ -43,7 +43,7 @@ class LRFinder(L.Callback):
     the start, or never falls, it warns, and training goes on with the learning rate that was configured.
 
     Args:
-        suggestion: fastai's rule that picks the learning rate, see :func:`lightning_distill.functional.range_test`.
+        suggestion: fastai's rule that picks the learning rate, see :func:`lightning_distill.functional.lr_suggestion`.
         min_lr: first learning rate of the sweep.
         max_lr: last learning rate of the sweep.
         num_steps: optimizer steps of the sweep, at least 32.

@@ -79,7 +79,7 @@ def lr_suggestion(
 
     - ``"valley"``: the middle of the longest (strictly decreasing) valley of the curve.
     - ``"steepest"``: where the loss falls fastest per unit of log learning rate.
-    - ``"slide"``: left end of a window of 15 points that slides from the right until the slopes at its ends agree.
+    - ``"slide"``: left end of a window of 15 points that slides from the right until the gradients at its ends agree.
     - ``"minimum"``: a tenth of the learning rate where the loss is lowest.
 
     Source: Smith, Cyclical Learning Rates for Training Neural Networks (2017), for the range test; the documentation of

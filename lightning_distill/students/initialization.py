@@ -5,7 +5,7 @@ import re
 import zlib
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_distill.arguments import between, one_of
 from lightning_distill.functional.tensors import fill_
-from lightning_distill.students.activations import LAYERS, OPENS, following_activations
+from lightning_distill.students.activations import LAYERS, OPENS, Following, following_activations
 
 Policy = Literal[
     "auto", "xavier_uniform", "xavier_normal", "kaiming_uniform", "kaiming_normal", "lecun_normal", "lecun_uniform",
@@ -55,10 +55,10 @@ def init_weight_(
 
     Args:
         weight: at least two dimensions, output features first.
-        policy: see :class:`lightning_distill.callbacks.InitPolicy`.
+        policy: see :class:`lightning_distill.callbacks.InitPolicy`; or ``"normal"``, as embeddings are drawn.
         activation: name of the activation that follows.
         slope: its negative slope, for a leaky ReLU.
-        std: standard deviation of the truncated normal.
+        std: standard deviation of the two normal ones.
         generator: source of the random numbers.
 
     Returns:
@@ -79,7 +79,9 @@ def init_weight_(
         gain = _gain(activation, slope)
         nn.init.orthogonal_(weight, gain, generator=generator)
         return rule, gain * max(weight.shape[0], weight[0].numel()) ** -0.5
-    if rule.startswith("xavier"):
+    if rule == "normal":
+        target = std
+    elif rule.startswith("xavier"):
         target = (_gain(activation) if activation in ("tanh", "sigmoid") else 1.0) * math.sqrt(2 / (fan_in + fan_out))
     elif rule.startswith("kaiming"):
         target = _gain("leaky_relu", slope) / math.sqrt(fan_in)
@@ -180,37 +182,26 @@ def initialize(
                 continue
             around = next((configs[part] for part in configs if not part or name.startswith(f"{part}.")), None)
             spread = std or getattr(around, "initializer_range", None) or 0.02
-            following, factor = activations.get(name, ("linear", 0.0)), factors.get(name)
-            generator = generator_for(full_name, seed)
-            audit.append(_draw(module, parameter, full_name, policy, following, spread, factor, generator))
+            following = activations.get(name, ("linear", 0.0))
+            rule = "normal" if isinstance(module, nn.Embedding) else policy
+            audit.append(_draw(module, full_name, rule, following, spread, factors.get(name), seed))
     return audit
 
 
 def _draw(
-    module: nn.Module,
-    parameter: nn.Parameter,
-    name: str,
-    policy: str,
-    following: tuple[str, float],
-    std: float,
-    factor: tuple[float, float] | None,
-    generator: Generator,
+    module: Any, name: str, rule: str, following: Following, std: float, factor: tuple[float, float] | None, seed: int
 ) -> Initialized:
-    transposed = isinstance(module, Conv1D)
+    shape, transposed = module.weight.shape, isinstance(module, Conv1D)
     # Drawn on the CPU, so that a device does not change the numbers.
-    drawn = torch.empty(parameter.shape[::-1] if transposed else parameter.shape)
-    if isinstance(module, nn.Embedding):
-        rule, target = "normal", std
-        nn.init.normal_(drawn, std=std, generator=generator)
-        if module.padding_idx is not None:
-            drawn[module.padding_idx] = 0
-    else:
-        rule, target = init_weight_(drawn, policy, *following, std, generator)
+    drawn = torch.empty(shape[::-1] if transposed else shape)
+    rule, target = init_weight_(drawn, rule, *following, std, generator_for(name, seed))
+    if getattr(module, "padding_idx", None) is not None:
+        drawn[module.padding_idx] = 0
     if factor is not None:
         times, rows = factor
         drawn[int(len(drawn) * (1 - rows)) :] *= times
         rule, target = f"{rule} x {times:.3g}", target * (times**2 * rows + 1 - rows) ** 0.5
-    fill_(parameter, drawn.T if transposed else drawn)
+    fill_(module.weight, drawn.T if transposed else drawn)
     fan_in, fan_out = nn.init._calculate_fan_in_and_fan_out(drawn)
     measured = drawn.std().item() if drawn.numel() > 1 else 0.0
     return Initialized(name, following[0], rule, fan_in, fan_out, target, measured)
