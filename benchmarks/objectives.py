@@ -86,7 +86,7 @@ OTHERS: list[Callable[[], Objective]] = [
     LogitsMSE,
     LogitsCosine,
     UniversalLogit,
-    lambda: HiddenStateCosine("last"),
+    lambda: HiddenStateCosine([(2, 5)]),  # of the last layers, as DistilBERT has it
     PatientHiddenState,
     Flow,
     NeuronSelectivity,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_distill.functional.attention import Attention
-from lightning_distill.functional.divergences import LOG_ZERO
+from lightning_distill.functional.divergences import LOG_ZERO, WithGradient
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce
 from lightning_distill.functional.tensors import full_precision
 
@@ -179,41 +179,41 @@ def _values_and_gradients(
     # What stands in padded tokens is nobody's business, not even as NaN; from here on it is 0.
     student, teacher = _at_real_tokens(student, mask), _at_real_tokens(teacher, mask)
     query, key = student.query, student.key
-    heads, same_heads = query.shape[1], query.shape[1] == teacher.query.shape[1]
     num_keys = _num_keys(key.shape[0], key.shape[2], mask, key.device)
     values = query.new_zeros(query.shape[0], query.shape[2])
     grad_query, grad_key = torch.zeros_like(query), torch.zeros_like(key)
     for rows, queries, keys in _blocks(student, mask):
         scores, teacher_scores = student.scores(rows, queries, keys), teacher.scores(rows, queries, keys)
-        # The gradient of a value with respect to `scores`, but for a factor of each query.
-        factor = 1 / query.new_tensor(heads)
-        if divergence == "kl" and same_heads:
-            log_s, log_t = (x.log_softmax(-1).clamp_(min=LOG_ZERO) for x in (scores, teacher_scores))
-            s, t, grad_p = log_s.exp(), log_t.exp(), None
-            values[rows, queries] = (t * log_t.sub_(log_s)).sum(-1).mean(1)
-        else:
-            s, t = scores.softmax(-1), teacher_scores.softmax(-1)
-            p, r = (s, t) if same_heads else (s.mean(1, keepdim=True), t.mean(1, keepdim=True))
-            if divergence == "mse":
-                grad_p = p - r
-                values[rows, queries] = grad_p.square().sum(-1).mean(1) / num_keys[rows]
-                factor = 2 * factor / num_keys[rows, None, :, None]
-            else:
-                p = p.clamp(min=torch.finfo(s.dtype).tiny)
-                values[rows, queries] = (torch.xlogy(r, r) - r * p.log()).sum(-1).mean(1)
-                grad_p = -r / p
+        values[rows, queries], gradient = _of_block(scores, teacher_scores, divergence, num_keys[rows])
         if weights is None:
             continue
-        if grad_p is None:
-            # Keys that the student cannot see are constants, whatever the teacher thinks of them.
-            grad_scores = (s - t).masked_fill_(scores == torch.finfo(scores.dtype).min, 0.0)
-        else:
-            grad_scores = torch.ops.aten._softmax_backward_data(grad_p.expand_as(s), s, -1, s.dtype)
-        factor = factor * student.scaling * weights[rows, None, queries, None]
+        grad_scores = gradient()
+        factor = student.scaling / query.shape[1] * weights[rows, None, queries, None]
         with torch.autocast(query.device.type, enabled=False):
             grad_query[rows, :, queries] = grad_scores @ key[rows, :, keys] * factor
             grad_key[rows, :, keys] += grad_scores.transpose(-1, -2) @ (query[rows, :, queries] * factor)
     return values if mask is None else values * mask, grad_query, grad_key
+
+
+def _of_block(scores: Tensor, teacher_scores: Tensor, divergence: str, num_keys: Tensor) -> WithGradient:
+    """Values ``[rows, queries]`` of a block, and the gradient at ``scores``, but for the mean over heads."""
+    same_heads = scores.shape[1] == teacher_scores.shape[1]
+    if divergence == "kl" and same_heads:
+        log_s, log_t = (x.log_softmax(-1).clamp_(min=LOG_ZERO) for x in (scores, teacher_scores))
+        s, t = log_s.exp(), log_t.exp()
+        # Keys that the student cannot see are constants, whatever the teacher thinks of them.
+        unseen = torch.finfo(scores.dtype).min
+        values = (t * log_t.sub_(log_s)).sum(-1).mean(1)
+        return values, lambda: (s - t).masked_fill_(scores == unseen, 0.0)
+    s, t = scores.softmax(-1), teacher_scores.softmax(-1)
+    p, r = (s, t) if same_heads else (s.mean(1, keepdim=True), t.mean(1, keepdim=True))
+    if divergence == "mse":
+        difference = p - r
+        values, grad_p = difference.square().sum(-1).mean(1) / num_keys, difference.mul_(2 / num_keys[:, None, :, None])
+    else:
+        p = p.clamp(min=torch.finfo(s.dtype).tiny)
+        values, grad_p = (torch.xlogy(r, r) - r * p.log()).sum(-1).mean(1), -r / p
+    return values, lambda: torch.ops.aten._softmax_backward_data(grad_p.expand_as(s), s, -1, s.dtype)
 
 
 def _without_tensors(attention: Attention) -> Attention:

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
-
+from lightning_distill.functional.hard_label import IGNORE_INDEX
 
 #: Keys of a mapping under which labels are looked for, the first that is there.
 LABEL_KEYS = ("labels", "label", "label_ids")

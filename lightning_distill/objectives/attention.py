@@ -9,11 +9,10 @@ from torch import Tensor
 from lightning_distill import functional
 from lightning_distill.arguments import typed
 from lightning_distill.functional.attention_map import AttentionDivergence
-from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
+from lightning_distill.objectives.objective import Loss, Objective, are_paths, paired
 from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals.description import ModelInfo
 from lightning_distill.signals.signals import Request, Signals
-from lightning_distill.students.layer_map import layer_map
 
 #: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of their paths.
 AttentionLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]]
@@ -48,17 +47,8 @@ class _AttentionObjective(Objective):
                     "transformers model with a stack of layers with attention. "
                     f"{info.no_layers or 'Use an objective on module paths, or on logits.'}"
                 )
-        assert student.depth is not None
-        assert teacher.depth is not None
-        layers: Any = [(student.depth - 1, teacher.depth - 1)] if self.layers is None else self.layers
-        if are_paths(layers):
-            self.pairs = [tuple(pair) for pair in layers]
-            check_paths(self, self.pairs, student, teacher)
-        else:
-            try:
-                self.pairs = layer_map(layers, student.depth, teacher.depth)
-            except ValueError as error:
-                raise ValueError(f"Objective `{self.name}`: {error}") from None
+        last = [(student.depth - 1, teacher.depth - 1)]  # type: ignore[operator]
+        self.pairs = paired(self, last if self.layers is None else self.layers, student, teacher)
         self.student_request, self.teacher_request = (
             Request(attention=frozenset(pair[side] for pair in self.pairs)) for side in (0, 1)
         )

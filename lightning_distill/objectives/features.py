@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from lightning_distill import functional
 from lightning_distill.arguments import typed
 from lightning_distill.functional.tensors import full_precision
-from lightning_distill.objectives.objective import Loss, Objective, are_paths, check_paths
+from lightning_distill.objectives.objective import Loss, Objective, are_paths, paired
 from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals.description import ModelInfo
 from lightning_distill.signals.signals import Request, Signals
-from lightning_distill.students.layer_map import layer_map
 
 #: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of module paths; None: none.
 FeatureLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]] | None
@@ -77,9 +76,7 @@ class FeatureObjective(Objective):
         """Pair the layers, and make a projection per pair where it is needed."""
         infos = {"student": student, "teacher": teacher}
         if are_paths(self.layers):
-            paths: Any = self.layers
-            self.pairs = [tuple(pair) for pair in paths]
-            check_paths(self, self.pairs, student, teacher)
+            self.pairs = paired(self, self.layers, student, teacher)
             widths = [(student.modules[s], teacher.modules[t]) for s, t in self.pairs]
         else:
             for role, info in infos.items():
@@ -91,13 +88,7 @@ class FeatureObjective(Objective):
                         f"The {role} has no stack of equal layers; its modules are {list(info.modules)[:8]}..."
                         f"{'' if info.no_layers is None else f' {info.no_layers}'}",
                     )
-            assert student.depth is not None
-            assert teacher.depth is not None
-            if self.layers is not None:
-                try:
-                    self.pairs = layer_map(self.layers, student.depth, teacher.depth)  # type: ignore[arg-type]
-                except ValueError as error:
-                    raise ValueError(f"Objective `{self.name}`: {error}") from None
+            self.pairs = [] if self.layers is None else paired(self, self.layers, student, teacher)
             widths = [(student.width, teacher.width)] * len(self.pairs)
         widths = [(student.width, teacher.width)] * self.embedding + widths
         self.student_request, self.teacher_request = self._request(0), self._request(1)
@@ -230,7 +221,7 @@ class HiddenState(FeatureObjective):
 class HiddenStateCosine(FeatureObjective):
     """One minus the cosine of hidden states, see :func:`lightning_distill.functional.hidden_state_cosine`.
 
-    DistilBERT compares the last layers alone, ``"last"``. Arguments are those of :class:`FeatureObjective`.
+    DistilBERT compares the last layers alone. Arguments are those of :class:`FeatureObjective`.
 
     Example:
         >>> import torch

@@ -102,10 +102,8 @@ class SoftTarget(_Softened):
         elif _are_values(student):
             values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
         else:
-            shares = {"beta": self.beta, "alpha": self.alpha}
-            values = functional.soft_target(
-                student.logits, teacher.logits, divergence=self.divergence, **shares, **options
-            )
+            options |= {"divergence": self.divergence, "beta": self.beta, "alpha": self.alpha}
+            values = functional.soft_target(student.logits, teacher.logits, **options)
         return Loss(values, student.mask)
 
 
@@ -221,7 +219,6 @@ class Decoupled(_Softened):
         return Loss(values, mask)
 
 
-@typed
 class LogitsMSE(Objective):
     """Mean squared difference of the logits, see :func:`lightning_distill.functional.logits_mse`.
 
@@ -237,16 +234,12 @@ class LogitsMSE(Objective):
         1.0
     """
 
-    def __init__(self, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
-        super().__init__(weight, name or "logits_mse")
-
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Mean squared difference per row, or per token."""
         values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
         return Loss(values, student.mask)
 
 
-@typed
 class LogitsCosine(Objective):
     """One minus the cosine of the logits, see :func:`lightning_distill.functional.logits_cosine`.
 
@@ -265,9 +258,6 @@ class LogitsCosine(Objective):
     """
 
     needs_classes = True
-
-    def __init__(self, *, weight: Scheduled = 1.0, name: str | None = None) -> None:
-        super().__init__(weight, name)
 
     def chunked_term(self) -> CosineTerm:
         """The distance of a chunk of tokens."""

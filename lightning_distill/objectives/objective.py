@@ -14,6 +14,7 @@ from lightning_distill.functional.terms import Term
 from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals.description import ModelInfo, near
 from lightning_distill.signals.signals import Request, Signals, is_within
+from lightning_distill.students.layer_map import layer_map
 
 
 class Loss(NamedTuple):
@@ -219,18 +220,32 @@ def are_paths(layers: Any) -> bool:
     )
 
 
-def check_paths(objective: Objective, pairs: list[tuple[str, str]], student: ModelInfo, teacher: ModelInfo) -> None:
-    """Refuse pairs of module paths that do not exist, or that mix the tokens of an encoder with those of a decoder.
+def paired(objective: Objective, layers: Any, student: ModelInfo, teacher: ModelInfo) -> list[tuple[Any, Any]]:
+    """Pairs ``(student, teacher)`` of layers, from 0, or of module paths.
 
     Args:
-        objective: Whose argument ``layers`` holds the pairs.
-        pairs: Paths ``(student, teacher)``.
+        objective: Whose argument ``layers`` it is.
+        layers: Such pairs, or what :func:`lightning_distill.students.layer_map` takes.
         student: What is known of the student.
         teacher: What is known of the teacher.
 
     Raises:
-        ValueError: If so; for a path that does not exist the message lists the near ones.
+        ValueError: If there is no such layer or module, or the pairs mix the tokens of an encoder with those of a
+            decoder; for a path that does not exist the message lists the near ones.
     """
+    if are_paths(layers):
+        pairs = [tuple(pair) for pair in layers]
+        _check_paths(objective, pairs, student, teacher)
+        return pairs
+    assert student.depth is not None
+    assert teacher.depth is not None
+    try:
+        return layer_map(layers, student.depth, teacher.depth)
+    except ValueError as error:
+        raise ValueError(f"Objective `{objective.name}`: {error}") from None
+
+
+def _check_paths(objective: Objective, pairs: list[Any], student: ModelInfo, teacher: ModelInfo) -> None:
     for role, info, paths in (
         ("student", student, [pair[0] for pair in pairs]),
         ("teacher", teacher, [pair[1] for pair in pairs]),

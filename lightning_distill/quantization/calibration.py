@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 
 from lightning_distill.models.batch import decoder_token_mask, token_mask
@@ -190,22 +191,11 @@ def first_batches(dataloader: Iterable[Any], num_samples: int, device: torch.dev
     for batch in dataloader:
         if count >= num_samples:
             break
-        batches.append(_first_rows(batch, num_samples - count, device))
+        batches.append(apply_to_collection(batch, Tensor, lambda x, rows=num_samples - count: x[:rows].to(device)))
         count += _rows(batches[-1])
     if not count:
         raise ValueError("Expected argument `dataloader` to give calibration batches, but it gave none.")
     return batches
-
-
-def _first_rows(batch: Any, count: int, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch[:count].to(device)
-    if isinstance(batch, Mapping):
-        return {key: _first_rows(value, count, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        values = [_first_rows(value, count, device) for value in batch]
-        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)  # a named tuple takes each
-    return batch
 
 
 def _rows(batch: Any) -> int:

@@ -176,22 +176,7 @@ def load(folder: str | os.PathLike[str], model: nn.Module | None = None) -> nn.M
 
 def _load(folder: Path, model: nn.Module | None) -> nn.Module:
     config = check_config(folder / "config.json")
-    described = config.get("quantization_config")
-    if not described and (folder / "quantize_config.json").exists():
-        described = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
-    if described is not None and not isinstance(described, dict):
-        raise ValueError(f"Expected {folder / 'config.json'} to hold a dictionary as `quantization_config`.")
-    method = (described or {}).get("quant_method")
-    version = (described or {}).get("checkpoint_format", "gptq")
-    if method != "gptq" or version not in ("gptq", "gptq_v2"):
-        raise ValueError(
-            f"Expected argument `folder` to hold a GPTQ checkpoint (`gptq` or `gptq_v2`), but {folder} says "
-            f"quant_method={method!r}, checkpoint_format={version!r}."
-        )
-    named = any(os.path.lexists(folder / file) for file in (WEIGHTS, INDEX))
-    others = sorted(set(folder.glob("*.safetensors")) - {folder / "ramps.safetensors"})  # other tools name them freely
-    files = weight_files(folder) if named or not others else others
-    stored = Tensors()
+    version, files, stored = _version(folder, config), _files(folder), Tensors()
     for file in files:
         stored.add(file)
     check_config(folder / "config.json", stored)
@@ -201,12 +186,7 @@ def _load(folder: Path, model: nn.Module | None) -> nn.Module:
     if model is None:
         model = _build(folder, config, stored)
     else:
-        own, names_there = class_names(model, "model"), names_of_config(SimpleNamespace(**config), str(folder))
-        if own and names_there and class_order(own, names_there, "model", str(folder)) is not None:
-            raise ValueError(
-                f"Expected argument `model` to have the classes of {folder} in their order, {names_there}, but got "
-                f"{own}. Give it the `id2label` of the folder's config.json."
-            )
+        _check_classes(folder, config, model)
     separate_experts(model, {key.partition(".experts.")[0] + ".experts" for key in state if ".experts.0." in key})
     names = [key.removesuffix(".qweight") for key in state if key.endswith(".qweight")]
     names += _tied(model, names, state)
@@ -229,6 +209,39 @@ def _load(folder: Path, model: nn.Module | None) -> nn.Module:
             f"{unexpected[:3]} are not its own."
         )
     return model.eval()
+
+
+def _version(folder: Path, config: dict[str, Any]) -> str:
+    """Which version of the format a folder says that it has."""
+    described = config.get("quantization_config")
+    if not described and (folder / "quantize_config.json").exists():
+        described = {"quant_method": "gptq", **read_json(folder / "quantize_config.json")}
+    if described is not None and not isinstance(described, dict):
+        raise ValueError(f"Expected {folder / 'config.json'} to hold a dictionary as `quantization_config`.")
+    method = (described or {}).get("quant_method")
+    version = (described or {}).get("checkpoint_format", "gptq")
+    if method != "gptq" or version not in ("gptq", "gptq_v2"):
+        raise ValueError(
+            f"Expected argument `folder` to hold a GPTQ checkpoint (`gptq` or `gptq_v2`), but {folder} says "
+            f"quant_method={method!r}, checkpoint_format={version!r}."
+        )
+    return version
+
+
+def _files(folder: Path) -> list[Path]:
+    named = any(os.path.lexists(folder / file) for file in (WEIGHTS, INDEX))
+    others = sorted(set(folder.glob("*.safetensors")) - {folder / "ramps.safetensors"})  # other tools name them freely
+    return weight_files(folder) if named or not others else others
+
+
+def _check_classes(folder: Path, config: dict[str, Any], model: nn.Module) -> None:
+    """Refuse a model whose classes are in another order than those of the folder."""
+    own, names_there = class_names(model, "model"), names_of_config(SimpleNamespace(**config), str(folder))
+    if own and names_there and class_order(own, names_there, "model", str(folder)) is not None:
+        raise ValueError(
+            f"Expected argument `model` to have the classes of {folder} in their order, {names_there}, but got "
+            f"{own}. Give it the `id2label` of the folder's config.json."
+        )
 
 
 def _build(folder: Path, config: dict[str, Any], stored: Tensors) -> nn.Module:
