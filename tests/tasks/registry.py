@@ -1,0 +1,67 @@
+"""Every task, one row each for every form of its answers, as the shared tests of this folder go through them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.helpers.models import batch, bert, llama
+
+
+@dataclass(frozen=True)
+class Row:
+    """A form of answers to a task, made small."""
+
+    name: str
+    task: str
+    #: Makes a model: of so many layers, with settings of its config.
+    make: Callable[..., Any]
+    #: The metric that is logged where the user names none.
+    metric: str
+    #: The loss of a model on a batch by other means than ours.
+    oracle: Callable[[Any, dict[str, Tensor]], Tensor] = lambda model, data: model(**data).loss
+    classes: int = 3
+    #: What DistillationModule is told beside the models.
+    told: dict[str, Any] = field(default_factory=dict)
+
+    def batch(self, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
+        made = batch(self.task, classes=self.classes, seed=seed, **sizes)
+        if self.name == "several values":
+            labels = torch.randn(len(made["labels"]), 3, generator=torch.Generator().manual_seed(seed))
+            return {**made, "labels": labels}
+        return made
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _of_two_classes(model: Any, data: dict[str, Tensor]) -> Tensor:
+    logits = model(data["input_ids"], data["attention_mask"]).logits[:, 0]
+    return F.binary_cross_entropy_with_logits(logits, data["labels"].float())
+
+
+ROWS = [
+    Row("classification", "classification", lambda **c: bert(num_labels=3, **c), "accuracy"),
+    Row(
+        "one logit",
+        "classification",
+        lambda **c: bert(num_labels=1, **c),
+        "accuracy",
+        _of_two_classes,
+        classes=2,
+        told={"task": "classification"},
+    ),
+    Row("regression", "regression", lambda **c: bert(num_labels=1, **c), "pearson"),
+    Row("several values", "regression", lambda **c: bert(num_labels=3, problem_type="regression", **c), "pearson"),
+    Row(
+        "token classification",
+        "token_classification",
+        lambda **c: bert("TokenClassification", num_labels=3, **c),
+        "accuracy",
+    ),
+    Row("masked language model", "masked_lm", lambda **c: bert("MaskedLM", **c), "perplexity"),
+    Row("causal language model", "causal_lm", lambda **c: llama(**c), "perplexity"),
+]
