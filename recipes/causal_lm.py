@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.check_lengths(flags, data, {"teacher": teacher, "student": student})
         # The teacher's distribution over the next word, and some of the text itself.
         mixed = [SoftTarget(temperature=1.0, weight=0.9), HardLabel(weight=0.1)]
-        objectives, distillation = cli.asked_objectives(flags) or mixed, DistillationModule
+        objectives, distillation = cli.objectives_of(flags, data, mixed), DistillationModule
         if flags.generation.on_policy:  # some batches are written by the student and scored by the teacher
             distillation = partial(OnPolicyDistillation, **cli.on_policy_arguments(flags, objectives))
         cli.dry_run(flags, data, teacher, student, objectives, make=distillation)

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         student = new_student()
         # The teacher's probabilities, softened by the temperature, and the labels (Hinton et al., 2015).
         mixed = [SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)]
-        objectives = cli.text_objectives(flags, data, mixed)  # or those of --objectives
+        objectives = cli.objectives_of(flags, data, mixed)  # or those of --objectives
         cli.dry_run(flags, data, teacher, student, objectives)
         cli.begin_run(flags, data, teacher)
 

@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
             return student_from_teacher(teacher, **cli.student_size(flags, teacher))
 
         student, labels = new_student(), [HardLabel(class_weights=data.class_weights)]
-        objectives = cli.text_objectives(flags, data, [SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)])
+        objectives = cli.objectives_of(flags, data, [SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)])
         cli.check_ramps(flags, data, teacher, student)
         cli.dry_run(flags, data, teacher, student, objectives)
         cli.begin_run(flags, data, teacher)

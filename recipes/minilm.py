@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         last, layer = student.config.num_hidden_layers - 1, flags.model.relation_layer
         pair = (last, teacher.config.num_hidden_layers - 1 if layer is None else layer)
         relations = [AttentionRelation([pair], ("qq", "kk", "vv"), relation_heads=flags.model.relation_heads)]
-        objectives = cli.text_objectives(flags, data, [SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)])
+        objectives = cli.objectives_of(flags, data, [SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)])
         cli.dry_run(flags, data, teacher, student, relations, objectives)
         cli.begin_run(flags, data, teacher)
 

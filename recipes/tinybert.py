@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         # Of each mapped layer the hidden states [B, T, width] and the attention maps [B, heads, T, T], weighed equally
         # as in the paper. It fits scores before the softmax; maps after it are what every attention function agrees on.
         features = [HiddenState("uniform", embedding=True), AttentionMap("uniform")]
-        objectives = cli.text_objectives(flags, data, [SoftTarget(temperature=1.0)])
+        objectives = cli.objectives_of(flags, data, [SoftTarget(temperature=1.0)])
         cli.dry_run(flags, data, teacher, student, features, objectives)
         cli.begin_run(flags, data, teacher)
 

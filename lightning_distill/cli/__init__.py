@@ -28,19 +28,18 @@ from lightning_distill.cli.models import align, in_own_precision, named_student,
 from lightning_distill.cli.ramps import begin_ramps, check_ramps, measure_ramps
 from lightning_distill.cli.run_folder import begin_run, command, resume_from
 from lightning_distill.cli.screen import begin_training, one_line_errors, quiet, say, shows_progress
-from lightning_distill.cli.text import embedded_text, metric_of, monitor_of, report_text, test_batches, text_objectives
+from lightning_distill.cli.text import embedded_text, metric_of, monitor_of, report_text, test_batches
 from lightning_distill.cli.trainer import (
-    asked_objectives,
     build_callbacks,
     load_best,
     module_arguments,
+    objectives_of,
     trainer_arguments,
 )
 
 __all__ = [
     "BASELINE",
     "align",
-    "asked_objectives",
     "begin_ramps",
     "begin_run",
     "begin_training",
@@ -62,6 +61,7 @@ __all__ = [
     "monitor_of",
     "named_student",
     "names_nothing",
+    "objectives_of",
     "on_policy_arguments",
     "one_line_errors",
     "prompts_of",
@@ -75,7 +75,6 @@ __all__ = [
     "shows_progress",
     "student_size",
     "test_batches",
-    "text_objectives",
     "text_parser",
     "trainer_arguments",
     "trains_teacher",

@@ -43,11 +43,6 @@ def embedded_documents(flags: Flags) -> tuple[LanguageModelData, transformers.Pr
 def check_lengths(flags: Flags, data: LanguageModelData, models: Mapping[str, Any]) -> None:
     """Refuse rows longer than the models' positions, models that mix documents of a row, wrong ``--generation.*``.
 
-    Args:
-        flags: The parsed flags.
-        data: The data.
-        models: Teacher and student by name.
-
     Raises:
         ValueError: If it is so.
     """
@@ -99,14 +94,7 @@ def writer(flags: Flags, model: Any, prompts: Sequence[Any]) -> Callable[[], int
 
 
 def measure_draft(flags: Flags, models: Mapping[str, Any], before: Any, prompts: Sequence[Any]) -> dict[str, float]:
-    """What the student is worth as its teacher's draft: distilled, as it was made, and trained without a teacher.
-
-    Args:
-        flags: The parsed flags.
-        models: The models by name.
-        before: The student as it was made.
-        prompts: What the teacher writes on from.
-    """
+    """What the student is worth as its teacher's draft: distilled, as it was made before, and without a teacher."""
     say(f"\nMeasuring the student as a draft, on {len(prompts)} prompts")
     teacher = models["teacher"]
     options = {name: flags.generation[name] for name in ("max_new_tokens", "num_draft_tokens")}
@@ -134,16 +122,9 @@ def report_language(
     seconds: float,
     **more: Any,
 ) -> None:
-    """Print the table, write ``summary.json`` and ``curves.png``; called on rank 0.
+    """Print the table, write ``summary.json`` and ``curves.png``; see ``write_report``.
 
-    Args:
-        flags: The parsed flags.
-        data: The data.
-        models: The models by name.
-        scores: What the test of each has logged.
-        speed: Tokens per second of each; empty where they were not measured.
-        seconds: How long the run took.
-        **more: What else ``summary.json`` holds: ``speculative``, what the student is worth as a draft.
+    ``speed`` is empty where tokens per second were not measured.
     """
     rows = {
         name: {

@@ -32,11 +32,6 @@ def with_new_head(flags: Flags, data: TextClassificationData) -> transformers.Pr
 def align(flags: Flags, data: TextClassificationData, teacher: nn.Module) -> None:
     """Give the data the teacher's tokenizer, and number their classes as the teacher does.
 
-    Args:
-        flags: The parsed flags.
-        data: The data; ``tokenizer`` and ``label_names`` are set.
-        teacher: The teacher, of ``--model.teacher``.
-
     Raises:
         ValueError: If the tokenizer is another model's, or nobody can know which class of the data is which of the
             teacher's.
@@ -89,11 +84,6 @@ def student_size(flags: Flags, teacher: Any) -> dict[str, Any]:
 
 def named_student(flags: Flags, teacher: Any, data: Any) -> transformers.PreTrainedModel:
     """The student of ``--model.student``; a classifier has a new head for the teacher's classes where it has none.
-
-    Args:
-        flags: The parsed flags.
-        teacher: The teacher.
-        data: The data, whose labels are numbered as the teacher numbers them.
 
     Raises:
         ValueError: If the student numbers classes otherwise, or reads text in other words.

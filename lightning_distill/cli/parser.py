@@ -12,7 +12,7 @@ import difflib
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -125,7 +125,9 @@ class FlagParser(ArgumentParser):
         if topic and topic not in groups:
             self.error(f"there is no group {topic!r} for --help: expected one of {', '.join(groups)}")
         if topic:
-            print(self._chosen(lambda action: action if action.dest.partition(".")[0] == topic else None), end="")
+            self.usage, self.description = argparse.SUPPRESS, None
+            self.formatter_class = partial(_OfGroup, group=topic)  # type: ignore[assignment]
+            print(super().format_help(), end="")
             self.exit()
 
     def format_help(self, *args: Any) -> str:
@@ -133,21 +135,16 @@ class FlagParser(ArgumentParser):
         if self.job is None:
             return super().format_help(*args)
         job = set(self.job)
-        title = (self.description or "").partition("\n")[0]
-        flags = self._chosen(lambda action: _short(action) if {action.dest, _group_of(action)} & job else None)
+        flags = [_short(action) for action in self._actions if {action.dest, f"{_group_of(action)}.*"} & job]
         groups = textwrap.fill(", ".join(self._groups()), 100, initial_indent="  ", subsequent_indent="  ")
-        return (
-            f"{title}\n(Commands to begin with stand at the head of {self.prog}.)\n\n{flags}\n"
-            f"All flags of a group, what they may be and their defaults: --help followed by one of\n{groups}\n"
+        return "\n".join(
+            [
+                (self.description or "").partition("\n")[0],
+                f"(Commands to begin with stand at the head of {self.prog}.)\n",
+                *flags,
+                f"\nAll flags of a group, what they may be and their defaults: --help followed by one of\n{groups}\n",
+            ]
         )
-
-    def _chosen(self, choose: Callable[[argparse.Action], argparse.Action | None]) -> str:
-        """The help of some flags."""
-        self.formatter_class = partial(_Chosen, choose=choose)  # type: ignore[assignment]
-        try:
-            return super().format_help()
-        finally:
-            self.formatter_class = _Formatter
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Say what is wrong in one line, and exit with code 2."""
@@ -194,41 +191,29 @@ class _Formatter(DefaultHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
-class _Chosen(_Formatter):
-    """Shows some flags, as they are or as others say them, and nothing else."""
+class _OfGroup(_Formatter):
+    """Shows the flags of one group."""
 
-    def __init__(self, prog: str, choose: Callable[[argparse.Action], argparse.Action | None]) -> None:
+    def __init__(self, prog: str, group: str) -> None:
         super().__init__(prog, max_help_position=34, width=120)
-        self.choose = choose
-
-    def add_usage(self, *_: Any, **__: Any) -> None:
-        """Not here."""
-
-    def add_text(self, text: str | None) -> None:
-        """Not here."""
-
-    def start_section(self, heading: str | None) -> None:
-        """All is one."""
-
-    def end_section(self) -> None:
-        """All is one."""
+        self.group = group
 
     def add_arguments(self, actions: Iterable[argparse.Action]) -> None:
-        """Add those that are chosen."""
-        super().add_arguments([chosen for action in actions if (chosen := self.choose(action)) is not None])
+        """Add those of the group."""
+        super().add_arguments([action for action in actions if _group_of(action) == self.group])
 
 
 def _group_of(action: argparse.Action) -> str:
-    return f"{action.dest.partition('.')[0]}.*"
+    return action.dest.partition(".")[0]
 
 
-def _short(action: argparse.Action) -> argparse.Action:
+def _short(action: argparse.Action) -> str:
     """A flag on one line: its name, the first words on it, its default."""
-    text = re.split(r"\. ", (action.help or "").replace("``", ""))[0].rstrip(".")
+    text = (action.help or "").replace("``", "").partition(". ")[0].rstrip(".")
     text = textwrap.shorten(text[0].lower() + text[1:], 66, placeholder=" ...")
     if "default" not in text and action.default not in (None, False, argparse.SUPPRESS):
         text = f"{text} (default: {action.default})"
-    return argparse.Action(action.option_strings[:1], action.dest, nargs=0, default=argparse.SUPPRESS, help=text)
+    return f"{action.option_strings[0]:<32}{text}"
 
 
 def one_line(message: str) -> str:

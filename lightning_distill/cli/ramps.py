@@ -7,7 +7,7 @@ import lightning as L
 
 from lightning_distill.arguments import between
 from lightning_distill.cli.parser import Flags
-from lightning_distill.cli.screen import epochs_of, say, shows_progress
+from lightning_distill.cli.screen import say, shows_progress
 from lightning_distill.cli.text import metric_of, test_batches
 from lightning_distill.data import TextClassificationData
 from lightning_distill.early_exit import EarlyExitModel
@@ -17,11 +17,6 @@ from lightning_distill.measure import throughput
 
 def check_ramps(flags: Flags, data: TextClassificationData, *models: Any) -> None:
     """Refuse data that cannot choose thresholds, and exits that a model does not have.
-
-    Args:
-        flags: The parsed flags.
-        data: The data.
-        *models: What is to get ramps.
 
     Raises:
         ValueError: If it is so.
@@ -39,7 +34,7 @@ def check_ramps(flags: Flags, data: TextClassificationData, *models: Any) -> Non
 
 def begin_ramps(flags: Flags, name: str) -> None:
     """Say whose ramps are trained, and seed everything; see :func:`lightning_distill.cli.begin_training`."""
-    say(f"\nTraining ramps of the {name}, for {epochs_of(flags, 'ramp')} epochs")
+    say(f"\nTraining ramps of the {name}, for {flags.model.ramp_epochs} epochs")
     L.seed_everything(flags.seed, workers=True, verbose=False)
 
 
@@ -48,13 +43,8 @@ def measure_ramps(
 ) -> dict[str, Any]:
     """What early exit costs and saves on the test rows, for ``summary.json``.
 
-    Args:
-        flags: The parsed flags.
-        data: The data.
-        early: The model with its thresholds.
-        full: The same model without early exit.
-        report: Of the calibration.
-        scores: What the test of the model that had no ramps yet has logged.
+    ``early`` is ``full`` with its thresholds, ``report`` that of their calibration, and ``scores`` what the test of the
+    model that had no ramps yet has logged.
     """
     device, metric = full.device, metric_of(data)
     tester = L.Trainer(

@@ -65,9 +65,6 @@ def command() -> Iterator[None]:
 def check_run(flags: Flags) -> None:
     """Refuse, before anything is read, a folder in which another run is at work, or ``--resume`` with other flags.
 
-    Args:
-        flags: The parsed flags.
-
     Raises:
         ValueError: If it is so.
     """
@@ -164,23 +161,14 @@ def begin_run(flags: Flags, data: Any = None, teacher: Any = None) -> None:
 
 @rank_zero_only
 def end_run(flags: Flags) -> None:
-    """Note that nothing is left to resume, and let others in.
-
-    Args:
-        flags: The parsed flags.
-    """
+    """Note that nothing is left to resume, and let others in."""
     (flags.output_dir / _UNFINISHED).unlink(missing_ok=True)
     if flags.output_dir.resolve() in _held:
         _release(flags.output_dir.resolve())
 
 
 def resume_from(flags: Flags, phase: str) -> Path | None:
-    """The newest good checkpoint of a training, where ``--resume`` asks for it, and say which; None to begin it.
-
-    Args:
-        flags: The parsed flags.
-        phase: Name of the training.
-    """
+    """The newest good checkpoint of a training, where ``--resume`` asks for it, and say which; None to begin it."""
     newest = newest_checkpoint(flags.output_dir / "checkpoints" / phase) if flags.resume else None
     if newest is not None:
         say(f"Resuming {phase.replace('_', ' ')} from {newest}, step {read_checkpoint(newest).get('global_step')}")

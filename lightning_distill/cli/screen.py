@@ -51,18 +51,12 @@ def epochs_of(flags: Flags, phase: str | None) -> int:
 
 
 def begin_training(flags: Flags, phase: str, model: transformers.PreTrainedModel) -> None:
-    """Say what is trained, and seed everything: no training depends on what came before it.
-
-    Args:
-        flags: The parsed flags.
-        phase: Name of the training.
-        model: What learns.
-    """
+    """Say what is trained, and seed everything: no training depends on what came before it."""
     flags.trainings.append(phase)
-    what = "the teacher first" if phase == "teacher" else phase.replace("_", " ")
-    epochs = epochs_of(flags, phase)
+    what = {"teacher": "the teacher first"}.get(phase, phase.replace("_", " "))
     size = f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}"
-    say(f"\nTraining {what}, for {epochs} epochs: {size}, {count_parameters(model) / 1e6:.2f} M parameters")
+    size = f"{size}, {count_parameters(model) / 1e6:.2f} M parameters"
+    say(f"\nTraining {what}, for {epochs_of(flags, phase)} epochs: {size}")
     L.seed_everything(flags.seed, workers=True, verbose=False)
 
 

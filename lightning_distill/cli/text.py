@@ -9,9 +9,7 @@ from torch import nn
 
 from lightning_distill.cli.parser import Flags
 from lightning_distill.cli.report import Column, write_report
-from lightning_distill.cli.trainer import asked_objectives
 from lightning_distill.data import TextClassificationData
-from lightning_distill.objectives import HardLabel, Objective
 
 _ROWS_PER_CLASS = 700
 
@@ -34,27 +32,6 @@ def embedded_text(flags: Flags) -> tuple[TextClassificationData, transformers.Pr
     return data, transformers.BertForSequenceClassification(bert)
 
 
-def text_objectives(flags: Flags, data: TextClassificationData, default: list[Objective]) -> list[Objective]:
-    """What ``--objectives`` asks for, or the default; hard labels weigh classes as ``--data.class_weights`` asks.
-
-    Args:
-        flags: The parsed flags.
-        data: The data.
-        default: What a student learns from where no flag says it.
-
-    Raises:
-        ValueError: If classes are to be weighed, and none of ``--objectives`` learns from labels.
-    """
-    asked = asked_objectives(flags)
-    hard = [objective for objective in asked or default if isinstance(objective, HardLabel)]
-    if data.class_weights is not None and asked and not hard:
-        raise ValueError("--data.class_weights needs the objective HardLabel, which learns from labels")
-    for objective in hard:
-        if objective.class_weights is None:
-            objective.class_weights = data.class_weights
-    return asked or default
-
-
 def metric_of(data: TextClassificationData) -> str:
     """Name of the metric that decides."""
     return "pearson" if data.task == "regression" else "accuracy"
@@ -66,16 +43,9 @@ def monitor_of(data: TextClassificationData) -> str:
 
 
 def test_batches(flags: Flags, data: TextClassificationData) -> dict[int, list[Any]]:
-    """Batches of test rows in the order of the file: 64 of one row, and 8 of 32 rows.
+    """Batches of test rows by their size, in the order of the file: 64 of one row, 8 of 32 rows.
 
     A trial run that tests on a few batches gets as few.
-
-    Args:
-        flags: The parsed flags.
-        data: The data.
-
-    Returns:
-        The batches by their size.
     """
     rows: Any = data.predict_dataloader().dataset
     limit = flags.trainer.limit_test_batches
@@ -97,16 +67,10 @@ def report_text(
     seconds: float,
     **more: Any,
 ) -> None:
-    """Print the table, write ``summary.json`` and ``curves.png``; called on rank 0.
+    """Print the table, write ``summary.json`` and ``curves.png``; see ``write_report``.
 
-    Args:
-        flags: The parsed flags.
-        data: The data.
-        models: The models by name; one in few bits, ``student-gptq``, has a line of its own.
-        scores: What the test of each has logged.
-        latency: Milliseconds of each by the size of the batch, 1 and 32.
-        seconds: How long the run took.
-        **more: What else ``summary.json`` holds.
+    ``latency`` is the milliseconds of each model by the size of the batch, 1 and 32. A student in few bits, called
+    ``student-gptq``, has a line of its own.
     """
     metric = metric_of(data)
     rows = {

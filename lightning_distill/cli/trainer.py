@@ -23,7 +23,7 @@ from lightning_distill.cli.report import CurvesLogger
 from lightning_distill.cli.run_folder import best_weights
 from lightning_distill.cli.screen import epochs_of
 from lightning_distill.module import DistillationModule
-from lightning_distill.objectives import Objective
+from lightning_distill.objectives import HardLabel, Objective
 from lightning_distill.optim import build_lr_scheduler, build_optimizer
 from lightning_distill.training.checkpoint import AtomicCheckpointIO
 
@@ -176,20 +176,27 @@ def module_arguments(flags: Flags, data: Any, trainer: L.Trainer, *, with_teache
     }
 
 
-def asked_objectives(flags: Flags) -> list[Objective] | None:
-    """The objectives of ``--objectives``, made anew; None where it names none."""
-    objectives: list[Objective] | None = flags.parser.instantiate(flags).objectives
-    return objectives
+def objectives_of(flags: Flags, data: Any, default: list[Objective]) -> list[Objective]:
+    """What ``--objectives`` asks for, or the default; hard labels weigh classes as ``--data.class_weights`` asks.
+
+    Raises:
+        ValueError: If classes are to be weighed, and none of ``--objectives`` learns from labels.
+    """
+    asked: list[Objective] = flags.parser.instantiate(flags).objectives or default
+    class_weights = getattr(data, "class_weights", None)
+    hard = [objective for objective in asked if isinstance(objective, HardLabel)]
+    if class_weights is not None and asked is not default and not hard:
+        raise ValueError("--data.class_weights needs the objective HardLabel, which learns from labels")
+    for objective in hard:
+        if objective.class_weights is None:
+            objective.class_weights = class_weights
+    return asked
 
 
 def load_best(module: DistillationModule, trainer: L.Trainer) -> None:
     """Go back to the best epoch of a training; where its checkpoint is damaged or gone, to the newest good one.
 
     A finished training that is resumed has nothing left to train, and its best epoch is taken all the same.
-
-    Args:
-        module: What was trained.
-        trainer: What trained it, with the checkpoints of :func:`trainer_arguments`.
     """
     checkpoint: Any = trainer.checkpoint_callback
     best = best_weights(Path(checkpoint.dirpath), checkpoint.best_model_path)

@@ -217,7 +217,7 @@ def test_help_is_one_screen_and_names_the_groups_of_the_rest(name: str, capsys: 
     for group in map(str.strip, groups):
         with pytest.raises(SystemExit, match="0"):
             main(["--help", group])
-        flags = re.findall(r"^--(\w+)", capsys.readouterr().out, re.MULTILINE)
+        flags = re.findall(r"^ +--(\w+)", capsys.readouterr().out, re.MULTILINE)
         assert set(flags) == {group}
     with pytest.raises(SystemExit, match="0"):
         main(["--help=trainer"])
