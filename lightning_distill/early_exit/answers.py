@@ -110,7 +110,7 @@ def collect(model: EarlyExitInference, dataloader: Iterable[Any]) -> Answers:
         warnings.warn(
             f"{len(answers) - len(rows)} of {len(answers)} calibration rows have no label and are left out: the "
             "promise is about rows like those that have one.",
-            stacklevel=3,
+            stacklevel=4,
         )
         answers = answers.take(rows, has_label)
     if len(answers.labels.unique()) < 2:

@@ -196,7 +196,7 @@ def _rows_needed(max_drop: float, confidence: float, harm: float, answers: Answe
     warnings.warn(
         f"Expected calibration data that can promise a drop of at most {max_drop} with confidence {confidence}, but "
         f"{len(answers)} rows cannot, so nothing leaves early; {more}. Allow a larger `max_drop` or give more rows.",
-        stacklevel=4,
+        stacklevel=5,
     )
     return needed
 
