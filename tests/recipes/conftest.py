@@ -1,11 +1,24 @@
 """Data and a teacher that a recipe trains on in a second."""
 
+import functools
 from pathlib import Path
 
 import pytest
 
+from lightning_distill import measure
+from lightning_distill.data import embedded, language, text
 from tests.helpers.models import bert
 from tests.helpers.text import write_sentiment, write_tokenizer
+
+_times, _corpus = measure._times, functools.cache(embedded.embedded_corpus)
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time each batch once, and read the embedded corpus once for all recipes: both have tests of their own."""
+    monkeypatch.setattr(measure, "_times", lambda models, batches, repeats, *rest: _times(models, batches, 1, *rest))
+    for module in (language, text):
+        monkeypatch.setattr(module, "embedded_corpus", _corpus)
 
 
 @pytest.fixture
