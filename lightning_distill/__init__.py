@@ -1,6 +1,7 @@
 """Knowledge distillation, quantisation and early exit for PyTorch Lightning."""
 
 from lightning_distill.module import DistillationModule
+from lightning_distill.moved import keep_old_names
 from lightning_distill.students.from_teacher import student_from_teacher
 from lightning_distill.training.checkpoint import AtomicCheckpointIO, newest_checkpoint
 
@@ -13,3 +14,5 @@ __all__ = [
     "newest_checkpoint",
     "student_from_teacher",
 ]
+
+keep_old_names(__name__)
