@@ -50,49 +50,48 @@ def hard_label(
         >>> functional.hard_label(torch.tensor([[1.0], [4.0]]), torch.tensor([3.0, 4.0])).item()
         2.0
     """
+    _check(student_logits, labels, label_smoothing, class_weights)
     shape = student_logits.shape[:-1]
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
-    if class_weights is not None and (
-        student_logits.shape[-1] == 1 or class_weights.shape != student_logits.shape[-1:]
-    ):
-        raise ValueError(
-            f"Expected argument `class_weights` to have one weight for each of {student_logits.shape[-1]} classes, at "
-            f"least two, but got shape {list(class_weights.shape)}."
-        )
     if student_logits.shape[-1] == 1:
-        if labels.numel() != student_logits.numel():
-            raise ValueError(
-                f"Expected argument `labels` to have a value per logit, but got shape {list(labels.shape)} for logits "
-                f"of shape {list(student_logits.shape)}."
-            )
         student, target = select(mask, student_logits, labels.reshape(student_logits.shape))
         return reduce((student - target).square().mean(-1), shape, mask, reduction, num_items)
-    if labels.is_floating_point() and labels.shape == student_logits.shape:
-        student, target = select(mask, student_logits, labels)
-        weights = None if class_weights is None else class_weights.to(student)
-        values = F.cross_entropy(
-            student, target.to(student.dtype), weights, reduction="none", label_smoothing=label_smoothing
-        )
-        return reduce(values, shape, mask, reduction, num_items)
     if labels.is_floating_point():
-        raise ValueError(
-            f"Expected argument `labels` to hold classes, or a probability per class, but got {labels.dtype} of shape "
-            f"{list(labels.shape)} for logits of shape {list(student_logits.shape)}. Use `functional.logits_mse` for "
-            "real values."
-        )
-
-    if labels.shape != shape:
-        raise ValueError(
-            f"Expected argument `labels` to have shape {list(shape)}, but got {list(labels.shape)}: one label per row "
-            "of logits."
-        )
-    labels = labels.long()
-    labelled = labels != IGNORE_INDEX
-    mask = labelled if mask is None else mask & labelled
-    student, target = full_precision(student_logits[mask]), labels[mask]
+        student, target = select(mask, student_logits, labels)
+        target = target.to(student.dtype)
+    else:
+        labels = labels.long()
+        labelled = labels != IGNORE_INDEX
+        mask = labelled if mask is None else mask & labelled
+        student, target = full_precision(student_logits[mask]), labels[mask]
     weights = None if class_weights is None else class_weights.to(student)
     values = F.cross_entropy(student, target, weights, reduction="none", label_smoothing=label_smoothing)
-    if weights is not None and reduction == "mean" and num_items is None:
+    if weights is not None and not labels.is_floating_point() and reduction == "mean" and num_items is None:
         num_items = weights[target].sum().clamp(min=torch.finfo(weights.dtype).tiny)
     return reduce(values, shape, mask, reduction, num_items)
+
+
+def _check(student_logits: Tensor, labels: Tensor, label_smoothing: float, class_weights: Tensor | None) -> None:
+    *shape, classes = student_logits.shape
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"Expected argument `label_smoothing` to be in [0, 1), but got {label_smoothing}.")
+    if class_weights is not None and (classes == 1 or list(class_weights.shape) != [classes]):
+        raise ValueError(
+            f"Expected argument `class_weights` to have one weight for each of {classes} classes, at least two, but "
+            f"got shape {list(class_weights.shape)}."
+        )
+    if classes == 1 and labels.numel() != student_logits.numel():
+        raise ValueError(
+            f"Expected argument `labels` to have a value per logit, but got shape {list(labels.shape)} for logits of "
+            f"shape {[*shape, 1]}."
+        )
+    if classes > 1 and labels.is_floating_point() and labels.shape != student_logits.shape:
+        raise ValueError(
+            f"Expected argument `labels` to hold classes, or a probability per class, but got {labels.dtype} of shape "
+            f"{list(labels.shape)} for logits of shape {[*shape, classes]}. Use `functional.logits_mse` for real "
+            "values."
+        )
+    if classes > 1 and not labels.is_floating_point() and list(labels.shape) != shape:
+        raise ValueError(
+            f"Expected argument `labels` to have shape {shape}, but got {list(labels.shape)}: one label per row of "
+            "logits."
+        )
