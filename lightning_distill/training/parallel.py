@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, distribute_module
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -48,10 +48,10 @@ def shard(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         >>> from lightning_distill.training.parallel import shard
         >>> student = shard(student, self.device_mesh["data_parallel"])  # doctest: +SKIP
     """
-    for module in [*(part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)), model]:
-        if not isinstance(module, FSDPModule):
-            module.register_forward_hook(_of_their_own)
-            fully_shard(module, mesh=mesh)
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer) and part is not model]
+    for module in (*layers, model):
+        module.register_forward_hook(_of_their_own)  # before FSDP2's own, which then finds no view
+        fully_shard(module, mesh=mesh)
     return model
 
 
