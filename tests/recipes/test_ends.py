@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +42,7 @@ def ended(
     Args:
         main: What is run.
         flags: Its flags.
-        where: The function, ``module:class.method``; of the module ``recipe`` a name in the recipe.
+        where: The function, ``module:class.method``, or ``recipe:name`` for what the recipe calls by that name.
         number: The signal.
         folder: For stderr.
         to: The process that gets it.
@@ -59,13 +58,10 @@ def ended(
             os.dup2(stream.fileno(), 2)
             sys.stderr = os.fdopen(2, "w")
         sent: list[int] = []
-        holder: Any = SimpleNamespace() if path == "recipe" else importlib.import_module(path)
-        if path == "recipe":
-            vars(holder).update(main.__wrapped__.__globals__)
+        holder: Any = main.__wrapped__.__globals__ if path == "recipe" else importlib.import_module(path)
         for owner in owners:
             holder = getattr(holder, owner)
-
-        original = getattr(holder, name)
+        original = holder[name] if path == "recipe" else getattr(holder, name)
         cli.dry_run = lambda *_, **__: None  # it is no phase
 
         def sends(*arguments: Any, **options: Any) -> Any:
@@ -75,9 +71,7 @@ def ended(
                 time.sleep(wait)
             return original(*arguments, **options)
 
-        setattr(holder, name, sends)
-        if path == "recipe" and not owners:
-            main.__wrapped__.__globals__[name] = sends
+        holder.update({name: sends}) if path == "recipe" else setattr(holder, name, sends)
         main(flags)
 
     process = multiprocessing.get_context("fork").Process(target=child)
@@ -87,7 +81,7 @@ def ended(
 
 
 TEXT = [
-    "recipe:TextClassificationData.setup",
+    "lightning_distill.data:TextClassificationData.setup",
     "lightning_distill.module:DistillationModule.test_step",
     "lightning_distill.module:DistillationModule.export",
     "lightning_distill.callbacks.gptq:quantize",
