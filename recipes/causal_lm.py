@@ -26,7 +26,7 @@ from lightning_distill.data import LanguageModelData
 from lightning_distill.generation import OnPolicyDistillation, teacher_documents
 from lightning_distill.generation.speed import tokens_per_second
 from lightning_distill.models.pretrained import load_pretrained, load_tokenizer
-from lightning_distill.models.tokenizers import shared_words
+from lightning_distill.models.tokenizers import shared_vocab_size
 from lightning_distill.objectives import HardLabel, SoftTarget
 
 
@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         if name == "student" and flags.generation.sequence_level:  # on text that the teacher writes once
             documents, folder = data.documents("train"), flags.output_dir / "teacher_text"
             cli.say(f"\nThe teacher writes {len(documents)} documents, into {folder}")
-            writing = {**cli.sampling(flags), "words": shared_words(student, teacher), "seed": flags.seed}
+            writing = {**cli.sampling(flags), "vocab_size": shared_vocab_size(student, teacher), "seed": flags.seed}
             data.replace_training_documents(
                 teacher_documents(teacher, cli.prompts_of(flags, documents), folder, **writing)
             )

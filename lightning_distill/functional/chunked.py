@@ -30,7 +30,7 @@ def chunked_losses(
     labels: Tensor | None = None,
     mask: Tensor | None = None,
     *,
-    words: int | None = None,
+    vocab_size: int | None = None,
     chunk_size: ChunkSize = "auto",
 ) -> Tensor:
     """Sums of losses over the tokens that count.
@@ -44,8 +44,8 @@ def chunked_losses(
         teacher: What the teacher predicts from, or what it predicts.
         labels: Integer ``[...]``, or None where no term reads them. A token that counts must have one.
         mask: Bool ``[...]``, the tokens that count; None where all do.
-        words: How many of the student's words there are, where the last ones are padding; None for all of them, or as
-            many as the teacher has.
+        vocab_size: How many of the student's words there are, where the last ones are padding; None for all of them,
+            or as many as the teacher has.
         chunk_size: Tokens of a chunk, at least 1; ``"auto"``: 256 on a CPU, 1024 on an accelerator.
 
     Returns:
@@ -69,9 +69,9 @@ def chunked_losses(
         raise ValueError(f'Expected argument `chunk_size` to be "auto" or at least 1, but got {chunk_size!r}.')
     student, teacher = _counted(student, mask), _of_teacher(teacher, lambda part: _counted(part, mask))
     labels = None if labels is None else (labels if mask is None else labels[mask]).flatten()
-    words = min(_shared_words(student.weight, teacher), words or len(student.weight))
+    vocab_size = min(_shared_vocab_size(student.weight, teacher), vocab_size or len(student.weight))
     if labels is not None:
-        _check_labels(labels, words, len(student.weight))
+        _check_labels(labels, vocab_size, len(student.weight))
     # Under autocast a linear layer computes in another type than its inputs have; so do the chunks here.
     device = student.hidden.device.type
     head_pass = _HeadPass(
@@ -80,7 +80,7 @@ def chunked_losses(
         labels=labels,
         scale=student.scale,
         softcap=student.softcap,
-        words=words,
+        vocab_size=vocab_size,
         size=_CHUNK.get(device, _CHUNK["cuda"]) if chunk_size == "auto" else chunk_size,
         dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
     )
@@ -103,22 +103,22 @@ def _of_teacher(teacher: Any, take: Callable[[Any], Any]) -> Any:
     return None if teacher is None else take(teacher)
 
 
-def _shared_words(weight: Tensor, teacher: Teacher) -> int:
+def _shared_vocab_size(weight: Tensor, teacher: Teacher) -> int:
     if isinstance(teacher, Tensor):
         return min(len(weight), teacher.shape[-1])
     return min(len(weight), len(teacher.weight)) if isinstance(teacher, Projection) else len(weight)
 
 
-def _check_labels(labels: Tensor, words: int, own: int) -> None:
+def _check_labels(labels: Tensor, vocab_size: int, own: int) -> None:
     if not labels.numel():
         return
     # The device waits once; without it the gather would stop the whole program there.
     lowest, highest = torch.stack(labels.aminmax()).tolist()
-    if lowest < 0 or highest >= words:
+    if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest
         beyond = ", which is a word of the student's that the teacher does not have" if 0 <= wrong < own else ""
         raise ValueError(
-            f"Expected argument `labels` to be below {words}, the words that student and teacher share, but got "
+            f"Expected argument `labels` to be below {vocab_size}, the words that student and teacher share, but got "
             f"{wrong}{beyond}. Give such tokens the label `ignore_index`, or leave the teacher out for them."
         )
 
@@ -169,7 +169,7 @@ class _HeadPass:
     labels: Tensor | None
     scale: float
     softcap: float | None
-    words: int
+    vocab_size: int
     size: int
     dtype: torch.dtype | None
 
@@ -187,12 +187,12 @@ class _HeadPass:
         for gradient in gradients[1:]:
             if gradient is not None:
                 # The first chunk writes the rest: zeros there would be one more pass over the largest tensor there is.
-                gradient[self.words if len(hidden) else 0 :].zero_()
+                gradient[self.vocab_size if len(hidden) else 0 :].zero_()
         with torch.autocast(device.type, enabled=False):
             student, teacher = self._cast(Projection(*inputs)), self.teacher
             teacher = self._cast(teacher) if isinstance(teacher, Projection) else teacher
             rooms = [
-                torch.empty(min(self.size, len(hidden)) if used else 0, self.words, dtype=exact, device=device)
+                torch.empty(min(self.size, len(hidden)) if used else 0, self.vocab_size, dtype=exact, device=device)
                 for used in (True, isinstance(teacher, Projection))
             ]
             for start in range(0, len(hidden), self.size):
@@ -200,13 +200,13 @@ class _HeadPass:
                 chunk = self._chunk(student, teacher, tokens, rooms)
                 sums += self._sums(chunk, weights, any(needed))
                 if any(needed):
-                    _accumulate(gradients, tokens, chunk.logits.to(student.hidden.dtype), student, self.words)
+                    _accumulate(gradients, tokens, chunk.logits.to(student.hidden.dtype), student, self.vocab_size)
         return sums, gradients
 
     def _cast(self, model: Projection) -> Projection:
         """The words that both models have, in the type of autocast."""
-        bias = None if model.bias is None else model.bias[: self.words]
-        hidden, weight = model.hidden, model.weight[: self.words]
+        bias = None if model.bias is None else model.bias[: self.vocab_size]
+        hidden, weight = model.hidden, model.weight[: self.vocab_size]
         if self.dtype is not None:
             hidden, weight, bias = (
                 hidden.to(self.dtype),
@@ -220,7 +220,7 @@ class _HeadPass:
 
         def of_teacher(part: Any) -> Any:
             if isinstance(part, Tensor):
-                return full_precision(part[tokens, : self.words])
+                return full_precision(part[tokens, : self.vocab_size])
             taken = part.take(tokens)
             return taken.write_logits(rooms[1][: len(taken.hidden)]) if isinstance(taken, Projection) else taken
 
@@ -232,7 +232,7 @@ class _HeadPass:
         """Sums ``[terms]`` of a chunk; the gradient of the weighted total at its raw logits is written over them."""
         on_cpu, count = chunk.logits.device.type == "cpu", len(chunk.logits)
         compute = _block if on_cpu else _compiled_block()
-        rows = max(1, _BLOCK // self.words) if on_cpu else count
+        rows = max(1, _BLOCK // self.vocab_size) if on_cpu else count
         total = chunk.logits.new_zeros(len(self.terms))
         for start in range(0, count, rows):
             block = slice(start, start + rows)
@@ -277,7 +277,7 @@ def _compiled_block() -> Callable[..., tuple[Tensor, Tensor]]:
 
 
 def _accumulate(
-    gradients: list[Tensor | None], tokens: slice, at_logits: Tensor, student: Projection, words: int
+    gradients: list[Tensor | None], tokens: slice, at_logits: Tensor, student: Projection, vocab_size: int
 ) -> None:
     """Add a chunk's share to the gradients, in float32 whatever the inputs are."""
     of_hidden, of_weight, of_bias = gradients
@@ -286,11 +286,11 @@ def _accumulate(
         of_hidden[tokens] = at_logits @ student.weight
     if of_weight is not None:
         if at_logits.dtype == of_weight.dtype:
-            of_weight[:words].addmm_(at_logits.T, hidden, beta=kept)
+            of_weight[:vocab_size].addmm_(at_logits.T, hidden, beta=kept)
         elif kept:
-            of_weight[:words] += at_logits.T @ hidden
+            of_weight[:vocab_size] += at_logits.T @ hidden
         else:
-            of_weight[:words] = at_logits.T @ hidden
+            of_weight[:vocab_size] = at_logits.T @ hidden
     if of_bias is not None:
         shares = at_logits.sum(0, dtype=of_bias.dtype)
-        of_bias[:words] = of_bias[:words] + shares if kept else shares
+        of_bias[:vocab_size] = of_bias[:vocab_size] + shares if kept else shares

@@ -96,7 +96,7 @@ class OnPolicyDistillation(DistillationModule):
             "do_sample": True,
             "temperature": sampling_temperature,
             "top_p": top_p,
-            "words": self.forwards.shared_words,
+            "vocab_size": self.forwards.shared_vocab_size,
         }
         settings(self.student, prompt_length, **self.sampling)  # type: ignore[arg-type]
         self._written = False

@@ -45,7 +45,7 @@ def settings(
     top_p: float = 1.0,
     num_beams: int = 1,
     cache_implementation: str | None = None,
-    words: int | None = None,
+    vocab_size: int | None = None,
 ) -> transformers.GenerationConfig:
     """Check how a model is to write, and say it in transformers' form; it holds inside :func:`without_own_settings`.
 
@@ -77,7 +77,7 @@ def settings(
             f"Expected prompt and new tokens to fit into the {positions} positions of the model, but got "
             f"{prompt_length} + {max_new_tokens}. Lower `max_new_tokens`, or shorten the prompt."
         )
-    vocab_size = model.config.get_text_config().vocab_size
+    own_size = model.config.get_text_config().vocab_size
     drawn = {"temperature": float(temperature), "top_p": float(top_p), "top_k": 0} if do_sample else {}
     return transformers.GenerationConfig(
         do_sample=do_sample,
@@ -86,7 +86,7 @@ def settings(
         eos_token_id=end_tokens(model) or None,
         pad_token_id=pad_token(model),
         use_cache=True,
-        suppress_tokens=None if words is None else list(range(words, vocab_size)) or None,
+        suppress_tokens=None if vocab_size is None else list(range(vocab_size, own_size)) or None,
         **drawn,
         **_cache(model, cache_implementation),
     )
@@ -180,7 +180,7 @@ def generate(
     top_p: float = 1.0,
     num_beams: int = 1,
     cache_implementation: str | None = None,
-    words: int | None = None,
+    vocab_size: int | None = None,
     seed: int | None = None,
     synced_gpus: bool = False,
 ) -> dict[str, Tensor]:
@@ -198,7 +198,7 @@ def generate(
         top_p: Only the most probable tokens whose mass reaches this are drawn from, in (0, 1].
         num_beams: Width of a beam search, 1 for none.
         cache_implementation: ``"dynamic"``, ``"static"``, ``"offloaded"``, ``"offloaded_static"`` or ``"quantized"``.
-        words: As many words, the first of the vocabulary, may be written, where the last ones are padding that who
+        vocab_size: As many words, the first of the vocabulary, may be written, where the last ones are padding that who
             reads the text does not have; None: all.
         seed: Seed of the draws; None: the global generator.
         synced_gpus: Whether ranks that share one sharded model must run equally many forwards.
@@ -232,7 +232,7 @@ def generate(
         top_p=top_p,
         num_beams=num_beams,
         cache_implementation=cache_implementation,
-        words=words,
+        vocab_size=vocab_size,
     )
     ends = end_tokens(model)
     with evaluating(model), without_own_settings(model), seeded(seed, device):

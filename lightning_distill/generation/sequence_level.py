@@ -26,7 +26,7 @@ def teacher_documents(
     temperature: float = 1.0,
     top_p: float = 1.0,
     num_beams: int = 1,
-    words: int | None = None,
+    vocab_size: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
 ) -> list[Document]:
@@ -46,8 +46,8 @@ def teacher_documents(
         temperature: Divides the logits, above 0.
         top_p: Only the most probable tokens whose mass reaches this are drawn from, in (0, 1].
         num_beams: Width of the beam search, 1 for none.
-        words: As many words, the first of the vocabulary, may be written, where the student does not have the teacher's
-            padding; None: all.
+        vocab_size: As many words, the first of the vocabulary, may be written, where the student does not have the
+            teacher's padding; None: all.
         batch_size: Prompts at a time; the text drawn depends on it.
         seed: Seed of the draws.
 
@@ -77,7 +77,7 @@ def teacher_documents(
         "temperature": temperature,
         "top_p": top_p,
         "num_beams": num_beams,
-        "words": words,
+        "vocab_size": vocab_size,
     }
     integer("batch_size", batch_size, 1)
     rows = [[int(token) for token in prompt] for prompt in prompts]

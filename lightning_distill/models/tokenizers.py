@@ -27,7 +27,7 @@ def check_vocabulary(
     Args:
         student: The model that learns, or drafts.
         teacher: The model that is imitated.
-        padded: Whether one may have unused words at its end, see :func:`shared_words`.
+        padded: Whether one may have unused words at its end, see :func:`shared_vocab_size`.
         advice: What to do, said with the error.
 
     Raises:
@@ -39,7 +39,7 @@ def check_vocabulary(
 
 def check_sizes(student: nn.Module, teacher: nn.Module, *, padded: bool, advice: str) -> None:
     """Refuse vocabularies of different sizes, see :func:`check_vocabulary`."""
-    if not padded or shared_words(student, teacher) is None:
+    if not padded or shared_vocab_size(student, teacher) is None:
         check_equal("vocab_size", getattr(student, "config", None), getattr(teacher, "config", None), advice)
 
 
@@ -102,7 +102,7 @@ def _local_file(path: str, name: str) -> Path | None:
     return None if file is None else Path(file)
 
 
-def shared_words(student: nn.Module, teacher: nn.Module) -> int | None:
+def shared_vocab_size(student: nn.Module, teacher: nn.Module) -> int | None:
     """Number of words that two vocabularies of different sizes share, if the larger is padded.
 
     A vocabulary is padded to a round number for speed, and models of one family differ in it: Qwen 2.5 has 151,936

@@ -50,7 +50,7 @@ def deferred_losses(
     terms = [(objective.weight, term) for objective in able.values() if (term := objective.chunked_term()) is not None]
     losses = deferred.head.call(
         lambda projection: chunked_losses(
-            projection, terms, _teacher(teacher), labels, student.mask, words=deferred.words
+            projection, terms, _teacher(teacher), labels, student.mask, vocab_size=deferred.vocab_size
         ),
         deferred.hidden,
     )

@@ -35,7 +35,7 @@ def parts(student: Signals, teacher: Signals | None) -> Iterator[tuple[Signals, 
             of_teacher = TopK(of_teacher.log_probs.flatten(0, -2), of_teacher.classes.flatten(0, -2))
     everything = torch.arange(len(hidden), device=hidden.device)
     for tokens in (everything if student.mask is None else everything[student.mask.flatten()]).split(_TOKENS):
-        logits = projection.take(tokens).logits()[None][..., : student.deferred.words]
+        logits = projection.take(tokens).logits()[None][..., : student.deferred.vocab_size]
         labels = None if student.labels is None else student.labels.flatten()[tokens][None]
         beside = None
         if isinstance(of_teacher, TopK):

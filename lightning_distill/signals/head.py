@@ -52,12 +52,12 @@ class Deferred:
     Args:
         head: The layer that would.
         hidden: Its input ``[B, T, D]``.
-        words: How many of its words there are, where the last ones are padding; None for all.
+        vocab_size: How many of its words there are, where the last ones are padding; None for all.
     """
 
     head: Head
     hidden: Tensor
-    words: int | None = None
+    vocab_size: int | None = None
 
 
 def find_head(model: nn.Module | None) -> Head | None:

@@ -37,9 +37,9 @@ class Forwards:
         self._checks: dict[str, InputCheck] = {}
 
     @property
-    def shared_words(self) -> int | None:
+    def shared_vocab_size(self) -> int | None:
         """Number of words that both vocabularies have, where the larger one is padded."""
-        return self.pairing.shared_words
+        return self.pairing.shared_vocab_size
 
     def run(self, role: str, model: nn.Module, batch: Any) -> Signals:
         """One model's forward.
@@ -70,9 +70,9 @@ class Forwards:
         logits, labels, mask = self.task.align(logits, batch)
         deferred = None
         if head is not None:
-            deferred, logits = Deferred(head, logits, self.shared_words), logits[..., :0]
-        elif self.shared_words is not None:
-            logits = logits[..., : self.shared_words]
+            deferred, logits = Deferred(head, logits, self.shared_vocab_size), logits[..., :0]
+        elif self.shared_vocab_size is not None:
+            logits = logits[..., : self.shared_vocab_size]
         decoder = find_decoder(model)
         return Signals(
             logits,

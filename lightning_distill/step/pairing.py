@@ -15,7 +15,7 @@ from lightning_distill.models.tokenizers import (
     check_sizes,
     check_tokenizers,
     other_tokenizers,
-    shared_words,
+    shared_vocab_size,
 )
 from lightning_distill.objectives.objective import Objective
 from lightning_distill.signals.description import describe
@@ -28,14 +28,14 @@ class Pairing:
 
     Args:
         class_index: Int64 ``[classes]``, which of the teacher's classes each of the student's is; None: the same.
-        shared_words: Number of words that both vocabularies have, where the larger one is padded.
+        shared_vocab_size: Number of words that both vocabularies have, where the larger one is padded.
         headless: The roles, ``"student"`` or ``"teacher"``, whose model gives no logits.
         same_answers: Whether the classes of both mean the same, so that their predictions can be compared.
         own_teacher_inputs: Whether a batch has the teacher's own inputs beside the student's.
     """
 
     class_index: Tensor | None = None
-    shared_words: int | None = None
+    shared_vocab_size: int | None = None
     headless: frozenset[str] = frozenset()
     same_answers: bool = True
     own_teacher_inputs: bool = False
@@ -96,7 +96,7 @@ def _compare(
     )
     return Pairing(
         class_index=index,
-        shared_words=shared_words(student, teacher) if task.of_words and not any_vocabulary else None,
+        shared_vocab_size=shared_vocab_size(student, teacher) if task.of_words and not any_vocabulary else None,
         headless=pairing.headless,
         same_answers=both_answer and not any_vocabulary,
         own_teacher_inputs=own_inputs or (any_vocabulary and other_tokenizers(student, teacher)),

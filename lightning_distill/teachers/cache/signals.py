@@ -84,7 +84,7 @@ def described(module: Any, kept: KeptSignals) -> dict[str, Any]:
         "dtype": kept.dtype,
         "temperatures": list(kept.temperatures),
         "layers": list(kept.layers),
-        "words": module.forwards.shared_words,
+        "words": module.forwards.shared_vocab_size,
         "classes": "the teacher's" if own_order else class_names(module.student, "student"),
     }
 
@@ -203,7 +203,7 @@ class CachedSignals:
 
     def _fields(self, answer: Signals) -> Fields:
         """Type and shape of what is kept of an item."""
-        classes = _logits_of_row(answer, 0, self._module.forwards.shared_words).shape[-1]
+        classes = _logits_of_row(answer, 0, self._module.forwards.shared_vocab_size).shape[-1]
         fields: Fields = {"logits": (self.kept.dtype, (classes,))}
         # The best of all, if there are not more, are all.
         if self.kept.top_k is not None and self.kept.top_k < classes:
@@ -258,7 +258,7 @@ class CachedSignals:
 
     def _arrays(self, answer: Signals, row: int) -> dict[str, "np.ndarray[Any, Any]"]:
         """What is kept of a row, of its items that count."""
-        logits = _logits_of_row(answer, row, self._module.forwards.shared_words)
+        logits = _logits_of_row(answer, row, self._module.forwards.shared_vocab_size)
         largest = torch.finfo(getattr(torch, self.kept.dtype)).max
         assert self._store is not None
         if "logits" in self._store.fields:
