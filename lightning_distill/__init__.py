@@ -2,6 +2,7 @@
 
 from lightning_distill.module import DistillationModule
 from lightning_distill.moved import keep_old_names
+from lightning_distill.private_names import warn_of_missing_names
 from lightning_distill.students.from_teacher import student_from_teacher
 from lightning_distill.training.checkpoint import AtomicCheckpointIO, newest_checkpoint
 
@@ -16,3 +17,4 @@ __all__ = [
 ]
 
 keep_old_names(__name__)
+warn_of_missing_names()

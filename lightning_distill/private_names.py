@@ -1,11 +1,12 @@
 """Names of other libraries that begin with an underscore: what their next release may take away, and what breaks then.
 
 A test holds the table against the code, so that a name that is new here needs a row with a reason, and against the
-installed libraries, so that a release without one of the names is told by what it breaks.
+installed libraries, so that a release without one of the names is told by what it breaks, to users too.
 """
 
 import inspect
 import sys
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pkgutil import resolve_name
@@ -46,6 +47,15 @@ class PrivateName(NamedTuple):
         release = "" if library in sys.stdlib_module_names else f" {version(library)}"
         place = self.owner.replace(":", ".")
         return f"{library}{release} has no `{place}.{self.name}`, which {', '.join(self.files)} needs to {self.reason}."
+
+
+def warn_of_missing_names() -> None:
+    """Say, on import, what the installed libraries no longer have and what that breaks."""
+    for name in PRIVATE_NAMES:
+        library = name.owner.partition(".")[0].partition(":")[0]
+        # An optional library that nobody has imported is nobody's.
+        if library in sys.modules and (why := name.why_missing()) is not None:
+            warnings.warn(why, RuntimeWarning, stacklevel=3)
 
 
 def _has(owner: Any, name: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import lightning_distill
+from lightning_distill import private_names
 from lightning_distill.private_names import PRIVATE_NAMES, PrivateName
 
 ROOT = Path(lightning_distill.__file__).parent
@@ -117,3 +118,13 @@ def test_the_installed_library_has_it(row: PrivateName) -> None:
     assert row.why_missing() is None
     gone = row._replace(name=f"{row.name}_as_it_was")
     assert f"has no `{row.owner.replace(':', '.')}.{gone.name}`, which {row.files[0]}" in str(gone.why_missing())
+
+
+def test_a_name_that_is_gone_is_said_on_import(monkeypatch: pytest.MonkeyPatch) -> None:
+    private_names.warn_of_missing_names()  # all are there: no warning, which would be an error here
+    gone = PrivateName("torch.nn:Module", "_as_it_was", ("module.py",), "be a module")
+    optional = PrivateName("not_installed_here", "_name", ("module.py",), "be a module")
+    monkeypatch.setattr(private_names, "PRIVATE_NAMES", [gone, optional])
+    with pytest.warns(RuntimeWarning, match=r"^torch .* has no `torch.nn.Module._as_it_was`, which module.py") as said:
+        private_names.warn_of_missing_names()
+    assert len(said) == 1
