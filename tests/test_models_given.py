@@ -54,7 +54,7 @@ def test_compiled_models_are_the_models_they_hold(wrap: Any, tmp_path: Path) -> 
     for name, loss in expected.items():
         torch.testing.assert_close(found[name], loss)
     module.train()
-    trainer(tmp_path).fit(module, loader("classification"), loader("classification"))
+    trainer(tmp_path).fit(module, loader(), loader())
     module.export(tmp_path / "student")
     again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "student").eval()
     torch.testing.assert_close(again(**data).logits, module.student.eval()(**data).logits)
@@ -68,7 +68,7 @@ def test_a_student_whose_layers_are_compiled_is_exported_under_the_names_it_had(
     for index, layer in enumerate(stack):
         stack[index] = compiled(layer)
     module = DistillationModule(bert(num_labels=3), student, [SoftTarget(), HiddenState("last"), AttentionRelation()])
-    trainer(tmp_path).fit(module, loader("classification"))
+    trainer(tmp_path).fit(module, loader())
     assert set(student.state_dict()) == names
     module.export(tmp_path / "student")
     data = batch("classification", classes=3)
@@ -203,7 +203,7 @@ def test_a_model_without_logits_is_refused_where_an_objective_reads_them(make: A
 
 def test_models_without_heads_learn_from_each_others_hidden_states(tmp_path: Path) -> None:
     module = DistillationModule(body(), body(), [HiddenStateCosine("last")], task="classification")
-    data = loader("classification")
+    data = loader()
     before = module.student.encoder.layer[0].output.dense.weight.clone()
     run = trainer(tmp_path)
     run.fit(module, data, data)
@@ -214,7 +214,7 @@ def test_models_without_heads_learn_from_each_others_hidden_states(tmp_path: Pat
 def test_a_student_with_a_head_learns_from_a_teacher_without_one(tmp_path: Path) -> None:
     objectives = [HardLabel(), HiddenStateCosine("last")]
     module = DistillationModule(body(), bert(num_labels=3), objectives)
-    run, data = trainer(tmp_path), loader("classification")
+    run, data = trainer(tmp_path), loader()
     run.fit(module, data, data)
     found = run.test(module, data, verbose=False)[0]
     assert set(found) == {"test_loss", "test_hard_label", "test_hidden_state_cosine", "test_accuracy"}

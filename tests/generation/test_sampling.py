@@ -247,7 +247,8 @@ def test_bad_input(prompts: Any, arguments: dict[str, Any], message: str) -> Non
 def test_a_model_that_cannot_write_and_a_cache_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TypeError, match="causal language model of transformers"):
         generate(nn.Linear(2, 2), [[1]])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("is_optimum_quanto_available", "is_hqq_available"):
+        monkeypatch.setattr(f"lightning_distill.generation.sampling.{name}", lambda: False)
     with pytest.raises(ModuleNotFoundError, match=r"pip install .lightning-distill\[quantized-cache\]"):
         generate(model(), [[1]], max_new_tokens=2, cache_implementation="quantized")
 

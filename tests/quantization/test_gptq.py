@@ -217,22 +217,26 @@ def test_grid_holds_every_value_and_float16_holds_the_grid_where_it_can(
     bits=st.sampled_from([2, 3, 4, 8]),
     options=st.sampled_from([{}, {"sym": False}, {"mse": True}, {"static_groups": False}, {"group_size": -1}]),
     rounded=st.booleans(),
-    powers=st.lists(st.floats(-8, 4), min_size=3, max_size=3),
+    powers=st.lists(st.integers(-26, 13), min_size=3, max_size=3),
 )
 def test_what_is_lost_does_not_depend_on_how_large_the_weights_are(
-    seed: int, bits: int, options: dict, rounded: bool, powers: list[float]
+    seed: int, bits: int, options: dict, rounded: bool, powers: list[int]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(3, 64, generator=generator)
     hessian = None if rounded else hessian_of(torch.randn(200, 64, generator=generator))
-    # Rows do not know of each other, so each may have a magnitude of its own.
-    sizes = 10 ** torch.tensor(powers)[:, None]
+    # Rows do not know of each other, so each may have a magnitude of its own. Powers of two, which round nothing: with
+    # any other factor a weight between two codes may take the other one, and all weights after it make that good.
+    sizes = 2.0 ** torch.tensor(powers)[:, None]
     lost = []
     for factor in (torch.ones(3, 1), sizes):
         result = gptq_layer(weight * factor, hessian, bits=bits, **{"group_size": 32, **options})
         dense = result.dequantize()
         lost.append((dense / factor - weight).square().sum(1) / weight.square().sum(1))
-    torch.testing.assert_close(lost[1], lost[0], rtol=0.15, atol=0)
+    # A scale is a float16, which rounds more below 2**-14: that of 8 bits is there for weights below 2**-6.
+    normal = sizes[:, 0] >= 2.0**-6
+    torch.testing.assert_close(lost[1][normal], lost[0][normal], rtol=1e-3, atol=0)
+    torch.testing.assert_close(lost[1], lost[0], rtol=0.5, atol=0)
 
 
 @pytest.mark.parametrize(
