@@ -17,6 +17,9 @@ from lightning_distill.callbacks.schedule_free import ScheduleFree
 from lightning_distill.callbacks.teacher_cache import TeacherCache
 from lightning_distill.training.finite_loss import FiniteLoss
 
+# Below the module, which has it on; flags and YAML name it as the others.
+FiniteLoss.__module__ = __name__
+
 __all__ = [
     "GPTQ",
     "EarlyExit",

@@ -120,6 +120,7 @@ class EarlyExit(L.Callback):
         self._has_label = False  # whether any batch had one
         self._frozen: list[str] = []  # by name: sharding replaces parameters
         self._batch: Any = None  # the batch under way, which the ramps read their mask from
+        self._trains = False  # whether it is a batch of training
         self._answers: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._logits: dict[str, Tensor] = {}
 
@@ -218,11 +219,16 @@ class EarlyExit(L.Callback):
     # -- steps -------------------------------------------------------------------------------------------------------
 
     def _answer(self, ramps: Ramps, layer: int, module: nn.Module, args: Any, output: Any) -> None:
-        if self._batch is not None:
+        if self._listens:
             self._answers[layer] = ramps.ask(layer, first_tensor(output), token_mask(self._batch))
 
+    @property
+    def _listens(self) -> bool:
+        # In training, what runs without gradient only counts other batches of the step.
+        return self._batch is not None and (torch.is_grad_enabled() or not self._trains)
+
     def _keep_logits(self, who: str, module: nn.Module, args: Any, output: Any) -> None:
-        if self._batch is not None and not isinstance(module, L.LightningModule):
+        if self._listens and not isinstance(module, L.LightningModule):
             self._logits[who] = logits_of(output).detach()
 
     def _tie(self, module: nn.Module, args: Any, output: Any) -> Any:
@@ -246,6 +252,7 @@ class EarlyExit(L.Callback):
             student.eval()
             student.ramps.train()  # type: ignore[union-attr]
         self._begin(batch)
+        self._trains = True
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -287,7 +294,7 @@ class EarlyExit(L.Callback):
         return own + loss
 
     def _begin(self, batch: Any) -> None:
-        self._batch, self._answers, self._logits = batch, {}, {}
+        self._batch, self._answers, self._logits, self._trains = batch, {}, {}, False
 
     def _end(self) -> None:
         self._batch, self._answers, self._logits = None, {}, {}

@@ -149,7 +149,7 @@ class TeacherCache(L.Callback):
         check_description(self.path, described(module, kept))
         self._before = module._teacher_source
         self._module, self._cached = module, CachedSignals(self.path, module, kept, self._count, rank)
-        module.teacher_source = self._cached
+        module._teacher_source = self._cached
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Expect new rows in the first epoch."""
@@ -188,7 +188,7 @@ class TeacherCache(L.Callback):
     def detach(self) -> None:
         """Give the module its teacher back and close the files."""
         if self._cached is not None:
-            self._module.teacher_source = self._before
+            self._module._teacher_source = self._before
             self._cached.close()
         self._module = self._cached = None
 

@@ -16,5 +16,5 @@ __all__ = [
     "student_from_teacher",
 ]
 
-keep_old_names(__name__)
+keep_old_names()
 warn_of_missing_names()

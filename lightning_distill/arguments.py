@@ -6,10 +6,23 @@ import itertools
 import math
 import numbers
 import types
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
+
+
+def renamed(old: str, given: Any, new: str, value: Any) -> Any:
+    """The value of an argument that had another name until this release, with a warning where that is used."""
+    if given is None:
+        return value
+    warnings.warn(
+        f"Argument `{old}` is called `{new}` now; the old name goes with the next release.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return given
 
 
 def typed(target: _Callable) -> _Callable:

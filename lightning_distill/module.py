@@ -24,7 +24,7 @@ from lightning_distill.step.checked_run import CheckedRun
 from lightning_distill.step.checks import StepCheck, enable_gradient_checkpointing
 from lightning_distill.step.counting import Counted, counted_ahead
 from lightning_distill.step.evaluation import EvaluatedModule
-from lightning_distill.step.forwards import Forwards, TeacherForward, TeacherSource
+from lightning_distill.step.forwards import Forwards, TeacherSource, teacher_forward
 from lightning_distill.step.losses import sums_and_counts
 from lightning_distill.step.pairing import pair
 from lightning_distill.tasks import TaskName, task_named
@@ -172,11 +172,13 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         """Gives the teacher's signals for a batch: the seam where what answers in its place, as a cache, is put."""
         if self._teacher_source is not None:
             return self._teacher_source
-        # Made when it is asked for: kept, it and the module would hold each other.
-        return TeacherForward(self) if self.teacher_source_has_own_order else self.teacher_step
+        return self.teacher_signals if self.teacher_source_has_own_order else self.teacher_step
 
     @teacher_source.setter
     def teacher_source(self, source: TeacherSource | None) -> None:
+        if source is not None and not self.teacher_source_has_own_order:
+            name = type(self).__name__
+            raise ValueError(f"Expected no `teacher_step` beside `teacher_source`, but {name} has one. Ask it there.")
         self._teacher_source = source
 
     @property
@@ -197,8 +199,12 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
     @torch.no_grad()
     def teacher_step(self, batch: Any) -> Signals:
         """The teacher's signals for a batch, under ``no_grad``, with its classes in the student's order."""
-        source = self.teacher_source if self.teacher_source_has_own_order else TeacherForward(self)
+        source = self.teacher_source if self.teacher_source_has_own_order else self.teacher_signals
         return self.in_student_order(source(batch))
+
+    def teacher_signals(self, batch: Any) -> Signals:
+        """The teacher's forward for a batch, with its classes in its own order: the same whatever the student."""
+        return teacher_forward(self, batch)
 
     def in_student_order(self, signals: Signals) -> Signals:
         """The teacher's signals with their classes put, by name, in the student's order."""
@@ -230,9 +236,7 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
             source = self.teacher_step if self.teacher_source_has_own_order else self.teacher_source
             teacher = source(batch) if with_teacher else None
             student = self.student_step(batch)
-        self._task.settle(student)
-        if teacher is not None:
-            self._task.settle(teacher)
+        self._task.settle(student, teacher)
         return student, teacher
 
     def mean_losses(self, student: Signals, teacher: Signals | None) -> tuple[dict[str, Tensor], Tensor]:

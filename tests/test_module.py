@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillationModule
 from lightning_distill.callbacks import GradientClipping
 from lightning_distill.objectives import HardLabel, HiddenState, SoftTarget
+from lightning_distill.signals import Signals
 from tests.helpers.models import batch, bert
 
 # A resumed run keeps writing where the first one wrote.
@@ -294,3 +295,34 @@ def test_preflight_of_every_batch_before_it_moves(tmp_path: Path) -> None:
 def test_empty_data_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="training data to have at least one batch"):
         trainer(tmp_path).fit(DistillationModule(net(8), net(4)), DataLoader([], batch_size=None))
+
+
+def test_what_answers_in_the_teachers_place() -> None:
+    torch.manual_seed(0)
+    teacher, student, x = nn.Linear(4, 3), nn.Linear(4, 3), (torch.randn(5, 4), torch.arange(5) % 3)
+    module = DistillationModule(teacher, student, [SoftTarget()])
+    own, signals = module.losses(x)["soft_target"], module.teacher_signals(x)
+    asked: list[Any] = []
+
+    def source(batch: Any) -> Signals:
+        asked.append(batch)
+        return Signals(signals.logits + torch.tensor([9.0, 0.0, 0.0]), signals.labels)
+
+    module.teacher_source = source
+    assert module.losses(x)["soft_target"] > own + 0.1
+    assert asked == [x]
+    module.teacher_source = None
+    assert torch.equal(module.losses(x)["soft_target"], own)
+
+    class OwnSignals(DistillationModule):
+        def teacher_signals(self, batch: Any) -> Signals:
+            return source(batch)
+
+    assert OwnSignals(teacher, student, [SoftTarget()]).losses(x)["soft_target"] > own + 0.1
+
+    class OwnStep(DistillationModule):
+        def teacher_step(self, batch: Any) -> Signals:
+            return super().teacher_step(batch)
+
+    with pytest.raises(ValueError, match="no `teacher_step` beside `teacher_source`, but OwnStep has one"):
+        OwnStep(teacher, student, [SoftTarget()]).teacher_source = source

@@ -1,6 +1,7 @@
 """What was imported from a module that has moved is there for a release, with a warning that says where it is."""
 
 import importlib
+import importlib.util
 
 import pytest
 
@@ -26,6 +27,12 @@ from lightning_distill.moved import MOVED
         ("teacher", "freeze"),
         ("teacher", "evaluating"),
         ("vocabulary", "find_head"),
+        ("callbacks.finite_loss", "FiniteLoss"),
+        ("functional.lr_suggestion", "lr_suggestion"),
+        ("preflight", "check_vocabulary"),
+        ("tasks", "labels_of"),
+        ("tasks", "call_model"),
+        ("signals", "near"),
     ],
 )
 def test_an_old_name_is_the_new_one(old: str, name: str) -> None:
@@ -39,6 +46,18 @@ def test_an_old_name_is_the_new_one(old: str, name: str) -> None:
 def test_every_new_place_is_there(old: str) -> None:
     for place in MOVED[old]:
         importlib.import_module(f"lightning_distill.{place}")
+
+
+def test_it_is_found_as_modules_are() -> None:
+    import lightning_distill.parallel
+
+    assert importlib.util.find_spec("lightning_distill.stops") is not None
+    with pytest.warns(DeprecationWarning, match="training.parallel"):
+        assert callable(lightning_distill.parallel.shard)
+    names: dict[str, object] = {}
+    with pytest.warns(DeprecationWarning, match="teachers.ensemble"):
+        exec("from lightning_distill.ensemble import *", names)
+    assert "TeacherEnsemble" in names
 
 
 def test_a_name_that_never_was_is_no_attribute() -> None:

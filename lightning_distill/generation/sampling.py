@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import is_hqq_available, is_optimum_quanto_available
 
-from lightning_distill.arguments import between, integer, one_of
+from lightning_distill.arguments import between, integer, one_of, renamed
 from lightning_distill.models.batch import IGNORE_INDEX
 from lightning_distill.models.calling import evaluating
 from lightning_distill.models.wrapped import inside
@@ -183,6 +183,7 @@ def generate(
     vocab_size: int | None = None,
     seed: int | None = None,
     synced_gpus: bool = False,
+    words: int | None = None,
 ) -> dict[str, Tensor]:
     """Let a model write to prompts, in one batch with a KV cache, in eval and without gradients.
 
@@ -202,6 +203,7 @@ def generate(
             reads the text does not have; None: all.
         seed: Seed of the draws; None: the global generator.
         synced_gpus: Whether ranks that share one sharded model must run equally many forwards.
+        words: The old name of ``vocab_size``.
 
     Returns:
         A batch to train on: ``input_ids``, ``attention_mask``, ``position_ids`` and ``labels``, each ``[B, T]`` int64,
@@ -221,6 +223,7 @@ def generate(
         ([[1, 1, 1], [0, 0, 1]], [-100])
     """
     writer: Any = model
+    vocab_size = renamed("words", words, "vocab_size", vocab_size)
     device = next(model.parameters()).device
     ids, mask = pad_prompts(prompts, pad_token(model) if hasattr(model, "config") else 0, device)
     config = settings(

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lightning_distill.arguments import integer
+from lightning_distill.arguments import integer, renamed
 from lightning_distill.data.packing import Document
 from lightning_distill.generation.sampling import Prompt, end_tokens, generate
 from lightning_distill.models.fingerprints import add_tensors
@@ -29,6 +29,7 @@ def teacher_documents(
     vocab_size: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
+    words: int | None = None,
 ) -> list[Document]:
     """What a teacher writes to prompts, as documents to train a student on; made once, and read from disk after that.
 
@@ -50,6 +51,7 @@ def teacher_documents(
             teacher's padding; None: all.
         batch_size: Prompts at a time; the text drawn depends on it.
         seed: Seed of the draws.
+        words: The old name of ``vocab_size``.
 
     Returns:
         A document per prompt, in their order: prompt and text, of which the prompt is given and no label.
@@ -77,7 +79,7 @@ def teacher_documents(
         "temperature": temperature,
         "top_p": top_p,
         "num_beams": num_beams,
-        "vocab_size": vocab_size,
+        "vocab_size": renamed("words", words, "vocab_size", vocab_size),
     }
     integer("batch_size", batch_size, 1)
     rows = [[int(token) for token in prompt] for prompt in prompts]

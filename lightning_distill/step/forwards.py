@@ -147,28 +147,23 @@ class Forwards:
         self._recorders, self._checks = {}, {}
 
 
-#: A teacher: gives the signals of a batch, its classes in its own order. A cache or a remote one is another.
+#: A teacher: gives the signals of a batch as its task aligns them, its classes in its own order.
 TeacherSource = Callable[[Any], Signals]
 
 
-class TeacherForward:
-    """The teacher of a module as a source: without gradient, in eval, in its own precision, in its order of classes.
+@torch.no_grad()
+def teacher_forward(module: Any, batch: Any) -> Signals:
+    """The forward of a module's teacher: in eval, in its own precision, its classes in its own order.
 
     Args:
         module: A DistillationModule with a teacher.
+        batch: The batch.
     """
-
-    def __init__(self, module: Any) -> None:
-        self.module = module
-
-    @torch.no_grad()
-    def __call__(self, batch: Any) -> Signals:
-        """The teacher's forward for a batch: the same whatever the student."""
-        module, precision = self.module, self.module.teacher_precision
-        with ExitStack() as stack:
-            if any(part.training for part in module.teacher.modules()):  # outside a run
-                stack.enter_context(evaluating(module.teacher))
-            if precision is not None:
-                batch = cast_floats(batch, stack.enter_context(own_precision(precision, module.device)))
-            signals: Signals = module.forwards.run("teacher", module.teacher, batch)
-            return signals
+    precision = module.teacher_precision
+    with ExitStack() as stack:
+        if any(part.training for part in module.teacher.modules()):  # outside a run
+            stack.enter_context(evaluating(module.teacher))
+        if precision is not None:
+            batch = cast_floats(batch, stack.enter_context(own_precision(precision, module.device)))
+        signals: Signals = module.forwards.run("teacher", module.teacher, batch)
+        return signals

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from lightning_distill.functional.binary import two_logits
-from lightning_distill.signals.signals import Signals
 from lightning_distill.tasks.task import Task, row_logits
 
 
@@ -16,7 +15,5 @@ class Classification(Task):
         """Logits ``[B, C]`` of at least two classes."""
         return two_logits(row_logits(self, logits, "rows, classes"))
 
-    def settle(self, signals: Signals) -> None:
-        """Two classes where there was one logit."""
-        super().settle(signals)
-        signals.logits = two_logits(signals.logits)
+    def _settled(self, logits: Tensor) -> Tensor:
+        return two_logits(logits)

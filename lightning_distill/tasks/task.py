@@ -123,9 +123,15 @@ class Task:
             )
         return labels.where(whole, -1)
 
-    def settle(self, signals: Signals) -> None:
+    def settle(self, *made: Signals | None) -> None:
         """Give signals that a step of the user's own made the form that :meth:`align` gives, and say what they mean."""
-        signals.regression = not self.has_classes
+        for signals in made:
+            if signals is not None:
+                signals.regression = not self.has_classes
+                signals.logits = self._settled(signals.logits)
+
+    def _settled(self, logits: Tensor) -> Tensor:
+        return logits
 
     def has_label(self, batch: Any) -> bool:
         """Whether anything in the batch has a label; a causal model's own input is one."""

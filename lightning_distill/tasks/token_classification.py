@@ -6,7 +6,6 @@ from torch import Tensor
 
 from lightning_distill.functional.binary import two_logits
 from lightning_distill.models.batch import IGNORE_INDEX
-from lightning_distill.signals.signals import Signals
 from lightning_distill.tasks.task import Task, labelled_tokens
 
 
@@ -30,7 +29,5 @@ class TokenClassification(Task):
         """Logits ``[B, T, C]`` of at least two classes."""
         return two_logits(logits)
 
-    def settle(self, signals: Signals) -> None:
-        """Two classes where there was one logit."""
-        super().settle(signals)
-        signals.logits = two_logits(signals.logits)
+    def _settled(self, logits: Tensor) -> Tensor:
+        return two_logits(logits)

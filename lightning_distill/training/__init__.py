@@ -5,6 +5,5 @@ into ``callbacks/``; what a command line adds into ``cli/``.
 """
 
 from lightning_distill.training.checkpoint import AtomicCheckpointIO, newest_checkpoint
-from lightning_distill.training.finite_loss import FiniteLoss
 
-__all__ = ["AtomicCheckpointIO", "FiniteLoss", "newest_checkpoint"]
+__all__ = ["AtomicCheckpointIO", "newest_checkpoint"]

@@ -301,3 +301,25 @@ class Nobody(L.LightningModule):
 def test_what_cannot_work_is_said(tmp_path: Path, module: Any, callback: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         fit(tmp_path, module(), callback())
+
+
+class OwnStep(DistillationModule):
+    def student_step(self, batch: Any) -> Any:
+        return super().student_step(batch)
+
+
+def test_accumulated_batches_of_a_step_of_the_users_own_train_the_ramps_as_one_batch_does(tmp_path: Path) -> None:
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"accelerator": "cpu", "enable_checkpointing": False, "max_epochs": 1}
+    found = []
+    for accumulate in (1, 3):  # six rows at once, or two by two, where the student runs once more to count
+        torch.manual_seed(0)
+        models = (
+            bert(layers=LAYERS, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0) for _ in "ts"
+        )
+        module = OwnStep(*models, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+        run = L.Trainer(callbacks=[EarlyExit(exits=[0, 1])], accumulate_grad_batches=accumulate, **quiet)
+        run.fit(module, DataLoader(rows(6), 6 // accumulate))
+        found.append([parameter.detach().clone() for parameter in module.parameters()])
+    for one, several in zip(*found, strict=True):
+        torch.testing.assert_close(one, several)

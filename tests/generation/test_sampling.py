@@ -261,3 +261,11 @@ def test_a_quantised_cache_writes_nearly_what_the_exact_one_does() -> None:
         for cache in (None, "quantized")
     )
     assert (exact == coarse).float().mean() > 0.8
+
+
+def test_the_old_name_of_vocab_size_is_taken_with_a_warning() -> None:
+    options: dict[str, Any] = {"max_new_tokens": 4, "seed": 0}
+    with pytest.warns(DeprecationWarning, match="`words` is called `vocab_size` now"):
+        found = generate(model(), [[1, 4]], words=5, **options)
+    assert torch.equal(found["input_ids"], generate(model(), [[1, 4]], vocab_size=5, **options)["input_ids"])
+    assert int(found["input_ids"].max()) < 5
