@@ -209,7 +209,7 @@ PRIVATE_NAMES = [
         "know that a fused optimizer unscales the gradients itself"),
     PrivateName("torch.optim.lr_scheduler:LRScheduler", "_last_lr", ("optim/own_group.py", "optim/peak_lr.py"),
         "keep what a schedule says of its rates in step with a group that is added or scaled"),
-    PrivateName("torch.optim.lr_scheduler:SequentialLR", "_schedulers", ("optim/own_group.py", "optim/peak_lr.py"),
+    PrivateName("torch.optim.lr_scheduler:SequentialLR", "_schedulers", ("optim/peak_lr.py",),
         "reach the schedules that a sequence or a chain is made of"),
     PrivateName("torch.utils.data:DataLoader", "_iterator", ("training/dry_run.py",),
         "copy a loader without the workers that are alive"),

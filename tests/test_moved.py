@@ -44,8 +44,10 @@ def test_an_old_name_is_the_new_one(old: str, name: str) -> None:
 
 @pytest.mark.parametrize("old", MOVED)
 def test_every_new_place_is_there(old: str) -> None:
+    names = importlib.import_module(f"lightning_distill.{old}").__all__
     for place in MOVED[old]:
-        importlib.import_module(f"lightning_distill.{place}")
+        module = importlib.import_module(f"lightning_distill.{place}")
+        assert any(getattr(module, name, None) is not None for name in names), place
 
 
 def test_it_is_found_as_modules_are() -> None:

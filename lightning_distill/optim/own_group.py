@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_distill.optim.peak_lr import scale_peak_lrs
+from lightning_distill.optim.peak_lr import flattened, scale_peak_lrs
 
 #: What schedules keep one of for each parameter group.
 _PER_GROUP = ("base_lrs", "lr_lambdas", "_last_lr", "max_lrs", "min_lrs", "base_momentums", "max_momentums")
@@ -45,7 +45,7 @@ def give_own_group(
     optimizer = next((optimizer for optimizer in optimizers if holds(optimizer)), optimizers[0])
     groups = optimizer.param_groups
     others = [[parameter for parameter in group["params"] if parameter not in own] for group in groups]
-    mine = [schedule for schedule in _flat(schedules) if schedule.optimizer is optimizer]
+    mine = [schedule for schedule in flattened(schedules) if schedule.optimizer is optimizer]
     template = next((group for group in groups if any(p in own for p in group["params"])), groups[0])
     place = groups.index(template)
     for group, rest in zip(groups, others, strict=True):
@@ -67,7 +67,3 @@ def give_own_group(
         factors = [1.0] * len(groups)
         factors[place] = lr / float(groups[place].get("initial_lr", groups[place]["lr"]))
         scale_peak_lrs([optimizer], [schedule for schedule in schedules if schedule.optimizer is optimizer], [factors])
-
-
-def _flat(schedules: Sequence[Any]) -> list[Any]:
-    return [one for schedule in schedules for one in (schedule, *_flat(getattr(schedule, "_schedulers", ())))]

@@ -24,7 +24,7 @@ def peak_lrs(optimizers: Sequence[Optimizer], schedules: Sequence[Any] = ()) -> 
         >>> optimizer.param_groups[0]["lr"], peak_lrs([optimizer], [schedule])
         (0.05, [[0.5]])
     """
-    cyclic = {id(schedule.optimizer): schedule for schedule in _flatten(schedules) if isinstance(schedule, CyclicLR)}
+    cyclic = {id(schedule.optimizer): schedule for schedule in flattened(schedules) if isinstance(schedule, CyclicLR)}
     peaks = []
     for optimizer in optimizers:
         # OneCycleLR notes its maximum in the group, any other schedule the learning rate it was given.
@@ -60,7 +60,7 @@ def scale_peak_lrs(
             for name in ("lr", "initial_lr", "max_lr", "min_lr"):
                 if name in group:
                     set_lr(group, group[name] * factor, name)
-    for schedule in _flatten(schedules):
+    for schedule in flattened(schedules):
         for name in ("base_lrs", "_last_lr", "max_lrs"):
             if (values := getattr(schedule, name, None)) is not None:
                 own = by_optimizer[id(schedule.optimizer)]
@@ -75,7 +75,8 @@ def set_lr(group: dict[str, Any], value: float | Tensor, name: str = "lr") -> No
         group[name] = value
 
 
-def _flatten(schedules: Sequence[Any]) -> Iterator[Any]:
+def flattened(schedules: Sequence[Any]) -> Iterator[Any]:
+    """Each schedule, and those that a compound one is made of."""
     for schedule in schedules:
         yield schedule
-        yield from _flatten(getattr(schedule, "_schedulers", ()))
+        yield from flattened(getattr(schedule, "_schedulers", ()))
