@@ -1,12 +1,13 @@
 """Labelled text from the hub, or from a local folder, through the ``datasets`` library."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
-from lightning_distill.data.readers import from_arrow
+from lightning_distill.data.readers import class_names_of, from_arrow
 from lightning_distill.data.table import Table, chosen_columns, listed, one_line
 
 # What the splits are called that the field's data sets have; of MNLI's two, the one of the same genres.
@@ -19,8 +20,12 @@ _SPLITS = {
 
 
 def read_hub_dataset(
-    name: str, columns: Sequence[str], *others: Sequence[str], label_column: str | None = None
-) -> tuple[dict[str, Table], list[str] | None]:
+    name: str,
+    columns: Sequence[str],
+    *others: Sequence[str],
+    label_column: str | None = None,
+    binary: Collection[str] = (),
+) -> dict[str, Table]:
     """Read the splits (train, val, test) of a hub data set; a warning names the splits and rows that are not used.
 
     Args:
@@ -29,9 +34,10 @@ def read_hub_dataset(
         *others: other lists of columns; the first list that is there in full is kept.
         label_column: the one of them that holds labels, if any. A test split without labels, all -1 as in GLUE, is
             left out, and so are rows of the label -1 where the data set names its classes.
+        binary: those that may hold bytes.
 
     Returns:
-        The tables by split, and the class names if the data set has them.
+        The tables by split, with the names of classes that the data set has.
 
     Raises:
         ModuleNotFoundError: ``datasets`` is not installed.
@@ -40,7 +46,6 @@ def read_hub_dataset(
     splits = _load(name)
     used = {split: next((name for name in names if name in splits), None) for split, names in _SPLITS.items()}
     tables: dict[str, Table] = {}
-    names = None
     passed_over = [split for split in splits if split not in used.values()]
     for split, found in used.items():
         if found is None:
@@ -50,17 +55,17 @@ def read_hub_dataset(
             passed_over.append(f"{found} (it has no column {label_column!r})")
             continue
         kept = chosen_columns(place, [columns, *others], data.column_names)
-        table = from_arrow(place, data.with_format("arrow")[:], kept, data.column_names)
+        table = from_arrow(place, data.with_format("arrow")[:], kept, data.column_names, binary)
+        table = replace(table, class_names=class_names_of(data.features))
         if not len(table):
             passed_over.append(f"{found} (it has no rows)")
             continue
         if label_column is not None:
-            names = names or getattr(data.features[label_column], "names", None)
             labelled = [row for row, label in enumerate(table.columns[label_column]) if label not in (-1, None)]
             if not labelled:
                 passed_over.append(f"{found} (its rows have no labels)")
                 continue
-            if names and len(labelled) < len(table):
+            if label_column in table.class_names and len(labelled) < len(table):
                 passed_over.append(f"{len(table) - len(labelled)} rows of {found} (their label is -1, none)")
                 table = table.take(labelled)
         tables[split] = table
@@ -70,7 +75,7 @@ def read_hub_dataset(
         )
     if passed_over:
         rank_zero_warn(one_line(f"{name}: not used: {', '.join(passed_over)}"), stacklevel=2)
-    return tables, names
+    return tables
 
 
 def _load(name: str) -> Mapping[str, Any]:

@@ -12,7 +12,7 @@ from lightning_distill.arguments import between, integer, typed
 from lightning_distill.data.chat import CHAT_COLUMNS, Chat, Completion, Text, encode, texts_of
 from lightning_distill.data.embedded import embedded_corpus, train_causal_tokenizer
 from lightning_distill.data.hub import read_hub_dataset
-from lightning_distill.data.module import Split, TextData, check_sources, hold_out
+from lightning_distill.data.module import ResumableData, Split, check_sources, hold_out
 from lightning_distill.data.packing import Conversation, Document, PackedText
 from lightning_distill.data.progress import progress
 from lightning_distill.data.readers import kind_of, read_table, read_text
@@ -20,7 +20,7 @@ from lightning_distill.data.table import Table, listed
 
 
 @typed
-class LanguageModelData(TextData):
+class LanguageModelData(ResumableData):
     """Documents for a causal language model, packed into rows of ``max_length`` tokens.
 
     Documents are framed as their tokenizer frames them (many put a first token, few a last one), and none attends to
@@ -64,6 +64,8 @@ class LanguageModelData(TextData):
         >>> next(iter(data.train_dataloader()))["labels"].shape
         torch.Size([2, 32])
     """
+
+    task = "causal_lm"
 
     def __init__(
         self,
@@ -142,7 +144,7 @@ class LanguageModelData(TextData):
                       for name, texts in self._given.items()}  # fmt: skip
             found = {split: _texts_of_table(table) for split, table in tables.items()}
         elif self.hub_dataset is not None:
-            tables, _ = read_hub_dataset(self.hub_dataset, *self._columns)
+            tables = read_hub_dataset(self.hub_dataset, *self._columns)
             found = {split: _texts_of_table(table) for split, table in tables.items()}
         elif self.files["train"]:
             paths = dict.fromkeys(path for paths in self.files.values() for path in paths)

@@ -1,4 +1,4 @@
-"""What data modules of text have in common: a tokenizer, and dataloaders whose order can be resumed."""
+"""What all data modules have in common: splits of samples, and dataloaders whose order can be resumed."""
 
 import random
 from collections.abc import Callable
@@ -43,13 +43,14 @@ def hold_out(count: int, share: float, generator: random.Random) -> tuple[list[i
     return [place for place in range(count) if place not in drawn], sorted(drawn)
 
 
-class TextData(L.LightningDataModule):
-    """Splits of tokenised text, and their dataloaders. Subclasses fill ``_datasets`` in ``setup``.
+class ResumableData(L.LightningDataModule):
+    """Splits of samples, and their dataloaders. Subclasses fill ``_datasets`` in ``setup``.
 
     A dataset is map-style and has ``lengths``, one per sample; training batches hold samples of similar length.
 
     Args:
-        tokenizer: a tokenizer, or the name or folder of one; it may be set later, before ``setup``.
+        tokenizer: a tokenizer, or the name or folder of one; it may be set later, before ``setup``. None where nothing
+            is text.
         batch_size: samples in a batch of one process.
         seed: seed of the order of the batches.
         num_workers: worker processes of each dataloader.

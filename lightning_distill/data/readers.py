@@ -9,7 +9,8 @@ import gzip
 import json
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ Choices = Sequence[Sequence[str]]
 _OTHER_ENCODINGS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x1f\x8b": "a gz file without the ending .gz"}
 
 
-def read_table(path: str | Path, columns: Sequence[str], *others: Sequence[str]) -> Table:
+def read_table(path: str | Path, columns: Sequence[str], *others: Sequence[str], binary: Collection[str] = ()) -> Table:
     r"""Read named columns of a ``.tsv``, ``.csv``, ``.jsonl`` (``.ndjson``), ``.json`` or ``.parquet`` file.
 
     A tsv file has a header, one row per line and no quoting, so a quotation mark is a character like any other; a csv
@@ -33,9 +34,11 @@ def read_table(path: str | Path, columns: Sequence[str], *others: Sequence[str])
         path: the file, UTF-8 (parquet: any).
         columns: the columns to keep.
         *others: other lists of columns; the first list that is there in full is kept.
+        binary: those of them that may hold bytes, as encoded pictures do.
 
     Returns:
-        The rows of the file, with values as they are in it (strings for tsv and csv).
+        The rows of the file, with values as they are in it: strings for tsv and csv; in the other kinds lists and
+        objects, too. A parquet file that ``datasets`` wrote says the names of its classes.
 
     Raises:
         ValueError: the file is missing, empty or of an unknown kind, a column is missing (the nearest one is named) or
@@ -54,7 +57,7 @@ def read_table(path: str | Path, columns: Sequence[str], *others: Sequence[str])
     if kind not in _READERS:
         raise ValueError(one_line(f"{path}: unknown kind of file {kind!r}; known are {', '.join(_READERS)}"))
     _check_file(path)
-    table = _READERS[kind](path, [columns, *others])
+    table = _READERS[kind](path, [columns, *others], binary)
     if not len(table):
         raise ValueError(f"{path}: the file has no rows")
     return table
@@ -116,13 +119,13 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
 # -- records: tsv and csv ------------------------------------------------------------------------------------------
 
 
-def _read_tsv(path: Path, choices: Choices) -> Table:
+def _read_tsv(path: Path, choices: Choices, _: Any) -> Table:
     """A header and one row per line, without quoting."""
     rows = ((number, line.rstrip("\r\n")) for number, line in _lines(path))
     return _from_records(path, choices, ((number, line.split("\t")) for number, line in rows if line))
 
 
-def _read_csv(path: Path, choices: Choices) -> Table:
+def _read_csv(path: Path, choices: Choices, _: Any) -> Table:
     """A header and rows as RFC 4180 says."""
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
 
@@ -166,12 +169,12 @@ def _from_records(path: Path, choices: Choices, records: Iterator[tuple[int, lis
 # -- objects: jsonl and json ---------------------------------------------------------------------------------------
 
 
-def _read_jsonl(path: Path, choices: Choices) -> Table:
+def _read_jsonl(path: Path, choices: Choices, _: Any) -> Table:
     """One JSON object per line."""
     return _from_objects(path, choices, _objects(path, _lines(path)))
 
 
-def _read_json(path: Path, choices: Choices) -> Table:
+def _read_json(path: Path, choices: Choices, _: Any) -> Table:
     """A list of objects, an object of columns (lists, or as pandas writes them), or one JSON object per line."""
     lines = list(_lines(path))
     first = next((line for _, line in lines if line.strip()), None)
@@ -248,7 +251,7 @@ def _from_columns(path: Path, columns: Sequence[str], data: dict[str, Any]) -> T
 # -- Arrow: parquet and the hub ------------------------------------------------------------------------------------
 
 
-def _read_parquet(path: Path, choices: Choices) -> Table:
+def _read_parquet(path: Path, choices: Choices, binary: Collection[str]) -> Table:
     """A parquet file; the lines are its rows."""
     try:
         import pyarrow
@@ -257,6 +260,7 @@ def _read_parquet(path: Path, choices: Choices) -> Table:
         raise ModuleNotFoundError(
             f'{path}: reading parquet needs pyarrow; run: pip install "lightning-distill[parquet]"'
         ) from None
+    # By pyarrow, which `datasets` reads parquet with: through its own reader the file is first copied to a cache.
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             present = file.schema_arrow.names
@@ -265,10 +269,23 @@ def _read_parquet(path: Path, choices: Choices) -> Table:
     except (pyarrow.ArrowException, OSError) as error:
         reason = one_line((str(error).splitlines() or [type(error).__name__])[0])
         raise ValueError(f"{path}: not a parquet file ({reason})") from None
-    return from_arrow(str(path), data, columns, present)
+    table = from_arrow(str(path), data, columns, present, binary)
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        return table
+    return replace(table, class_names=class_names_of(datasets.Features.from_arrow_schema(data.schema)))
 
 
-def from_arrow(place: str, data: Any, columns: Sequence[str], present: Sequence[str]) -> Table:
+def class_names_of(features: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The names of the classes of each column that has them, or lists of them, as ``datasets`` describes columns."""
+    kinds = {column: getattr(feature, "feature", feature) for column, feature in features.items()}
+    return {column: list(kind.names) for column, kind in kinds.items() if getattr(kind, "names", None)}
+
+
+def from_arrow(
+    place: str, data: Any, columns: Sequence[str], present: Sequence[str], binary: Collection[str] = ()
+) -> Table:
     """Make a table of columns of a ``pyarrow.Table``.
 
     Args:
@@ -276,16 +293,18 @@ def from_arrow(place: str, data: Any, columns: Sequence[str], present: Sequence[
         data: the ``pyarrow.Table``.
         columns: the columns to keep.
         present: all columns of the source.
+        binary: those that may hold bytes.
 
     Raises:
-        ValueError: a column holds times or bytes, or a value that cannot be read.
+        ValueError: a column holds times, or bytes and may not, or a value that cannot be read.
     """
     from pyarrow import types
 
     table = Table(place, {}, list(range(1, len(data) + 1)), [name for name in present if name not in columns])
     for column in columns:
         kind = data.schema.field(column).type
-        if types.is_temporal(kind) or types.is_binary(kind) or types.is_large_binary(kind):
+        bytes_ = column not in binary and (types.is_binary(kind) or types.is_large_binary(kind))
+        if types.is_temporal(kind) or bytes_:
             raise ValueError(one_line(f"{place}: column {column!r} is of type {kind}, neither text nor numbers"))
         table.columns[column] = values = []
         try:
@@ -297,7 +316,7 @@ def from_arrow(place: str, data: Any, columns: Sequence[str], present: Sequence[
     return table
 
 
-_READERS: dict[str, Callable[[Path, Choices], Table]] = {
+_READERS: dict[str, Callable[[Path, Choices, Collection[str]], Table]] = {
     ".tsv": _read_tsv,
     ".csv": _read_csv,
     ".jsonl": _read_jsonl,

@@ -2,8 +2,9 @@
 
 import difflib
 import reprlib
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -13,7 +14,8 @@ _shortened = reprlib.Repr()
 _shortened.maxstring = _shortened.maxother = 60
 
 
-class Table(NamedTuple):
+@dataclass(frozen=True)
+class Table:
     """Columns of a file, and where each row came from.
 
     Attributes:
@@ -21,12 +23,14 @@ class Table(NamedTuple):
         columns: column name -> one value per row.
         lines: line number of each row, starting from 1.
         unused: the file's other columns.
+        class_names: column -> the names of its classes, in the order of their ids, where the source itself says them.
     """
 
     name: str
     columns: dict[str, list[Any]]
     lines: list[int]
     unused: Sequence[str] = ()
+    class_names: Mapping[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -48,7 +52,29 @@ class Table(NamedTuple):
     def take(self, rows: Sequence[int]) -> "Table":
         """Make a table of some of the rows."""
         columns = {name: [values[row] for row in rows] for name, values in self.columns.items()}
-        return Table(self.name, columns, [self.lines[row] for row in rows], self.unused)
+        return replace(self, columns=columns, lines=[self.lines[row] for row in rows])
+
+    def explode(self, column: str) -> "Table":
+        """Make a table of the items of a column of lists, each at the place of its row, as pandas and Polars name it.
+
+        What is said of a label, :func:`lightning_distill.data.columns.label_ids`, can so be said of each of several.
+
+        Raises:
+            ValueError: a value is not a list.
+
+        Example:
+            >>> table = Table("tags.jsonl", {"tags": [["B", "O"], ["O"]]}, [1, 2]).explode("tags")
+            >>> table.columns["tags"], table.lines
+            (['B', 'O', 'O'], [1, 1, 2])
+        """
+        items: list[Any] = []
+        lines: list[int] = []
+        for row, value in enumerate(self.columns[column]):
+            if not isinstance(value, list | tuple):
+                raise self.error(row, f"column {column!r} holds {shown(value)}, which is not a list")
+            items += value
+            lines += [self.lines[row]] * len(value)
+        return replace(self, columns={column: items}, lines=lines)
 
 
 def one_line(text: str) -> str:

@@ -1,31 +1,24 @@
 """Labelled text for training and evaluation, from files, from the hub or from rows in memory."""
 
-import random
-from collections.abc import Callable, Sequence
-from functools import cached_property, partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import integer, one_of, typed
 from lightning_distill.data import columns
-from lightning_distill.data.classes import check_class_weights, class_weights_of
+from lightning_distill.data.classes import check_class_weights
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
-from lightning_distill.data.hub import read_hub_dataset
-from lightning_distill.data.module import Split, TextData, check_sources, hold_out
-from lightning_distill.data.readers import read_table
+from lightning_distill.data.module import Split
+from lightning_distill.data.rows import RowData
 from lightning_distill.data.table import Table
-from lightning_distill.data.tokenized import TokenizedText, pad_rows
-from lightning_distill.models.class_names import are_placeholders
-
-Row = tuple[Any, ...]
+from lightning_distill.data.tokenized import TokenizedText
 
 
 @typed
-class TextClassificationData(TextData):
+class TextClassificationData(RowData):
     """Labelled sentences, or pairs of sentences, for a Trainer.
 
     Files are read when they are first asked about (``label_names``, ``rows``), texts are tokenised once, in ``setup``,
@@ -73,6 +66,8 @@ class TextClassificationData(TextData):
         (['neg', 'pos'], [6, 6, 6])
     """
 
+    label_column: str
+
     def __init__(
         self,
         train_file: str | Path | None = None,
@@ -93,48 +88,20 @@ class TextClassificationData(TextData):
         class_weights: Literal["balanced"] | list[float] | None = None,
         balanced: bool = False,
     ) -> None:
-        super().__init__(tokenizer, batch_size, seed, num_workers)
-        check_sources(hub_dataset, train_file=train_file, val_file=val_file, test_file=test_file)
+        super().__init__(
+            train_file, val_file, test_file, hub_dataset, label_names, tokenizer, batch_size, val_split, max_train_rows,
+            seed, num_workers,
+        )  # fmt: skip
         self.text_columns = _text_columns(text_columns, label_column)
-        for name, value in (("batch_size", batch_size), ("max_length", max_length), ("max_train_rows", max_train_rows)):
-            if value is not None:
-                integer(name, value, 1)
-        if not 0 < val_split < 1:
-            raise ValueError(f"Expected argument `val_split` to be between 0 and 1, but got {val_split}")
+        integer("max_length", max_length, 1)
         one_of("task", task, ("classification", "regression"))
         check_class_weights(class_weights, balanced, task)
-        self.files = {"train": train_file, "val": val_file, "test": test_file}
+        self.columns = [*self.text_columns, label_column]
         self.label_column = label_column
-        self.hub_dataset = hub_dataset
         self.max_length = max_length
-        self.val_split = val_split
-        self.max_train_rows = max_train_rows
         self.task = task
         self.balanced = balanced
         self._class_weights = class_weights
-        self._given_label_names = _checked_names(label_names)
-        self._found_label_names: list[str] = []
-        self._rows: dict[str, Sequence[Row]] = {}
-
-    @classmethod
-    def from_rows(
-        cls,
-        train: Sequence[Row],
-        val: Sequence[Row] | None = None,
-        test: Sequence[Row] | None = None,
-        **kwargs: Any,
-    ) -> "TextClassificationData":
-        """Make it of rows in memory instead of files.
-
-        Args:
-            train: rows (text, label) or (first text, second text, label).
-            val: validation rows.
-            test: test rows.
-            **kwargs: as for the class.
-        """
-        data = cls(**kwargs)
-        data._rows = {name: rows for name, rows in (("train", train), ("val", val), ("test", test)) if rows is not None}
-        return data
 
     @classmethod
     def embedded(
@@ -155,60 +122,10 @@ class TextClassificationData(TextData):
         tokenizer = train_tokenizer([text for text, _ in train], vocab_size)
         return cls.from_rows(train, val, test, tokenizer=tokenizer, seed=seed, **kwargs)
 
-    @cached_property
-    def _tables(self) -> dict[str, Table]:
-        wanted = [*self.text_columns, self.label_column]
-        if self._rows:
-            tables = {name: _table_of_rows(name, rows, wanted) for name, rows in self._rows.items()}
-        elif self.hub_dataset is not None:
-            tables, names = read_hub_dataset(self.hub_dataset, wanted, label_column=self.label_column)
-            self._given_label_names = self._given_label_names or names
-        elif self.files["train"] is not None:
-            paths = {name: Path(path) for name, path in self.files.items() if path is not None}
-            read = {path: read_table(path, wanted) for path in dict.fromkeys(paths.values())}
-            tables = {name: read[path] for name, path in paths.items()}
-        else:
-            raise ValueError("There is no training data; set `train_file` or `hub_dataset`")
-        if self.task == "classification":
-            self._found_label_names = columns.label_names(tables["train"], self.label_column)
-        if "val" not in tables:
-            whole = tables["train"]
-            if len(whole) < 2:
-                raise ValueError(f"{whole.name}: one row cannot be split into training and validation rows")
-            parts = hold_out(len(whole), self.val_split, random.Random(self.seed))
-            tables["train"], tables["val"] = map(whole.take, parts)
-        if self.max_train_rows is not None and self.max_train_rows < len(tables["train"]):
-            kept = random.Random(self.seed).sample(range(len(tables["train"])), self.max_train_rows)
-            tables["train"] = tables["train"].take(sorted(kept))
-        return {"test": tables["val"]} | tables
-
-    @property
-    def label_names(self) -> list[str]:
-        """Names of the classes in the order of their ids; empty for regression. They may be set before ``setup``."""
-        if self.task == "regression":
-            return []
-        _ = self._tables
-        return self._given_label_names or self._found_label_names
-
-    @label_names.setter
-    def label_names(self, names: list[str] | None) -> None:
-        _ = self._tables
-        self._given_label_names = _checked_names(names)
-
     @property
     def num_labels(self) -> int:
         """Number of classes; 1 for regression."""
         return len(self.label_names) or 1
-
-    @property
-    def label2id(self) -> dict[str, int]:
-        """The id of each class name, as a transformers config holds it."""
-        return {name: index for index, name in enumerate(self.label_names)}
-
-    @property
-    def id2label(self) -> dict[int, str]:
-        """The name of each class id, as a transformers config holds it."""
-        return dict(enumerate(self.label_names))
 
     def rows(self, split: Split) -> list[tuple[tuple[str, ...], float]]:
         """The texts of each row of a split, one or two, and its class id or number, in the order of its file."""
@@ -216,54 +133,13 @@ class TextClassificationData(TextData):
         return list(zip(columns.texts(table, self.text_columns), self._labels(table), strict=True))
 
     def _labels(self, table: Table) -> Sequence[float]:
-        if self.task == "regression":
-            return columns.scores(table, self.label_column)
-        names = self.label_names
-        found = self._found_label_names
-        if all(map(columns.is_whole, found)) and not set(found) <= set(map(columns.whole_number, names)):
-            names = [str(index) for index in range(len(names))]  # the column holds ids, the names were given
-        elif are_placeholders(found) and not set(found) <= set(names):
-            names = found[: len(names)]  # they are ids too
-        source = "`label_names`" if self._given_label_names else self._tables["train"].name
-        return columns.label_ids(table, self.label_column, names, source)
+        return self.label_ids(table) if self.names_classes else columns.scores(table, self.label_column)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Read and tokenise all splits; a second call does nothing."""
-        if self._datasets:
-            return
-        tokenizer = self._load_tokenizer()
-        dtype = torch.float32 if self.task == "regression" else torch.int64
-        for split, table in self._tables.items():
-            same = next((other for other in self._datasets if self._tables[other] is table), None)
-            if same is not None:
-                self._datasets[split] = self._datasets[same]
-                continue
-            texts, labels = columns.texts(table, self.text_columns), torch.tensor(self._labels(table), dtype=dtype)
-            self._datasets[split] = rows = TokenizedText(texts, labels, tokenizer, self.max_length, table.name)
-            cut = f"{rows.num_cut} of {len(rows)} texts are cut to {self.max_length} tokens"
-            table.note(cut if rows.num_cut else "")
-
-    @property
-    def class_weights(self) -> list[float] | None:
-        """The weight of each class, in the order of their ids; None where none were asked for."""
-        if self._class_weights is None:
-            return None
-        return class_weights_of(self._class_weights, self._labels(self._tables["train"]), self.label_names)
-
-    def _load_tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = super()._load_tokenizer()
-        if tokenizer.pad_token_id is None:
-            raise ValueError(
-                "The tokenizer has no padding token; set it, for example `tokenizer.pad_token = tokenizer.eos_token`, "
-                "and `config.pad_token_id` of the models to the same id"
-            )
-        return tokenizer
-
-    @property
-    def collate(self) -> Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]:  # type: ignore[override]
-        """The function that makes a batch of rows."""
-        tokenizer = self._load_tokenizer()
-        return partial(pad_rows, pad_token_id=tokenizer.pad_token_id, side=tokenizer.padding_side)
+    def dataset_of(self, table: Table) -> TokenizedText:
+        """The texts of a table, tokenised, and their labels."""
+        tokenizer, texts = self._load_tokenizer(), columns.texts(table, self.text_columns)
+        labels = torch.tensor(self._labels(table), dtype=torch.int64 if self.names_classes else torch.float32)
+        return TokenizedText(texts, labels, tokenizer, self.max_length, table.name)
 
 
 def _text_columns(text_columns: list[str] | str, label_column: str) -> list[str]:
@@ -278,20 +154,3 @@ def _text_columns(text_columns: list[str] | str, label_column: str) -> list[str]
             f"{text_columns!r} beside {label_column!r}"
         )
     return found
-
-
-def _checked_names(names: list[str] | None) -> list[str] | None:
-    if names is not None and (len(names) < 2 or len(set(names)) < len(names)):
-        raise ValueError(f"Expected argument `label_names` to name two or more classes, but got {names}")
-    return names
-
-
-def _table_of_rows(name: str, rows: Sequence[Row], wanted: Sequence[str]) -> Table:
-    name = f"{name} rows"
-    if not len(rows):
-        raise ValueError(f"{name}: there are none")
-    for number, row in enumerate(rows, start=1):
-        if len(row) != len(wanted):
-            raise ValueError(f"{name}:{number}: {len(row)} fields, expected {len(wanted)}: {', '.join(wanted)}")
-    values = (list(column) for column in zip(*rows, strict=True))
-    return Table(name, dict(zip(wanted, values, strict=True)), list(range(1, len(rows) + 1)))

@@ -10,6 +10,7 @@ class Classification(Task):
     """One class a row; a model of one logit has two classes."""
 
     name = "classification"
+    names_classes = True
 
     def answers(self, logits: Tensor) -> Tensor:
         """Logits ``[B, C]`` of at least two classes."""

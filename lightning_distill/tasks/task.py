@@ -30,6 +30,8 @@ class Task:
     of_words: ClassVar[bool] = False
     #: Whether logits are classes; real values if not.
     has_classes: ClassVar[bool] = True
+    #: Whether classes have names of the data's own, as a transformers config lists them in ``id2label``.
+    names_classes: ClassVar[bool] = False
     #: Whether a batch that has no labels answers itself.
     labels_itself: ClassVar[bool] = False
     #: The field of a transformers config that holds the number of classes.

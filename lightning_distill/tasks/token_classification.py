@@ -13,6 +13,7 @@ class TokenClassification(Task):
     """One class a token, step or pixel. A row without any label counts all its real tokens."""
 
     name = "token_classification"
+    names_classes = True
     of_tokens = True
 
     def align(self, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
