@@ -11,6 +11,7 @@ from lightning_distill.functional.batch_relations import (
     relational_distance,
     similarity_preserving,
 )
+from lightning_distill.functional.correlation import correlation
 from lightning_distill.functional.early_exit import agreement_run, confidence, margin, normalized_entropy
 from lightning_distill.functional.features import attention_transfer, flow, neuron_selectivity, normalized_mse
 from lightning_distill.functional.hard_label import IGNORE_INDEX, hard_label
@@ -25,9 +26,11 @@ from lightning_distill.functional.logits import (
 )
 from lightning_distill.functional.range_test import lr_suggestion, smooth_losses, trim_curve
 from lightning_distill.functional.relation import relation
+from lightning_distill.functional.reverse_gradient import reverse_gradient
 from lightning_distill.functional.sharded import sharded_soft_target
 from lightning_distill.functional.shared_spans import shared_spans
 from lightning_distill.functional.soft_target import soft_target
+from lightning_distill.functional.standardize import standardize
 from lightning_distill.functional.universal_logit import matched_words, merged_universal_logit, universal_logit
 
 __all__ = [
@@ -39,6 +42,7 @@ __all__ = [
     "combine_teachers",
     "confidence",
     "contrastive",
+    "correlation",
     "decoupled",
     "flow",
     "hard_label",
@@ -58,11 +62,13 @@ __all__ = [
     "relation",
     "relational_angle",
     "relational_distance",
+    "reverse_gradient",
     "sharded_soft_target",
     "shared_spans",
     "similarity_preserving",
     "smooth_losses",
     "soft_target",
+    "standardize",
     "top_k_soft_target",
     "trim_curve",
     "universal_logit",

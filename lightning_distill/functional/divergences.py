@@ -13,8 +13,20 @@ import torch
 from torch import Tensor
 
 Divergence = Literal[
-    "forward_kl", "reverse_kl", "jeffreys", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation"
+    "forward_kl",
+    "reverse_kl",
+    "jeffreys",
+    "js",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+    "alpha_beta",
+    "adaptive_kl",
 ]
+
+# The shares of the papers, for a divergence that has one and is given none.
+_BETA = {"js": 0.5, "alpha_beta": 0.7}
+_ALPHA = {"skew_forward_kl": 0.1, "skew_reverse_kl": 0.1, "alpha_beta": 0.2, "adaptive_kl": 0.5}
 
 #: Values ``[...]`` of items, and what computes the gradient ``[..., C]`` of each item's value.
 WithGradient: TypeAlias = tuple[Tensor, Callable[[], Tensor]]
@@ -30,13 +42,13 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"Expected argument `temperature` to be finite and above 0, but got {temperature}.")
 
 
-def check_divergence(divergence: str, beta: float, alpha: float) -> None:
+def check_divergence(divergence: str, beta: float | None, alpha: float | None) -> None:
     """Refuse a divergence that is not known, a ``beta`` outside [0, 1] and an ``alpha`` outside (0, 1)."""
     if divergence not in get_args(Divergence):
         raise ValueError(f"Expected argument `divergence` to be one of {get_args(Divergence)}, but got {divergence!r}.")
-    if not 0 <= beta <= 1:
+    if beta is not None and not 0 <= beta <= 1:
         raise ValueError(f"Expected argument `beta` to be in [0, 1], but got {beta}.")
-    if not 0 < alpha < 1:
+    if alpha is not None and not 0 < alpha < 1:
         raise ValueError(f"Expected argument `alpha` to be in (0, 1), but got {alpha}.")
 
 
@@ -66,22 +78,30 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def divergence_of(log_q: Tensor, log_p: Tensor, divergence: str, beta: float, alpha: float) -> WithGradient:
+def divergence_of(
+    log_q: Tensor, log_p: Tensor, divergence: str, beta: float | None, alpha: float | None
+) -> WithGradient:
     """A divergence by its name, see :func:`lightning_distill.functional.soft_target`.
 
     Args:
         log_q: The student's log-probabilities ``[..., C]``, no less than ``LOG_ZERO``.
         log_p: The teacher's, likewise.
         divergence: Its name.
-        beta: Share of ``"js"``; 0 and 1 stand for the divergences that it tends to.
-        alpha: Share of the skewed ones.
+        beta: Share of ``"js"``, for which 0 and 1 stand for the divergences that it tends to, or the student's exponent
+            of ``"alpha_beta"``; None: as published.
+        alpha: Share of the skewed ones, the teacher's exponent of ``"alpha_beta"``, or the head's mass of
+            ``"adaptive_kl"``; None: as published.
 
     Returns:
         Values, and the gradient at ``log_q``, up to a multiple of the student's probabilities in each item:
         :func:`at_logits` takes that away.
     """
+    beta = _BETA.get(divergence, 0.0) if beta is None else float(beta)
+    alpha = _ALPHA.get(divergence, 0.0) if alpha is None else float(alpha)
+    if divergence == "alpha_beta":
+        return _alpha_beta(log_q, log_p, alpha, beta)
     if divergence == "js":
-        divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(float(beta), "js")
+        divergence = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta, "js")
     return _BY_NAME[divergence](log_q, log_p, beta if divergence == "js" else alpha)
 
 
@@ -174,6 +194,33 @@ def _total_variation(log_q: Tensor, log_p: Tensor, _: float) -> WithGradient:
     return 0.5 * (p - q).abs().sum(-1), lambda: 0.5 * q * (q - p).sign()
 
 
+def _alpha_beta(log_q: Tensor, log_p: Tensor, alpha: float, beta: float) -> WithGradient:
+    both = alpha + beta
+    larger, gap = torch.maximum(log_q, log_p), (log_q - log_p).abs()
+    if beta:
+        # Powers of the larger probability, times what is 0 where both are the same: nothing large is subtracted.
+        smaller = torch.where(log_q > log_p, gap.new_tensor(alpha), beta)
+        shape = smaller / both * torch.expm1(-both * gap) - torch.expm1(-smaller * gap)
+        values = ((both * larger).exp() * shape).sum(-1) / (alpha * beta)
+    else:
+        q, p = (alpha * log_q).exp(), (alpha * log_p).exp()
+        values = (q - p + alpha * p * (log_p - log_q)).sum(-1) / alpha**2
+    return values, lambda: (beta * log_q).exp() * ((alpha * log_q).exp() - (alpha * log_p).exp()) / alpha
+
+
+def _adaptive_kl(log_q: Tensor, log_p: Tensor, head: float) -> WithGradient:
+    (forward, down), (reverse, up) = _forward_kl(log_q, log_p, head), _reverse_kl(log_q, log_p, head)
+    with torch.no_grad():  # the weights are constants to the gradient, as in the authors' code
+        p = log_p.exp()
+        gap = (p - log_q.exp()).abs()
+        p, classes = p.sort(dim=-1, descending=True, stable=True)
+        in_head = p.cumsum(-1) - p < head
+        of_head = (gap.gather(-1, classes) * in_head).sum(-1) / gap.sum(-1).clamp(min=torch.finfo(gap.dtype).tiny)
+        share = of_head[..., None]
+    values = of_head * forward + (1 - of_head) * reverse
+    return values, lambda: share * down() + (1 - share) * up()
+
+
 _BY_NAME: dict[str, Callable[[Tensor, Tensor, float], WithGradient]] = {
     "forward_kl": _forward_kl,
     "reverse_kl": _reverse_kl,
@@ -182,6 +229,7 @@ _BY_NAME: dict[str, Callable[[Tensor, Tensor, float], WithGradient]] = {
     "skew_forward_kl": _skew_forward_kl,
     "skew_reverse_kl": _skew_reverse_kl,
     "total_variation": _total_variation,
+    "adaptive_kl": _adaptive_kl,
 }
 
 

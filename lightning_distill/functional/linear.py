@@ -35,8 +35,8 @@ def linear_soft_target(
     *,
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: float | None = None,
+    alpha: float | None = None,
     soft_weight: float = 1.0,
     hard_weight: float = 0.0,
     label_smoothing: float = 0.0,
@@ -66,8 +66,8 @@ def linear_soft_target(
             there is no hard label.
         temperature: Divides both logits in the soft target, above 0; the soft target is multiplied by its square.
         divergence: As in :func:`soft_target`.
-        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1].
-        alpha: Share that the skewed divergences mix in, in (0, 1).
+        beta: Likewise.
+        alpha: Likewise.
         soft_weight: Weight of the soft target, at least 0.
         hard_weight: Weight of the hard label, at least 0.
         label_smoothing: Share of the label that is spread evenly over the words, in [0, 1).

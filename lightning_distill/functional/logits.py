@@ -10,6 +10,7 @@ from lightning_distill.functional.divergences import LOG_ZERO, cosine_distance, 
 from lightning_distill.functional.hard_label import IGNORE_INDEX
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
 from lightning_distill.functional.soft_target import check_classes
+from lightning_distill.functional.standardize import standardize as z_scores
 
 
 def logits_mse(
@@ -93,6 +94,7 @@ def decoupled(
     temperature: float = 1.0,
     alpha: float = 1.0,
     beta: float = 8.0,
+    standardize: bool = False,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
@@ -110,6 +112,7 @@ def decoupled(
         temperature: Divides both logits, above 0.
         alpha: Weight of the target part.
         beta: Weight of the non-target part.
+        standardize: Whether z-scores of the logits take their place (:func:`standardize`); of at least 3 classes.
         mask: Bool ``[...]``, the items that count; None where all do that have a label.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
         num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
@@ -139,7 +142,7 @@ def decoupled(
     label = labels[mask].unsqueeze(-1)
     binary, others = [], []
     for logits in select(mask, student_logits, teacher_logits):
-        log_p = log_probabilities(logits, temperature)
+        log_p = log_probabilities(z_scores(logits) if standardize else logits, temperature)
         log_rest = log_p.scatter(-1, label, LOG_ZERO)
         log_other = log_rest.logsumexp(-1, keepdim=True)
         binary.append(torch.cat([log_p.gather(-1, label), log_other], -1))

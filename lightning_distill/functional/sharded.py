@@ -23,8 +23,8 @@ def sharded_soft_target(
     *,
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: float | None = None,
+    alpha: float | None = None,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
@@ -40,9 +40,9 @@ def sharded_soft_target(
         teacher_logits: Likewise.
         group: The process group over which the classes are spread; None for all processes, or where there are none.
         temperature: As in :func:`soft_target`, also ``divergence``, ``beta`` and ``alpha``.
-        divergence: Its name.
-        beta: Share of ``"js"``.
-        alpha: Share of the skewed divergences.
+        divergence: Its name; not ``"adaptive_kl"``, which orders all classes.
+        beta: As in :func:`soft_target`.
+        alpha: Likewise.
         mask: Bool ``[...]``, the items that count, the same in all processes; None where all do.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
         num_items: What ``"mean"`` divides by in place of their number.
@@ -64,6 +64,11 @@ def sharded_soft_target(
     "Megatron-LM", 2019.
     """
     check_divergence(divergence, beta, alpha)
+    if divergence == "adaptive_kl":
+        raise ValueError(
+            "Expected argument `divergence` to be a sum over classes, but got 'adaptive_kl', which orders all of them. "
+            "Take 'jeffreys', or gather the logits and call `functional.soft_target`."
+        )
     check_same_shape(student_logits, teacher_logits, "student_logits", "teacher_logits")
     check_temperature(temperature)
     student, teacher = (

@@ -10,6 +10,7 @@ from lightning_distill.functional.divergences import (
     log_probabilities,
 )
 from lightning_distill.functional.reduction import Reduction, check_same_shape, reduce, select
+from lightning_distill.functional.standardize import standardize as z_scores
 
 
 def soft_target(
@@ -18,8 +19,9 @@ def soft_target(
     *,
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: float | None = None,
+    alpha: float | None = None,
+    standardize: bool = False,
     mask: Tensor | None = None,
     reduction: Reduction = "mean",
     num_items: float | Tensor | None = None,
@@ -38,7 +40,14 @@ def soft_target(
       here, as in GKD and TRL: the direction of the gradient is continuous there, its length is not;
     - ``"skew_forward_kl"``: :math:`\mathrm{KL}(p \| \alpha p + (1 - \alpha) q)`;
     - ``"skew_reverse_kl"``: :math:`\mathrm{KL}(q \| \alpha q + (1 - \alpha) p)`;
-    - ``"total_variation"``: :math:`\frac{1}{2} \sum_c |p_c - q_c|`.
+    - ``"total_variation"``: :math:`\frac{1}{2} \sum_c |p_c - q_c|`;
+    - ``"alpha_beta"``: :math:`\frac{1}{\alpha \beta} \sum_c \left(\frac{\alpha}{\alpha + \beta} p_c^{\alpha + \beta}
+      + \frac{\beta}{\alpha + \beta} q_c^{\alpha + \beta} - p_c^\alpha q_c^\beta\right)`, and its limit where
+      :math:`\beta` is 0. With :math:`\alpha + \beta = 1` it goes from the reverse KL (:math:`\alpha \to 0`) to the
+      forward one;
+    - ``"adaptive_kl"``: :math:`w \mathrm{KL}(p \| q) + (1 - w) \mathrm{KL}(q \| p)`, where :math:`w` is the share of
+      :math:`\sum_c |p_c - q_c|` in the head: the fewest classes that have :math:`\alpha` of the teacher's mass. No
+      gradient goes through :math:`w`.
 
     The factor :math:`\tau^2` keeps the size of the gradient when the temperature changes. Sums run over classes and
     the mean over rows (or tokens) only, so the loss is in nats per item.
@@ -48,8 +57,11 @@ def soft_target(
         teacher_logits: Likewise.
         temperature: Divides both logits, above 0.
         divergence: The name of :math:`D`.
-        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1].
-        alpha: Share that the skewed divergences mix in, in (0, 1).
+        beta: In [0, 1]: weight of the teacher in the mixture of ``"js"`` (0.5 where None); the student's exponent of
+            ``"alpha_beta"`` (0.7).
+        alpha: In (0, 1): share that the skewed divergences mix in (0.1 where None, as DistiLLM has it); the teacher's
+            exponent of ``"alpha_beta"`` (0.2); the head's mass of ``"adaptive_kl"`` (0.5).
+        standardize: Whether z-scores of the logits take their place (:func:`standardize`); of at least 3 classes.
         mask: Bool ``[...]``, the items that count; None where all do.
         reduction: ``"mean"`` over the items that count, ``"sum"``, or ``"none"``.
         num_items: What ``"mean"`` divides by in place of their number, such as that of a whole accumulated batch.
@@ -72,12 +84,15 @@ def soft_target(
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015; Gu et al., "MiniLLM", 2024
     (reverse KL); Agarwal et al., "On-Policy Distillation of Language Models", 2024 (generalised Jensen-Shannon); Ko et
     al., "DistiLLM", 2024 (skew); Wen et al., "f-Divergence Minimization for Sequence-Level Knowledge Distillation",
-    2023 (total variation).
+    2023 (total variation); Wang et al., "ABKD", 2025 (alpha-beta); Wu et al., "Rethinking Kullback-Leibler Divergence
+    in Knowledge Distillation for Large Language Models", 2024 (adaptive; the authors' code leaves the class that
+    completes the head out of it).
     """
     check_divergence(divergence, beta, alpha)
     check_classes(student_logits, teacher_logits, temperature)
     student, teacher = (
-        log_probabilities(logits, temperature) for logits in select(mask, student_logits, teacher_logits)
+        log_probabilities(z_scores(logits) if standardize else logits, temperature)
+        for logits in select(mask, student_logits, teacher_logits)
     )
     values, _ = divergence_of(student, teacher, divergence, beta, alpha)
     return reduce(temperature**2 * values, student_logits.shape[:-1], mask, reduction, num_items)

@@ -19,6 +19,7 @@ from lightning_distill.functional.divergences import (
     top_k_kl,
 )
 from lightning_distill.functional.projection import TopK
+from lightning_distill.functional.standardize import deviation, standardize
 from lightning_distill.functional.tensors import full_precision
 
 
@@ -67,8 +68,8 @@ class SoftTargetTerm:
     Args:
         temperature: Divides both logits, above 0.
         divergence: Its name; with k best words ``"forward_kl"`` alone.
-        beta: Share of ``"js"``.
-        alpha: Share of the skewed divergences.
+        beta: As in :func:`lightning_distill.functional.soft_target`.
+        alpha: Likewise.
 
     Raises:
         ValueError: If an argument is out of its range.
@@ -84,8 +85,8 @@ class SoftTargetTerm:
 
     temperature: float = 1.0
     divergence: Divergence = "forward_kl"
-    beta: float = 0.5
-    alpha: float = 0.1
+    beta: float | None = None
+    alpha: float | None = None
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
@@ -106,6 +107,34 @@ class SoftTargetTerm:
                 f"{self.divergence!r}."
             )
         return temperature**2 * values, lambda: temperature * at_logits(gradient(), log_q)
+
+
+@dataclass(frozen=True)
+class StandardizedTerm:
+    """Another term, of z-scores in the place of logits, see :func:`lightning_distill.functional.standardize`.
+
+    Args:
+        term: Computed from the z-scores of both models.
+    """
+
+    term: Term
+
+    def __call__(self, chunk: Chunk) -> WithGradient:
+        """Values and gradient."""
+        if not isinstance(chunk.teacher, Tensor):
+            raise ValueError(
+                "Expected argument `standardize` to be False with a teacher's k best words alone, but got True: the "
+                "mean and deviation of the others are not known."
+            )
+        scores, size = standardize(chunk.logits), deviation(chunk.logits)
+        values, gradient = self.term(Chunk(scores, standardize(chunk.teacher), chunk.labels))
+
+        def at_logits() -> Tensor:
+            g = gradient()
+            along = (g * scores).sum(-1, keepdim=True) / (g.shape[-1] - 1)
+            return (g - g.mean(-1, keepdim=True) - along * scores) / size
+
+        return values, at_logits
 
 
 @dataclass(frozen=True)

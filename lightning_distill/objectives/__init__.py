@@ -13,6 +13,9 @@ from lightning_distill.objectives.batch_relations import (
     RelationalDistance,
     SimilarityPreserving,
 )
+from lightning_distill.objectives.correlation import Correlation
+from lightning_distill.objectives.curriculum import CurriculumTemperature
+from lightning_distill.objectives.decoupled import Decoupled
 from lightning_distill.objectives.features import (
     FeatureObjective,
     Flow,
@@ -21,7 +24,6 @@ from lightning_distill.objectives.features import (
     PatientHiddenState,
 )
 from lightning_distill.objectives.logits import (
-    Decoupled,
     HardLabel,
     LogitsCosine,
     LogitsMSE,
@@ -37,7 +39,9 @@ __all__ = [
     "AttentionRelation",
     "AttentionTransfer",
     "Contrastive",
+    "Correlation",
     "CosineSchedule",
+    "CurriculumTemperature",
     "Decoupled",
     "FeatureObjective",
     "Flow",

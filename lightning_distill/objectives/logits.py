@@ -11,13 +11,13 @@ from lightning_distill import functional
 from lightning_distill.arguments import typed
 from lightning_distill.functional.divergences import Divergence
 from lightning_distill.functional.tensors import full_precision
-from lightning_distill.functional.terms import CosineTerm, HardLabelTerm, SoftTargetTerm
+from lightning_distill.functional.terms import CosineTerm, HardLabelTerm, SoftTargetTerm, StandardizedTerm, Term
 from lightning_distill.objectives.objective import Loss, Objective
 from lightning_distill.objectives.schedule import Scheduled, value_at
 from lightning_distill.signals.signals import Signals
 
 
-class _Softened(Objective):
+class Softened(Objective):
     """An objective with a temperature."""
 
     def __init__(self, temperature: Scheduled, weight: Scheduled, name: str | None) -> None:
@@ -36,7 +36,7 @@ class _Softened(Objective):
 
 
 @typed
-class SoftTarget(_Softened):
+class SoftTarget(Softened):
     """The teacher's softened prediction, see :func:`lightning_distill.functional.soft_target`.
 
     The loss is scaled by the squared temperature. In regression it is the squared difference of the logits instead;
@@ -45,9 +45,11 @@ class SoftTarget(_Softened):
     Args:
         temperature: Divides the logits, finite and above 0; a number or a schedule.
         divergence: ``"forward_kl"``, ``"reverse_kl"``, ``"jeffreys"``, ``"js"``, ``"skew_forward_kl"``,
-            ``"skew_reverse_kl"`` or ``"total_variation"``.
-        beta: Weight of the teacher in the mixture of ``"js"``, in [0, 1]; 0 is the forward KL and 1 the reverse one.
-        alpha: Share that the skewed divergences mix in, in (0, 1).
+            ``"skew_reverse_kl"``, ``"total_variation"``, ``"alpha_beta"`` or ``"adaptive_kl"``.
+        beta: Of ``"js"`` and ``"alpha_beta"``, in [0, 1]; None: as published.
+        alpha: Of the skewed divergences, ``"alpha_beta"`` and ``"adaptive_kl"``, in (0, 1); None: as published.
+        standardize: Whether z-scores of the logits take their place, so that their size does not matter; of at least 3
+            classes, see :func:`lightning_distill.functional.standardize`.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
@@ -68,32 +70,38 @@ class SoftTarget(_Softened):
         temperature: Scheduled = 2.0,
         divergence: Divergence = "forward_kl",
         *,
-        beta: float = 0.5,
-        alpha: float = 0.1,
+        beta: float | None = None,
+        alpha: float | None = None,
+        standardize: bool = False,
         weight: Scheduled = 1.0,
         name: str | None = None,
     ) -> None:
         super().__init__(temperature, weight, name)
         if divergence not in get_args(Divergence):
             raise self._error("divergence", f"one of {get_args(Divergence)}", divergence)
-        if not 0 <= beta <= 1:
+        if beta is not None and not 0 <= beta <= 1:
             raise self._error("beta", "in [0, 1]", beta)
-        if not 0 < alpha < 1:
+        if alpha is not None and not 0 < alpha < 1:
             raise self._error("alpha", "in (0, 1)", alpha)
-        self.divergence, self.beta, self.alpha = divergence, beta, alpha
+        self.divergence, self.beta, self.alpha, self.standardize = divergence, beta, alpha, standardize
 
-    def chunked_term(self) -> SoftTargetTerm:
+    def chunked_term(self) -> Term:
         """The divergence of a chunk of tokens."""
-        return SoftTargetTerm(self.temperature, self.divergence, self.beta, self.alpha)
+        term = SoftTargetTerm(self.temperature, self.divergence, self.beta, self.alpha)
+        return StandardizedTerm(term) if self.standardize else term
 
     @property
     def top_k_temperatures(self) -> tuple[float, ...] | None:
         """Its own, where it is the forward KL and its temperature stays: the mass of other classes is kept for one."""
-        return (self.temperature,) if self.divergence == "forward_kl" and not callable(self._temperature) else None
+        able = self.divergence == "forward_kl" and not self.standardize and not callable(self._temperature)
+        return (self.temperature,) if able else None
 
     def forward(self, student: Signals, teacher: Signals) -> Loss:
         """Divergence per row, or per token."""
         options: Any = {"temperature": self.temperature, "mask": student.mask, "reduction": "none"}
+        if self.standardize and (teacher.top_k or _are_values(student)):
+            instead = "a teacher's k best classes alone" if teacher.top_k else "logits that are values and no classes"
+            raise self._error("standardize", f"False with {instead}", True)
         if teacher.top_k:
             if self.divergence != "forward_kl":
                 raise self._error("divergence", "'forward_kl' with a teacher's k best classes alone", self.divergence)
@@ -103,12 +111,13 @@ class SoftTarget(_Softened):
             values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
         else:
             options |= {"divergence": self.divergence, "beta": self.beta, "alpha": self.alpha}
+            options["standardize"] = self.standardize
             values = functional.soft_target(student.logits, teacher.logits, **options)
         return Loss(values, student.mask)
 
 
 @typed
-class TopKSoftTarget(_Softened):
+class TopKSoftTarget(Softened):
     """The teacher's k best classes and its tail's mass, see :func:`lightning_distill.functional.top_k_soft_target`.
 
     The loss is scaled by the squared temperature.
@@ -149,74 +158,6 @@ class TopKSoftTarget(_Softened):
             student.logits, top, classes, temperature=self.temperature, mask=student.mask, reduction="none"
         )
         return Loss(values, student.mask)
-
-
-@typed
-class Decoupled(_Softened):
-    """Target and non-target part of the soft target apart, see :func:`lightning_distill.functional.decoupled`.
-
-    The loss is scaled by the squared temperature. It needs labels and, to say anything new, three classes.
-
-    Args:
-        temperature: Divides the logits, finite and above 0; a number or a schedule.
-        alpha: Weight of the target part, at least 0.
-        beta: Weight of the non-target part, at least 0.
-        weight: Factor of the loss in the total; a number or a schedule.
-        name: What it is logged as.
-
-    Raises:
-        ValueError: If an argument is out of its range, or a batch has no labels.
-
-    Example:
-        >>> import torch
-        >>> from lightning_distill.objectives import Decoupled
-        >>> from lightning_distill.signals.signals import Signals
-        >>> student = Signals(torch.zeros(1, 3), labels=torch.tensor([0]))
-        >>> teacher = Signals(torch.tensor([[2.0, 1.0, 0.0]]))
-        >>> round(Decoupled(temperature=1.0)(student, teacher).mean().item(), 4)
-        1.1166
-    """
-
-    needs_labels, needs_classes = True, True
-
-    def __init__(
-        self,
-        temperature: Scheduled = 4.0,
-        *,
-        alpha: float = 1.0,
-        beta: float = 8.0,
-        weight: Scheduled = 1.0,
-        name: str | None = None,
-    ) -> None:
-        super().__init__(temperature, weight, name)
-        for argument, factor in (("alpha", alpha), ("beta", beta)):
-            if not 0 <= factor < float("inf"):
-                raise self._error(argument, "finite and at least 0", factor)
-        self.alpha, self.beta = alpha, beta
-
-    def count(self, student: Signals, teacher: Signals) -> Tensor | None:
-        """Rows, or tokens, that have a label."""
-        return _count_labelled(self, student)
-
-    def forward(self, student: Signals, teacher: Signals) -> Loss:
-        """Divergence per row, or per token."""
-        labels, mask = _labelled(self, student)
-        if labels.is_floating_point():
-            raise ValueError(
-                f"Expected objective `{self.name}` to be given one class per item as its label, but got {labels.dtype} "
-                f"of shape {list(labels.shape)}. Learn from probabilities by `HardLabel`."
-            )
-        values = functional.decoupled(
-            student.logits,
-            teacher.logits,
-            labels,
-            temperature=self.temperature,
-            alpha=self.alpha,
-            beta=self.beta,
-            mask=mask,
-            reduction="none",
-        )
-        return Loss(values, mask)
 
 
 class LogitsMSE(Objective):
@@ -317,8 +258,8 @@ class HardLabel(Objective):
     def count(self, student: Signals, teacher: Signals) -> Tensor | None:
         """Rows, or tokens, that have a label; with ``class_weights`` the sum of the weights of their labels."""
         if self.class_weights is None or student.labels is None or student.labels.is_floating_point():
-            return _count_labelled(self, student)
-        labels, mask = _labelled(self, student)
+            return count_labelled(self, student)
+        labels, mask = labelled(self, student)
         return Loss(labels, mask, self._counts(labels)).count()
 
     def chunked_term(self) -> HardLabelTerm | None:
@@ -332,7 +273,7 @@ class HardLabel(Objective):
 
     def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
         """Loss per row, or per token."""
-        labels, mask = _labelled(self, student)
+        labels, mask = labelled(self, student)
         if _are_values(student):
             if self.class_weights is not None:
                 raise self._error("class_weights", "None where logits are values and no classes", self.class_weights)
@@ -356,7 +297,7 @@ def _are_values(student: Signals) -> bool:
     return student.regression or student.logits.shape[-1] == 1
 
 
-def _labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | None]:
+def labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | None]:
     """The labels, and the mask of the items that count and have one."""
     labels, mask = require_labels(objective, student), student.mask
     if not labels.is_floating_point() and not _are_values(student):
@@ -365,10 +306,11 @@ def _labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | 
     return labels, mask
 
 
-def _count_labelled(objective: Objective, student: Signals) -> Tensor:
+def count_labelled(objective: Objective, student: Signals) -> Tensor:
+    """How many items count and have a label, a scalar."""
     if student.labels is None:
         return torch.tensor(0, device=student.logits.device)
-    mask = _labelled(objective, student)[1]
+    mask = labelled(objective, student)[1]
     return torch.tensor(student.logits.shape[:-1].numel(), device=student.logits.device) if mask is None else mask.sum()
 
 

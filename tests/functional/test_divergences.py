@@ -10,7 +10,7 @@ from lightning_distill import functional
 from lightning_distill.functional.chunked import chunked_losses
 from lightning_distill.functional.divergences import Divergence
 from lightning_distill.functional.projection import Projection, TopK
-from lightning_distill.functional.terms import Chunk, CosineTerm, HardLabelTerm, SoftTargetTerm, Term
+from lightning_distill.functional.terms import Chunk, CosineTerm, HardLabelTerm, SoftTargetTerm, StandardizedTerm, Term
 
 LOGITS, TEACHER = (
     3 * torch.randn(5, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)
@@ -39,6 +39,11 @@ def test_the_best_words_and_labels(term: Term) -> None:
     assert_is_that_of_autograd(term, BEST)
 
 
+@pytest.mark.parametrize("divergence", get_args(Divergence))
+def test_of_z_scores(divergence: Divergence) -> None:
+    assert_is_that_of_autograd(StandardizedTerm(SoftTargetTerm(2.0, divergence)), TEACHER)
+
+
 def test_cosine() -> None:
     assert_is_that_of_autograd(CosineTerm(), TEACHER)
 
@@ -46,6 +51,31 @@ def test_cosine() -> None:
 def test_of_the_best_words_there_is_the_forward_kl_alone() -> None:
     with pytest.raises(ValueError, match=r"`divergence` to be 'forward_kl' .* but got 'js'"):
         SoftTargetTerm(2.0, "js")(Chunk(LOGITS, BEST))
+    with pytest.raises(ValueError, match="`standardize` to be False with a teacher's k best words"):
+        StandardizedTerm(SoftTargetTerm(2.0))(Chunk(LOGITS, BEST))
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-4])
+def test_alpha_beta_tends_to_both_kl(beta: float) -> None:
+    student, teacher = LOGITS, TEACHER
+    near = 1 - 1e-4
+    forward = functional.soft_target(student, teacher, divergence="alpha_beta", alpha=near, beta=beta)
+    torch.testing.assert_close(forward, functional.soft_target(student, teacher), rtol=2e-3, atol=0)
+    backward = functional.soft_target(student, teacher, divergence="alpha_beta", alpha=1e-4, beta=near)
+    expected = functional.soft_target(student, teacher, divergence="reverse_kl")
+    torch.testing.assert_close(backward, expected, rtol=2e-3, atol=0)
+
+
+def test_shares_are_those_of_the_papers_where_none_is_given() -> None:
+    for divergence, shares in (
+        ("js", {"beta": 0.5}),
+        ("skew_forward_kl", {"alpha": 0.1}),
+        ("skew_reverse_kl", {"alpha": 0.1}),
+        ("alpha_beta", {"alpha": 0.2, "beta": 0.7}),
+        ("adaptive_kl", {"alpha": 0.5}),
+    ):
+        ours = functional.soft_target(LOGITS, TEACHER, divergence=divergence)
+        assert ours == functional.soft_target(LOGITS, TEACHER, divergence=divergence, **shares)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

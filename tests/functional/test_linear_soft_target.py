@@ -1,6 +1,6 @@
 """linear_soft_target against the losses on whole logits, by autograd."""
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from lightning_distill import functional
 from lightning_distill.functional.chunked import chunked_losses
+from lightning_distill.functional.divergences import Divergence
 from lightning_distill.functional.projection import Projection, TopK
 from lightning_distill.functional.terms import HardLabelTerm, SoftTargetTerm
 
-DIVERGENCES = ("forward_kl", "reverse_kl", "jeffreys", "js", "skew_forward_kl", "skew_reverse_kl", "total_variation")
+DIVERGENCES = get_args(Divergence)
 TOKENS, WORDS, WIDTH, TEACHER_WIDTH = 23, 50, 6, 9
 
 
@@ -93,7 +94,8 @@ def test_equals_the_losses_on_whole_logits(divergence: Any, temperature: float, 
     torch.testing.assert_close(0.7 * ours.soft_target + 0.3 * ours.hard_label, ours.loss)
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+# No numerical derivative knows that the weights of the adaptive one are constants.
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "adaptive_kl"])
 def test_gradcheck(divergence: Any) -> None:
     given, words = inputs(dtype=torch.float64), labels()
     student = [given.pop(name) for name in ("student_hidden", "student_weight", "student_bias")]

@@ -6,7 +6,7 @@ items that count. It returns the mean over these items.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from lightning_distill.objectives import (
     AttentionRelation,
     AttentionTransfer,
     Contrastive,
+    Correlation,
+    CurriculumTemperature,
     Decoupled,
     Flow,
     HardLabel,
@@ -54,6 +56,8 @@ class Case:
     zero_when_equal: bool = True
     #: Student and teacher may have other widths and heads.
     any_width: bool = False
+    #: A part of the value is a constant to the gradient, which no numerical derivative can know.
+    has_constants: bool = False
 
     def bound(self, teacher_width: int = 6, teacher_heads: int = 2) -> Objective:
         objective = self.make()
@@ -167,7 +171,23 @@ def _divergence(formula: Callable[[Tensor, Tensor], Tensor], temperature: float)
 
 def _soft_target(name: str, temperature: float, formula: Callable[[Tensor, Tensor], Tensor]) -> Case:
     case = f"{name}_at_{temperature:g}"
-    return Case(case, lambda: SoftTarget(temperature, name, beta=0.3, alpha=0.2), _divergence(formula, temperature))
+    make = lambda: SoftTarget(temperature, name, beta=0.3, alpha=0.2)  # noqa: E731
+    return Case(case, make, _divergence(formula, temperature), has_constants=name == "adaptive_kl")
+
+
+def _adaptive(p: Tensor, q: Tensor) -> Tensor:
+    """Class by class, from the teacher's best on, until the head has a mass of 0.2."""
+    values = []
+    for of_teacher, of_student in zip(p, q, strict=True):
+        head, mass = [], 0.0
+        for index in of_teacher.argsort(descending=True).tolist():
+            if mass < 0.2:
+                head.append(index)
+                mass += of_teacher[index].item()
+        gap = (of_teacher - of_student).abs().detach()
+        share = gap[head].sum() / gap.sum() if gap.any() else 0.0
+        values.append(share * _kl(of_teacher, of_student) + (1 - share) * _kl(of_student, of_teacher))
+    return torch.stack(values)
 
 
 def _decoupled(student: Signals, teacher: Signals, temperature: float = 3.0) -> Tensor:
@@ -180,6 +200,25 @@ def _decoupled(student: Signals, teacher: Signals, temperature: float = 3.0) -> 
         target = _kl(torch.stack([p[label], p[others].sum()]), torch.stack([q[label], q[others].sum()]))
         values.append(target + 8 * _kl(p[others] / p[others].sum(), q[others] / q[others].sum()))
     return temperature**2 * _mean(values)
+
+
+def _correlation(student: Signals, teacher: Signals, temperature: float = 4.0) -> Tensor:
+    """PyTorch's own correlation coefficients, of rows and of columns."""
+    q, p = (torch.softmax(x.logits[_items(student)] / temperature, -1) for x in (student, teacher))
+    between, within = (
+        _mean([1 - torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(*both, strict=True)])
+        for both in ((q, p), (q.T, p.T))
+    )
+    return temperature**2 * (2 * between + 3 * within)
+
+
+def _z_scores(signals: Signals) -> Signals:
+    deviation, mean = torch.std_mean(signals.logits, -1, keepdim=True)
+    return replace(signals, logits=(signals.logits - mean) / deviation)
+
+
+def _standardized(oracle: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda student, teacher: oracle(_z_scores(student), _z_scores(teacher))
 
 
 def _top_k(student: Signals, teacher: Signals, k: int = 3, temperature: float = 2.0) -> Tensor:
@@ -356,6 +395,9 @@ CASES = [
             "skew_forward_kl": lambda p, q: _kl(p, 0.2 * p + 0.8 * q),
             "skew_reverse_kl": lambda p, q: _kl(q, 0.2 * q + 0.8 * p),
             "total_variation": lambda p, q: (p - q).abs().sum(-1) / 2,
+            # Equation 6 of ABKD.
+            "alpha_beta": lambda p, q: (p**0.2 * q**0.3 - 0.4 * p**0.5 - 0.6 * q**0.5).sum(-1) / -0.06,
+            "adaptive_kl": _adaptive,
         }.items()
     ),
     Case("hard_label", lambda: HardLabel(0.1), _hard_label, zero_when_equal=False),
@@ -372,6 +414,10 @@ CASES = [
         ),
     ),
     Case("decoupled", lambda: Decoupled(3.0), _decoupled),
+    Case("decoupled_standardized", lambda: Decoupled(3.0, standardize=True), _standardized(_decoupled)),
+    Case("standardized", lambda: SoftTarget(2.0, standardize=True), _standardized(_divergence(_kl, 2.0))),
+    Case("correlation", lambda: Correlation(4.0, beta=2.0, gamma=3.0), _correlation, True),
+    Case("curriculum", lambda: CurriculumTemperature(4.0), _divergence(_kl, 4.0)),
     Case("top_k", lambda: TopKSoftTarget(3, 2.0), _top_k),
     Case("universal_logit", UniversalLogit, _universal_logit),
     Case(

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from lightning_distill import functional
+from lightning_distill.functional.projection import TopK
 from lightning_distill.objectives import (
     AttentionMap,
     AttentionRelation,
     Contrastive,
+    Correlation,
+    CurriculumTemperature,
     Decoupled,
     Flow,
     GradientNormBalance,
@@ -40,6 +43,11 @@ from lightning_distill.signals.signals import Signals
         (lambda: SoftTarget(beta=1.01), "`beta`"),
         (lambda: SoftTarget(alpha=0.0), "`alpha`"),
         (lambda: Decoupled(beta=-1.0), "`beta` of objective `decoupled`"),
+        (lambda: Correlation(gamma=-1.0), "`gamma` of objective `correlation`"),
+        (lambda: CurriculumTemperature(0.5), "`temperature` of objective `curriculum_temperature`.*1.0 and 21.0"),
+        (lambda: CurriculumTemperature(lowest=0.0), "`lowest` of objective `curriculum_temperature`"),
+        (lambda: CurriculumTemperature(2.0, highest=1.0), "`highest` of objective.*above `lowest`"),
+        (lambda: CurriculumTemperature(warmup=0.0), "`warmup` of objective `curriculum_temperature`"),
         (lambda: TopKSoftTarget(0), "`k`"),
         (lambda: HardLabel(1.0), "`label_smoothing` of objective `hard_label`"),
         (lambda: HiddenState(None), "`layers` of objective `hidden_state`"),
@@ -112,6 +120,29 @@ def test_regression_takes_the_squared_difference_of_the_logits() -> None:
     teacher = Signals(torch.tensor([[3.0], [2.0]]))
     assert SoftTarget()(student, teacher).mean().item() == 2.0
     assert HardLabel()(student, teacher).mean().item() == 2.5
+
+
+def test_z_scores_need_several_classes_and_all_of_them() -> None:
+    two, value = (Signals(torch.zeros(2, width), labels=torch.zeros(2, dtype=torch.long)) for width in (2, 1))
+    best = Signals(torch.zeros(2, 0), top_k={2.0: TopK(torch.zeros(2, 1), torch.zeros(2, 1, dtype=torch.long))})
+    for make in (SoftTarget, Decoupled):
+        with pytest.raises(ValueError, match="`standardize` to be False for fewer than 3 classes, but got True for 2"):
+            make(standardize=True)(two, two)
+    with pytest.raises(ValueError, match=r"`standardize` of objective `soft_target`.*values and no classes"):
+        SoftTarget(standardize=True)(value, value)
+    with pytest.raises(ValueError, match=r"`standardize` of objective `soft_target`.*k best classes alone"):
+        SoftTarget(standardize=True)(Signals(torch.zeros(2, 5)), best)
+    assert SoftTarget(standardize=True).top_k_temperatures is None
+
+
+@pytest.mark.parametrize("objective", [Correlation(), CurriculumTemperature(), Decoupled(), SoftTarget()])
+def test_objectives_on_classes_refuse_one_class_and_others_than_the_students(objective: Objective) -> None:
+    labels = torch.zeros(2, dtype=torch.long)
+    if not isinstance(objective, SoftTarget):
+        with pytest.raises(ValueError, match="at least 2 classes"):
+            objective(Signals(torch.zeros(2, 1), labels), Signals(torch.zeros(2, 1)))
+    with pytest.raises(ValueError, match=r"same shape.*\[2, 3\] and \[2, 4\]"):
+        objective(Signals(torch.zeros(2, 3), labels), Signals(torch.zeros(2, 4)))
 
 
 def test_schedules_move_weight_and_temperature() -> None:

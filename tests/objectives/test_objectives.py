@@ -85,6 +85,8 @@ def test_zero_and_no_gradient_where_student_equals_teacher(case: Case) -> None:
 
 @every_case
 def test_gradcheck(case: Case) -> None:
+    if case.has_constants:
+        pytest.skip("a part of the value is a constant to the gradient, which is compared with the oracle's")
     student, teacher, objective = leaves(signals(seed=1)), signals(seed=2), case.bound()
     inputs = tensors(student)
 
@@ -204,7 +206,7 @@ def test_two_processes_give_the_gradient_of_one() -> None:
     mp.start_processes(_rank, (port, expected, scales), nprocs=2, start_method="fork")
 
 
-ON_LOGITS = ("hard_label", "decoupled", "top_k", "universal_logit")
+ON_LOGITS = ("hard_label", "decoupled", "top_k", "universal_logit", "correlation", "curriculum")
 LOGIT_CASES = [case for case in CASES if "_at_" in case.name or case.name in ON_LOGITS]
 
 

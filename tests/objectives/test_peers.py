@@ -155,6 +155,20 @@ def test_torchdistill_kd_normalises_tokens_over_the_wrong_dimension() -> None:
     assert (functional.soft_target(student, teacher) - theirs).abs() > 0.1
 
 
+def test_torchdistill_correlation_and_z_scores() -> None:
+    losses = peer("torchdistill.losses.mid_level")
+    student, teacher = normal(6, 5), normal(6, 5, seed=1)
+    theirs = losses.DISTLoss("m", "o", "m", "o", beta=2.0, gamma=3.0, tau=4.0)
+    theirs = theirs({"m": {"o": student}}, {"m": {"o": teacher}})
+    ours = functional.correlation(student, teacher, temperature=4.0, beta=2.0, gamma=3.0)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    theirs = losses.LogitStdKDLoss("m", "o", "m", "o", temperature=2.0, beta=1.0)
+    theirs = theirs({"m": {"o": student}}, {"m": {"o": teacher}})
+    ours = functional.soft_target(student, teacher, temperature=2.0, standardize=True)
+    # As of its `KDLoss`, the squared temperature is lacking without a hard loss.
+    torch.testing.assert_close(ours, 4 * theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_torchdistill_relations_and_transfer() -> None:
     losses = peer("torchdistill.losses.mid_level")
     student, teacher = normal(5, 6), normal(5, 8, seed=1)
