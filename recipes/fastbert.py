@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.begin_run(flags, data, teacher)
 
     # Teacher and student, as in recipes/distilbert.py.
-    monitor, models, scores, found = cli.monitor_of(data), {"teacher": teacher}, {}, {}
+    monitor, models, scores, found = cli.monitor_of(flags, data), {"teacher": teacher}, {}, {}
     trainer = L.Trainer(**cli.trainer_arguments(flags, "teacher", monitor=monitor))
     module = DistillationModule(None, teacher, labels, **cli.module_arguments(flags, data, trainer, with_teacher=False))
     if cli.trains_teacher(flags):
@@ -112,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds, batches = time.perf_counter() - started, cli.test_batches(flags, data)  # of 1 row and of 32 rows
         timing = {"device": trainer.strategy.root_device, "progress": cli.shows_progress(flags)}
         latency = {size: latency_ms(models, some, **timing) for size, some in batches.items()}
-        cli.report_text(flags, data, models, scores, latency, seconds=seconds, **found)
+        cli.report_task(flags, data, models, scores, latency, seconds=seconds, **found)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         cli.dry_run(flags, data, teacher, student, features, objectives)
         cli.begin_run(flags, data, teacher)
 
-    monitor = cli.monitor_of(data)  # the epoch that is best by it, on the validation rows, is the one that stays
+    monitor = cli.monitor_of(flags, data)  # the epoch that is best by it, on the validation rows, is the one that stays
     models, scores = {"teacher": teacher}, {}
 
     # The teacher, where it does not know its task yet. A module without a teacher learns from labels: fine-tuning.
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds, batches = time.perf_counter() - started, cli.test_batches(flags, data)  # of 1 row and of 32 rows
         timing = {"device": trainer.strategy.root_device, "progress": cli.shows_progress(flags)}
         latency = {size: latency_ms(models, some, **timing) for size, some in batches.items()}
-        cli.report_text(flags, data, models, scores, latency, seconds=seconds)
+        cli.report_task(flags, data, models, scores, latency, seconds=seconds)
 
 
 if __name__ == "__main__":

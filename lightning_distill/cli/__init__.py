@@ -1,16 +1,19 @@
 """The command line: flags from signatures, the Trainer they describe, resuming, one-line errors, reports.
 
 Here belongs what nobody wants to read in a recipe, as plain functions. What a recipe teaches (data, models, objectives,
-the fit) belongs into the recipe; nothing outside ``recipes/`` and ``__main__`` imports this room.
+the fit) belongs into the recipe; nothing outside ``recipes/`` and ``__main__`` imports this room. A recipe of a new
+task takes :func:`task_parser` with its data module: metric, head, report and checks follow from the data's ``task``.
 """
 
 from lightning_distill.cli.dry_run import dry_run
+from lightning_distill.cli.embedded import embedded_text
 from lightning_distill.cli.flags import (
     BASELINE,
     check_flags,
     language_parser,
     names_nothing,
     set_defaults,
+    task_parser,
     text_parser,
     trains_teacher,
 )
@@ -28,7 +31,7 @@ from lightning_distill.cli.models import align, in_own_precision, named_student,
 from lightning_distill.cli.ramps import begin_ramps, check_ramps, measure_ramps
 from lightning_distill.cli.run_folder import begin_run, command, resume_from
 from lightning_distill.cli.screen import begin_training, one_line_errors, quiet, say, shows_progress
-from lightning_distill.cli.text import embedded_text, metric_of, monitor_of, report_text, test_batches
+from lightning_distill.cli.task import metric_of, monitor_of, report_task, test_batches
 from lightning_distill.cli.trainer import (
     build_callbacks,
     load_best,
@@ -67,13 +70,14 @@ __all__ = [
     "prompts_of",
     "quiet",
     "report_language",
-    "report_text",
+    "report_task",
     "resume_from",
     "sampling",
     "say",
     "set_defaults",
     "shows_progress",
     "student_size",
+    "task_parser",
     "test_batches",
     "text_parser",
     "trainer_arguments",

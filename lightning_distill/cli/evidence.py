@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_distill.models.batch import IGNORE_INDEX
-from lightning_distill.models.heads import LANGUAGE_MODELS
+from lightning_distill.tasks import TASKS
 
 CONFIDENCE = 0.95
 _Z = 1.959963984540054  # of the normal distribution, two-sided
@@ -129,7 +129,7 @@ class CountTested(L.Callback):
         if stage == "test" and hasattr(pl_module, "scores"):
             counts = pl_module.scores("test").metrics
             counts["num_items"] = ItemCount()
-            if pl_module.task not in LANGUAGE_MODELS:  # what is one answer to a text?
+            if not TASKS[pl_module.task].of_words:  # what is one answer to a text?
                 counts["one_answer"] = OneAnswer()
 
 

@@ -11,11 +11,13 @@ from lightning_distill.callbacks import GPTQ, FiniteLoss, GradientClipping, Init
 from lightning_distill.cli.parser import SWITCHES, FlagParser, Flags
 from lightning_distill.cli.run_folder import check_run
 from lightning_distill.cli.trainer import build_callbacks
-from lightning_distill.data import LanguageModelData, TextClassificationData
+from lightning_distill.data import LanguageModelData, RowData, TextClassificationData
 from lightning_distill.models.folders import check_folder
+from lightning_distill.models.heads import HEAD_CLASSES
 from lightning_distill.models.pretrained import has_head, read_config
 from lightning_distill.objectives import Objective
 from lightning_distill.optim import build_lr_scheduler, build_optimizer, recommended_lr
+from lightning_distill.tasks import TASKS
 from lightning_distill.teachers.precision import TeacherPrecision
 
 #: The student that is trained on the labels alone, where ``--model.baseline`` asks for one.
@@ -29,18 +31,37 @@ _JOB = (
 
 
 def text_parser(description: str | None, *, output_dir: str) -> FlagParser:
-    """Make the parser of a recipe that distils a text classifier.
+    """Make the parser of a recipe that distils a text classifier; see :func:`task_parser`."""
+    return task_parser(description, output_dir=output_dir, data=TextClassificationData)
+
+
+def task_parser(
+    description: str | None, *, output_dir: str, data: type[RowData], baseline: bool = False, quantises: bool = True
+) -> FlagParser:
+    """Make the parser of a recipe of any task that a data module of rows is for.
 
     Args:
         description: The recipe's docstring; its first line is shown by ``--help``.
         output_dir: Default of ``--output_dir``.
+        data: The class that ``--data.*`` describe; its :attr:`~lightning_distill.data.RowData.task` is the recipe's.
+        baseline: Default of ``--model.baseline``.
+        quantises: Whether there are ``--gptq.*``.
 
     Returns:
         A parser to which the recipe may add flags of its own.
+
+    Example:
+        >>> from lightning_distill.cli import task_parser
+        >>> from lightning_distill.data import TextClassificationData
+        >>> parser = task_parser("A recipe.", output_dir="runs/mine", data=TextClassificationData)
+        >>> parser.parse_args(["--data.label_column=kind"]).data.label_column
+        'kind'
     """
-    job = [f"data.{name}" for name in ("train_file", "val_file", "test_file", "text_columns", "label_column")]
-    parser = recipe_parser(description, output_dir=output_dir, data=TextClassificationData, job=[*job, "gptq.bits"])
-    _add_model(parser, baseline=False)
+    job = ("data.*_file", "data.*_column", "data.*_columns", "gptq.bits")
+    parser = recipe_parser(description, output_dir=output_dir, data=data, job=job)
+    _add_model(parser, baseline=baseline)
+    if not quantises:
+        return parser
     parser.add_argument("--gptq.bits", type=int | None, help="quantise the student in the end: 2, 3, 4 or 8")
     parser.add_argument("--gptq.group_size", type=int, default=128, help="inputs that share a scale; -1: all")
     parser.add_argument("--gptq.embedding_bits", type=int | None, help="8 or 4; none leaves the embeddings")
@@ -94,6 +115,7 @@ def recipe_parser(
         A parser to which more flags may be added.
     """
     parser = _RecipeParser(description=description, job=[*_JOB, *job])
+    parser.data = data
     parser.add_argument("--config", action="config", help="a YAML file with any of these flags")
     parser.add_argument("--output_dir", type=Path, default=output_dir, help="where everything is written")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything random")
@@ -135,7 +157,9 @@ def _add_model(parser: FlagParser, *, baseline: bool) -> None:
 
 
 class _RecipeParser(FlagParser):
-    """Knows what gives way."""
+    """Knows the class of its data, and what gives way."""
+
+    data: type[Any]
 
     def parse_args(self, *args: Any, **options: Any) -> Flags:  # type: ignore[override]
         flags = super().parse_args(*args, **options)
@@ -159,9 +183,7 @@ def trains_teacher(flags: Flags) -> bool:
     return bool(flags.model.finetune_teacher or not flags.model.teacher)
 
 
-def set_defaults(
-    flags: Flags, *, lr: float, max_epochs: int, teacher_epochs: int, rows: TextClassificationData | None = None
-) -> None:
+def set_defaults(flags: Flags, *, lr: float, max_epochs: int, teacher_epochs: int, rows: RowData | None = None) -> None:
     """Fill in what no flag says.
 
     Args:
@@ -169,7 +191,7 @@ def set_defaults(
         lr: The learning rate.
         max_epochs: Epochs of a student, and of every other training but the teacher's.
         teacher_epochs: Epochs of a teacher that is trained here.
-        rows: Labelled text, for which learning rates are commonly recommended; None where nobody recommends any.
+        rows: Data whose task has learning rates that are commonly recommended; None where nobody recommends any.
     """
     if flags.optimizer.lr is None:
         flags.optimizer.lr = lr
@@ -181,7 +203,8 @@ def set_defaults(
         if name.endswith("epochs") and epochs is None:
             flags.model[name] = flags.trainer.max_epochs
     if rows is not None:
-        flags.recommended = recommended_lr(rows.task, "full", flags.optimizer.name, len(rows.rows("train")))
+        task: Any = "generation" if TASKS[rows.task].of_words else rows.task
+        flags.recommended = recommended_lr(task, "full", flags.optimizer.name, rows.num_rows("train"))
 
 
 def check_flags(flags: Flags, *folders: str) -> None:
@@ -225,8 +248,10 @@ def _check_named(flags: Flags) -> None:
             f"--model.teacher and --data.{file} (or --data.hub_dataset) go together; one is missing: there is no "
             f"{' and no '.join(missing)}"
         )
-    classifies = file == "train_file" and not flags.model.finetune_teacher
-    if classifies and not has_head(read_config(path, "--model.teacher")):
+    parser: Any = flags.parser
+    task = flags.data.get("task") or parser.data.task
+    needs_head = task in HEAD_CLASSES and not flags.model.finetune_teacher
+    if needs_head and not has_head(read_config(path, "--model.teacher")):
         raise ValueError(
             f"{path}: the teacher has no fine-tuned head; --model.finetune_teacher true fine-tunes it on the data first"
         )

@@ -7,38 +7,39 @@ import transformers
 from torch import nn
 
 from lightning_distill.cli.parser import Flags
-from lightning_distill.data import TextClassificationData
+from lightning_distill.data import RowData
 from lightning_distill.models.class_names import are_placeholders, class_names, class_order
-from lightning_distill.models.pretrained import (
-    has_head,
-    load_pretrained,
-    load_tokenizer,
-    load_with_new_head,
-    read_config,
-)
+from lightning_distill.models.heads import HEAD_CLASSES
+from lightning_distill.models.pretrained import has_head, load_pretrained, load_with_new_head, read_config
 from lightning_distill.models.tokenizers import check_vocabulary
+from lightning_distill.tasks import TASKS
 from lightning_distill.teachers.precision import load_teacher
 
 
-def with_new_head(flags: Flags, data: TextClassificationData) -> transformers.PreTrainedModel | None:
-    """The teacher of ``--model.teacher`` with a head for the classes of the data, where it is to be fine-tuned."""
-    if not flags.model.finetune_teacher:
+def with_new_head(flags: Flags, data: RowData) -> transformers.PreTrainedModel | None:
+    """The teacher of ``--model.teacher`` with a head for the data's task, where it is to be fine-tuned and needs one.
+
+    None where it comes with what answers the task, as a language model does.
+    """
+    if not flags.model.finetune_teacher or data.task not in HEAD_CLASSES:
         return None
     names = {"id2label": data.id2label, "label2id": data.label2id} if data.label_names else {}
-    teacher: Any = load_with_new_head(flags.model.teacher, "--model.teacher", num_labels=data.num_labels, **names)
+    size = {} if data.num_labels is None else {"num_labels": data.num_labels}
+    problem = {"problem_type": TASKS[data.task].problem_type}
+    teacher: Any = load_with_new_head(flags.model.teacher, "--model.teacher", data.task, **size, **names, **problem)
     return teacher
 
 
-def align(flags: Flags, data: TextClassificationData, teacher: nn.Module) -> None:
-    """Give the data the teacher's tokenizer, and number their classes as the teacher does.
+def align(flags: Flags, data: RowData, teacher: nn.Module) -> None:
+    """Give the data the teacher's tokenizer, and number their classes, if they have any, as the teacher does.
 
     Raises:
         ValueError: If the tokenizer is another model's, or nobody can know which class of the data is which of the
             teacher's.
     """
-    data.tokenizer = load_tokenizer(flags.model.teacher, "--model.teacher", teacher)
-    if flags.model.finetune_teacher:
-        return  # the classes are those of the data
+    data.read_as(flags.model.teacher, "--model.teacher", teacher)
+    if flags.model.finetune_teacher or data.task not in HEAD_CLASSES:
+        return  # the classes are those of the data, or there are none
     path, own, given = flags.model.teacher, class_names(teacher, "--model.teacher") or [], flags.data.label_names
     # Other names may say what the data call the teacher's classes; the same in another order cannot.
     same = given and sorted(map(str.casefold, given)) == sorted(map(str.casefold, own))
@@ -56,7 +57,7 @@ def align(flags: Flags, data: TextClassificationData, teacher: nn.Module) -> Non
                 "data could mean any of them; name them in the teacher's order with --data.label_names"
             )
     num_labels = teacher.config.num_labels  # type: ignore[union-attr]
-    if data.num_labels != num_labels:
+    if data.num_labels is not None and data.num_labels != num_labels:
         raise ValueError(
             f"the data have {data.num_labels} classes and the teacher {num_labels}; "
             "--model.finetune_teacher true gives it a new head"
@@ -90,18 +91,21 @@ def named_student(flags: Flags, teacher: Any, data: Any) -> transformers.PreTrai
     """
     path: str = flags.model.student
     student: Any
-    if isinstance(data, TextClassificationData) and not has_head(read_config(path, "--model.student")):
+    if data.task in HEAD_CLASSES and not has_head(read_config(path, "--model.student")):
         names = {"id2label": teacher.config.id2label, "label2id": teacher.config.label2id}
-        student = load_with_new_head(path, "--model.student", **names)
+        problem = {"problem_type": teacher.config.problem_type}
+        student = load_with_new_head(path, "--model.student", data.task, **names, **problem)
     else:
         student = load_pretrained(path, "--model.student")
-    if isinstance(data, TextClassificationData):
+    if data.task in HEAD_CLASSES:
         own, theirs = class_names(student, "--model.student"), class_names(teacher, "--model.teacher")
         for others, what in ((theirs, "--model.teacher"), (data.label_names, "the data")):
             if not own or not others or _are_numbers(others):
                 continue
             if class_order(own, others, "--model.student", what) is not None:
                 raise ValueError(f"--model.student has the classes {own}, and {what} {others}, in this order")
+    if data.tokenizer is None:
+        return student
     advice = "--model.student must read text in the words of --model.teacher, whose tokenizer the data have."
     check_vocabulary(student, teacher, padded=True, advice=advice)
     return student

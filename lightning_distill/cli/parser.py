@@ -13,6 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Any, NoReturn
 
@@ -81,7 +82,7 @@ class FlagParser(ArgumentParser):
 
     Args:
         *args: What jsonargparse's parser takes.
-        job: The flags that ``--help`` lists, with names as ``model.*`` for a group; None: all.
+        job: The flags that ``--help`` lists, with patterns as ``model.*`` for a group; None: all.
         **options: What jsonargparse's parser takes.
 
     Example:
@@ -134,8 +135,8 @@ class FlagParser(ArgumentParser):
         """All flags, or those of the job on one screen and the names of the groups of all flags."""
         if self.job is None:
             return super().format_help(*args)
-        job = set(self.job)
-        flags = [_short(action) for action in self._actions if {action.dest, f"{_group_of(action)}.*"} & job]
+        asked = [action for action in self._actions if any(fnmatchcase(action.dest, name) for name in self.job)]
+        flags = [_short(action) for action in asked]
         groups = textwrap.fill(", ".join(self._groups()), 100, initial_indent="  ", subsequent_indent="  ")
         return "\n".join(
             [

@@ -8,20 +8,20 @@ import lightning as L
 from lightning_distill.arguments import between
 from lightning_distill.cli.parser import Flags
 from lightning_distill.cli.screen import say, shows_progress
-from lightning_distill.cli.text import metric_of, test_batches
-from lightning_distill.data import TextClassificationData
+from lightning_distill.cli.task import metric_of, test_batches
 from lightning_distill.early_exit import EarlyExitModel
 from lightning_distill.early_exit.ramps import resolve_exits
 from lightning_distill.measure import throughput
+from lightning_distill.tasks import TASKS
 
 
-def check_ramps(flags: Flags, data: TextClassificationData, *models: Any) -> None:
+def check_ramps(flags: Flags, data: Any, *models: Any) -> None:
     """Refuse data that cannot choose thresholds, and exits that a model does not have.
 
     Raises:
         ValueError: If it is so.
     """
-    if data.task == "regression":
+    if not TASKS[data.task].has_classes:
         raise ValueError("--data.*: early exit by confidence needs classes, and these labels are numbers")
     between("--model.max_drop", flags.model.max_drop, 0, 1)
     if len({label for _, label in data.rows("val")}) < 2:
@@ -39,14 +39,14 @@ def begin_ramps(flags: Flags, name: str) -> None:
 
 
 def measure_ramps(
-    flags: Flags, data: TextClassificationData, early: EarlyExitModel, full: Any, report: Any, scores: dict[str, float]
+    flags: Flags, data: Any, early: EarlyExitModel, full: Any, report: Any, scores: dict[str, float]
 ) -> dict[str, Any]:
     """What early exit costs and saves on the test rows, for ``summary.json``.
 
     ``early`` is ``full`` with its thresholds, ``report`` that of their calibration, and ``scores`` what the test of the
     model that had no ramps yet has logged.
     """
-    device, metric = full.device, metric_of(data)
+    device, metric = full.device, metric_of(flags, data)
     tester = L.Trainer(
         accelerator="cpu" if device.type == "cpu" else "auto", devices=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, limit_test_batches=flags.trainer.limit_test_batches,

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import transformers
@@ -50,12 +51,14 @@ def epochs_of(flags: Flags, phase: str | None) -> int:
     return epochs
 
 
-def begin_training(flags: Flags, phase: str, model: transformers.PreTrainedModel) -> None:
+def begin_training(flags: Flags, phase: str, model: Any) -> None:
     """Say what is trained, and seed everything: no training depends on what came before it."""
     flags.trainings.append(phase)
     what = {"teacher": "the teacher first"}.get(phase, phase.replace("_", " "))
-    size = f"{model.config.num_hidden_layers} layers, width {model.config.hidden_size}"
-    size = f"{size}, {count_parameters(model) / 1e6:.2f} M parameters"
+    config: Any = getattr(model, "config", None)
+    size = f"{count_parameters(model) / 1e6:.2f} M parameters"
+    if hasattr(config, "num_hidden_layers") and hasattr(config, "hidden_size"):
+        size = f"{config.num_hidden_layers} layers, width {config.hidden_size}, {size}"
     say(f"\nTraining {what}, for {epochs_of(flags, phase)} epochs: {size}")
     L.seed_everything(flags.seed, workers=True, verbose=False)
 

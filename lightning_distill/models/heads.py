@@ -7,6 +7,15 @@ from torch import nn
 from lightning_distill.models.wrapped import inside
 
 TaskName = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
+#: The classes with a head for a task, as transformers lists them in ``MODEL_FOR_<...>_MAPPING`` by a model's config. A
+#: model without such a head can get a new one; for any other task it comes with what answers it.
+HEAD_CLASSES: dict[str, tuple[str, ...]] = {
+    "classification": ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION"),
+    "multi_label": ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION"),
+    "regression": ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION"),
+    "token_classification": ("TOKEN_CLASSIFICATION",),
+    "question_answering": ("QUESTION_ANSWERING",),
+}
 #: Token tasks whose classes are the words of a vocabulary.
 LANGUAGE_MODELS = ("masked_lm", "causal_lm")
 

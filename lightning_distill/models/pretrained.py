@@ -24,6 +24,7 @@ from lightning_distill.models.files import (
     stored_tensors,
     without_reports,
 )
+from lightning_distill.models.heads import HEAD_CLASSES
 from lightning_distill.models.wrapped import compiled_in_place
 
 __all__ = ["architecture_of", "export", "load_pretrained", "load_tokenizer", "load_with_new_head", "read_config"]
@@ -83,24 +84,27 @@ def load_whole(architecture: Any, path: str, name: str, **options: Any) -> nn.Mo
     return _load(architecture, path, name, lambda key: False, **options)[0]
 
 
-def load_with_new_head(path: str, name: str, **config: Any) -> nn.Module:
-    """Load a transformers model to classify or rate sequences, whatever its head is.
+def load_with_new_head(path: str, name: str, task: str = "classification", **config: Any) -> nn.Module:
+    """Load a transformers model with the head of a task, whatever its head is.
 
     Args:
         path: A local folder, or a hub id.
         name: What the argument is called where the user gave it, for the error.
-        **config: Settings of the new head: ``num_labels``, or ``id2label`` and ``label2id``.
+        task: A task of :data:`lightning_distill.models.heads.HEAD_CLASSES`.
+        **config: Settings of the new head: ``num_labels``, or ``id2label`` and ``label2id``; ``problem_type``.
 
     Returns:
         The model, in float32. Its head is that of the folder where it is one for the same classes, else a new one.
 
     Raises:
-        ValueError: If there is no such model, or more than a head is missing.
+        ValueError: If there is no such model, or none with such a head, or more than a head is missing.
     """
-    earlier = read_config(path, name)
+    earlier, config = read_config(path, name), {"problem_type": None, **config}
+    mappings = [getattr(transformers, f"MODEL_FOR_{kind}_MAPPING") for kind in HEAD_CLASSES[task]]
     try:
-        settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, problem_type=None, **config)
-        architecture: Any = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(settings)]
+        settings = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, **config)
+        mapping = next((mapping for mapping in mappings if type(settings) in mapping), mappings[0])
+        architecture: Any = mapping[type(settings)]
     except BROKEN as error:
         raise ValueError(_refusal(path, name, one_line(error))) from error
     prefix = f"{architecture.base_model_prefix}."

@@ -32,6 +32,8 @@ class Task:
     has_classes: ClassVar[bool] = True
     #: Whether classes have names of the data's own, as a transformers config lists them in ``id2label``.
     names_classes: ClassVar[bool] = False
+    #: What a transformers config calls it, where the class of the head does not say it.
+    problem_type: ClassVar[str | None] = None
     #: Whether a batch that has no labels answers itself.
     labels_itself: ClassVar[bool] = False
     #: The field of a transformers config that holds the number of classes.

@@ -1,65 +1,47 @@
-"""What the recipes of text classifiers need that teaches nothing: embedded text, what is measured, rows of a report."""
+"""What the recipe of any task needs that teaches nothing: its metric, the batches it is timed on, rows of a report."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-import transformers
 from torch import nn
+from torch.utils.data import default_collate
 
 from lightning_distill.cli.parser import Flags
 from lightning_distill.cli.report import Column, write_report
-from lightning_distill.data import TextClassificationData
-
-_ROWS_PER_CLASS = 700
-
-
-def embedded_text(flags: Flags) -> tuple[TextClassificationData, transformers.PreTrainedModel]:
-    """Text of the installed packages, labelled by the package, and an untrained small BERT for it."""
-    data = TextClassificationData.embedded(max_rows_per_class=_ROWS_PER_CLASS, seed=flags.seed, **flags.data.as_dict())
-    assert isinstance(data.tokenizer, transformers.PreTrainedTokenizerBase)
-    bert = transformers.BertConfig(
-        vocab_size=len(data.tokenizer),
-        hidden_size=192,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        intermediate_size=768,
-        max_position_embeddings=max(128, data.max_length),
-        pad_token_id=data.tokenizer.pad_token_id,
-        id2label=data.id2label,
-        label2id=data.label2id,
-    )
-    return data, transformers.BertForSequenceClassification(bert)
+from lightning_distill.models.batch import IGNORE_INDEX
+from lightning_distill.tasks import TASKS
 
 
-def metric_of(data: TextClassificationData) -> str:
-    """Name of the metric that decides."""
-    return "pearson" if data.task == "regression" else "accuracy"
+def metric_of(flags: Flags, data: Any) -> str:
+    """Name of the metric that decides: the task's own."""
+    name, _ = TASKS[data.task].metric()
+    return name
 
 
-def monitor_of(data: TextClassificationData) -> str:
+def monitor_of(flags: Flags, data: Any) -> str:
     """The validation metric that says which epoch is best."""
-    return f"val_{metric_of(data)}"
+    return f"val_{metric_of(flags, data)}"
 
 
-def test_batches(flags: Flags, data: TextClassificationData) -> dict[int, list[Any]]:
+def test_batches(flags: Flags, data: Any) -> dict[int, list[Any]]:
     """Batches of test rows by their size, in the order of the file: 64 of one row, 8 of 32 rows.
 
     A trial run that tests on a few batches gets as few.
     """
-    rows: Any = data.predict_dataloader().dataset
+    rows, collate = data.predict_dataloader().dataset, data.collate or default_collate
     limit = flags.trainer.limit_test_batches
     found = {}
     for size, count in ((1, 64), (32, 8)):
         count = min(count, limit) if isinstance(limit, int) and limit > 0 else count
         groups = [range(i, min(i + size, len(rows))) for i in range(0, len(rows), size)][:count]
-        found[size] = [data.collate([rows[row] for row in group]) for group in groups]
+        found[size] = [collate([rows[row] for row in group]) for group in groups]
     return found
 
 
-def report_text(
+def report_task(
     flags: Flags,
-    data: TextClassificationData,
+    data: Any,
     models: Mapping[str, nn.Module],
     scores: Mapping[str, Mapping[str, float]],
     latency: Mapping[int, Mapping[str, float]],
@@ -72,7 +54,7 @@ def report_text(
     ``latency`` is the milliseconds of each model by the size of the batch, 1 and 32. A student in few bits, called
     ``student-gptq``, has a line of its own.
     """
-    metric = metric_of(data)
+    metric, task = metric_of(flags, data), TASKS[data.task]
     rows = {
         name: {
             "metric_name": metric,
@@ -101,10 +83,11 @@ def report_text(
             "seconds": round(written["seconds"], 1),
             "latency_ms_batch1": latency[1]["student-gptq"],
         }
-    rows_of_test: Any = data.predict_dataloader().dataset
+    tested = data.predict_dataloader().dataset
+    available = sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in tested) if task.of_tokens else len(tested)
     write_report(
-        flags, models, scores, rows, columns, metric=metric, what="rows", available=len(rows_of_test),
-        seconds=seconds, **more,
+        flags, models, scores, rows, columns, metric=metric, what="tokens" if task.of_tokens else "rows",
+        available=available, seconds=seconds, **more,
     )  # fmt: skip
     if "gptq" in more:
         print(f"\nThe student in {flags.gptq.bits} bits: {json.dumps(more['gptq'])}")
