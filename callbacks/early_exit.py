@@ -1,27 +1,26 @@
 """EarlyExit: give a student ramps and train them, in the same fit or behind a frozen backbone."""
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Literal, get_args
 
 import lightning as L
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_map_only
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.arguments import between, one_of, typed
 from lightning_distill.early_exit.criteria import Criterion
-from lightning_distill.early_exit.losses import RampLoss
+from lightning_distill.early_exit.losses import RampObjective, loss_of_ramps, ramp_objectives, tied
 from lightning_distill.early_exit.ramps import Exits, RampKind, Ramps, find_stack, make_ramps
 from lightning_distill.early_exit.walk import first_tensor
 from lightning_distill.models.batch import token_mask
 from lightning_distill.models.calling import logits_of
+from lightning_distill.module import DistillationModule
 from lightning_distill.optim.own_group import give_own_group
 from lightning_distill.signals.description import get_submodule
-from lightning_distill.signals.signals import Signals
 from lightning_distill.step.accumulation import AccumulatingModule
 from lightning_distill.students.initialization import Policy
 from lightning_distill.tasks import TASKS, TaskName
@@ -119,8 +118,11 @@ class EarlyExit(L.Callback):
         self._handles: list[RemovableHandle] = []
         self._has_label = False  # whether any batch had one
         self._frozen: list[str] = []  # by name: sharding replaces parameters
-        self._batch: Any = None  # the batch under way, which the ramps read their mask from
+        self._learned: list[RampObjective] = []  # what the ramps learn in a fit
+        self._joins = False  # whether a DistillationModule learns it among its own objectives
+        self._batch: Any = None  # the batch under way
         self._trains = False  # whether it is a batch of training
+        self._mask: Tensor | None = None  # what the student was told of padding
         self._answers: dict[int, tuple[Tensor, Tensor | None]] = {}
         self._logits: dict[str, Tensor] = {}
 
@@ -151,18 +153,20 @@ class EarlyExit(L.Callback):
                 f"Expected argument `teacher_weight` to be 0 for a module without a teacher, but got "
                 f"{self.teacher_weight}."
             )
+        if stage == "fit":
+            self._prepare_fit(pl_module, student, ramps)
         stack = ramps.stack(student)
+        self._handles.append(student.register_forward_pre_hook(self._hear, with_kwargs=True))
         for layer in ramps.exits:
             self._handles.append(stack[layer].register_forward_hook(partial(self._answer, ramps, layer)))
-        self._handles.append(student.register_forward_hook(partial(self._keep_logits, "student")))
-        if self._freezes:
-            self._handles.append(student.register_forward_hook(self._tie))
-        if isinstance(teacher, nn.Module) and self.teacher_weight and not hasattr(pl_module, "loss_terms"):
-            self._handles.append(teacher.register_forward_hook(partial(self._keep_logits, "teacher")))
-        if stage == "fit":
-            self._prepare_fit(pl_module, student, ramps, len(stack))
+        if stage == "fit" and isinstance(trainer.strategy, ParallelStrategy):
+            self._handles.append(stack[-1].register_forward_hook(self._tie))
+        if self._learned and not self._joins:
+            self._handles.append(student.register_forward_hook(partial(self._keep_logits, "student")))
+            if isinstance(teacher, nn.Module):
+                self._handles.append(teacher.register_forward_hook(partial(self._keep_logits, "teacher")))
 
-    def _prepare_fit(self, pl_module: L.LightningModule, student: nn.Module, ramps: Ramps, depth: int) -> None:
+    def _prepare_fit(self, pl_module: L.LightningModule, student: nn.Module, ramps: Ramps) -> None:
         if not pl_module.automatic_optimization:
             raise ValueError(
                 "Expected a LightningModule with automatic optimization, because the ramps' loss is added to what its "
@@ -175,24 +179,21 @@ class EarlyExit(L.Callback):
                 if parameter.requires_grad and parameter not in own:
                     self._frozen.append(name)
                     parameter.requires_grad_(False)
-        if (terms := getattr(pl_module, "loss_terms", None)) is not None:
-            terms["ramps"] = partial(self._add_in_module, pl_module, depth)
-            return
-        step = pl_module.training_step
-
-        @wraps(step)
-        def training_step(*args: Any, **kwargs: Any) -> Any:
-            batch = kwargs["batch"] if "batch" in kwargs else args[0]
-            output = step(*args, **kwargs)
-            if output is None:
-                return None
-            own: Any = output["loss"] if isinstance(output, dict) else output
-            total = self._add(pl_module, depth, batch, own)
-            return {**output, "loss": total} if isinstance(output, dict) else total
-
-        # On the object, not its class, until `teardown`: no hook lies between a step and its backward that may add to
-        # the loss, and inside the step is where DDP looks for what takes part in it.
-        pl_module.training_step = training_step  # type: ignore[method-assign]
+        distilled = pl_module.student if isinstance(pl_module, DistillationModule) else student
+        path = next((name for name, part in distilled.named_modules() if part is ramps), None)
+        depth = len(ramps.stack(student))
+        self._learned = ramp_objectives(
+            ramps,
+            {layer: self._weight(layer, depth) for layer in ramps.exits},
+            path=path or "ramps",
+            from_student=self.training == "self_distill",
+            teacher_weight=self.teacher_weight,
+            temperature=self.temperature,
+        )
+        self._joins = isinstance(pl_module, DistillationModule) and path is not None
+        if self._joins:
+            assert isinstance(pl_module, DistillationModule)
+            pl_module.add_objectives(self._learned)
 
     def _find_student(self, pl_module: L.LightningModule) -> nn.Module:
         if self.student is not None:
@@ -218,26 +219,29 @@ class EarlyExit(L.Callback):
 
     # -- steps -------------------------------------------------------------------------------------------------------
 
-    def _answer(self, ramps: Ramps, layer: int, module: nn.Module, args: Any, output: Any) -> None:
-        if self._listens:
-            self._answers[layer] = ramps.ask(layer, first_tensor(output), token_mask(self._batch))
+    def _hear(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._mask = token_mask(kwargs)
 
-    @property
-    def _listens(self) -> bool:
+    def _answer(self, ramps: Ramps, layer: int, module: nn.Module, args: Any, output: Any) -> None:
         # In training, what runs without gradient only counts other batches of the step.
-        return self._batch is not None and (torch.is_grad_enabled() or not self._trains)
+        listens = self._batch is not None and (torch.is_grad_enabled() or not self._trains)
+        if not listens and not self._joins:
+            return
+        mask = token_mask(self._batch) if self._mask is None and listens else self._mask
+        answer = ramps.ask(layer, first_tensor(output), mask)
+        if listens:
+            self._answers[layer] = answer
 
     def _keep_logits(self, who: str, module: nn.Module, args: Any, output: Any) -> None:
-        if self._listens and not isinstance(module, L.LightningModule):
+        if self._batch is not None and not isinstance(module, L.LightningModule):
             self._logits[who] = logits_of(output).detach()
 
     def _tie(self, module: nn.Module, args: Any, output: Any) -> Any:
-        # FSDP2 learns from the gradient of a module's output that backward has come to it. With the backbone frozen the
-        # output would have none, and the ramps' gradients would never reach the sharded parameters.
-        if not isinstance(module, FSDPModule) or not self._answers:
+        # DDP looks in what a step returns for the parameters that take part, and FSDP2 at the gradient of a module's
+        # output for whether backward has come to it: both have to find the ramps there, also behind a frozen backbone.
+        if not torch.is_grad_enabled() or not self._answers:
             return output
-        nothing = 0.0 * torch.stack([logits.float().sum() for logits, _ in self._answers.values()]).sum()
-        return tree_map_only(Tensor, lambda x: x + nothing.to(x.dtype) if x.is_floating_point() else x, output)
+        return tied(output, [logits for logits, _ in self._answers.values()])
 
     @property
     def _freezes(self) -> bool:
@@ -253,74 +257,38 @@ class EarlyExit(L.Callback):
             student.ramps.train()  # type: ignore[union-attr]
         self._begin(batch)
         self._trains = True
+        for objective in self._learned:
+            objective.learns = self.training != "alternate" or pl_module.global_step % 2 == 1
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Listen no more."""
+        if self._learned and self.training != "self_distill":
+            # Looked for until one is found: looking makes a device wait.
+            self._has_label = self._has_label or self._learned[0].task.has_label(batch)
         self._end()
 
-    def _add_in_module(
-        self,
-        pl_module: L.LightningModule,
-        depth: int,
-        own: Tensor,
-        batch: Any,
-        student: Signals,
-        teacher: Signals | None,
-    ) -> Tensor:
-        """The loss of a step of a ``DistillationModule`` with that of the ramps."""
-        if self.teacher_weight:
-            if teacher is None:
-                teacher = pl_module.teacher_step(batch)  # type: ignore[operator]
-            if teacher.top_k:
-                raise ValueError(
-                    "Expected argument `teacher_weight` of `EarlyExit` to come with whole logits of the teacher, "
-                    "but got the best classes alone. Use `TeacherCache(..., top_k=None)`."
-                )
-            self._logits["teacher"] = teacher.logits.detach()
-        return self._add(pl_module, depth, batch, own)
-
-    def _add(self, pl_module: L.LightningModule, depth: int, batch: Any, own: Tensor) -> Tensor:
-        """The loss of a step with that of the ramps."""
-        loss = self._loss(pl_module, self._find_student(pl_module), depth, batch)
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Add the ramps' loss to that of any other module than a ``DistillationModule``."""
+        if self._joins or not self._learned:
+            return
+        over_step = pl_module.mean_over_step if isinstance(pl_module, AccumulatingModule) else None
+        with trainer.precision_plugin.forward_context():
+            own = loss_of_ramps(self._learned, self._answers, self._logits, self._batch, over_step)
         rows = len(next(iter(self._answers.values()))[0])
         self._answers, self._logits = {}, {}
-        pl_module.log("train_ramps_loss", loss.detach(), batch_size=rows)
-        if self.training == "alternate" and pl_module.global_step % 2 == 0:
-            loss = 0.0 * loss  # not left out: under DDP every parameter takes part in every step
-        if self._freezes:
-            return loss + 0.0 * own if own.requires_grad else loss  # see `_tie`
-        return own + loss
+        pl_module.log("train_ramps_loss", own.detach(), batch_size=rows)
+        # In place, because the loop goes on with this very tensor, divided and scaled by now as this one is here.
+        own = own / trainer.accumulate_grad_batches
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        loss.add_(own if scaler is None else scaler.scale(own))
 
     def _begin(self, batch: Any) -> None:
         self._batch, self._answers, self._logits, self._trains = batch, {}, {}, False
 
     def _end(self) -> None:
-        self._batch, self._answers, self._logits = None, {}, {}
-
-    def _loss(self, pl_module: L.LightningModule, student: nn.Module, depth: int, batch: Any) -> Tensor:
-        ramps = student.ramps
-        assert isinstance(ramps, Ramps)
-        if missing := sorted(set(ramps.exits) - self._answers.keys()):
-            raise RuntimeError(f"Expected `training_step` to run the student's layers {missing}, but it did not.")
-        from_student, task = self.training == "self_distill", TASKS[ramps.task]
-        for who, needed in (("student", from_student), ("teacher", self.teacher_weight > 0)):
-            if needed and who not in self._logits:
-                raise RuntimeError(f"Expected `training_step` to call the {who} itself, for its logits; it did not.")
-        if not from_student:
-            # Looked for until one is found: looking makes a device wait.
-            self._has_label = self._has_label or task.has_label(batch)
-
-        def mean(name: str, value: Tensor, count: Callable[[Any], Tensor]) -> Tensor:
-            # Over all batches of the step.
-            if not isinstance(pl_module, AccumulatingModule):
-                return value
-            return pl_module.mean_over_step(name, value, batch, count)
-
-        loss = RampLoss(from_student, self.teacher_weight, self.temperature)
-        losses = loss(task, self._answers, batch, self._logits, mean)
-        return torch.stack([self._weight(layer, depth) * one for layer, one in losses.items()]).sum()
+        self._batch, self._mask, self._answers, self._logits = None, None, {}, {}
 
     def _weight(self, layer: int, depth: int) -> float:
         if callable(self.loss_weights):
@@ -376,8 +344,9 @@ class EarlyExit(L.Callback):
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        vars(pl_module).pop("training_step", None)
-        getattr(pl_module, "loss_terms", {}).pop("ramps", None)
+        if isinstance(pl_module, DistillationModule):
+            pl_module.remove_objectives([objective.name for objective in self._learned])
+        self._learned, self._joins = [], False
         self._end()
         if self._frozen:
             self._find_student(pl_module).train()

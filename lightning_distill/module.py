@@ -1,7 +1,6 @@
 """DistillationModule: a teacher and a student as one LightningModule."""
 
 import os
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from lightning_distill.step.checks import StepCheck, enable_gradient_checkpointi
 from lightning_distill.step.counting import Counted, counted_ahead
 from lightning_distill.step.evaluation import EvaluatedModule
 from lightning_distill.step.forwards import Forwards, TeacherSource, teacher_forward
-from lightning_distill.step.losses import sums_and_counts
+from lightning_distill.step.losses import sums_and_counts, totals_of, weighted_sum
 from lightning_distill.step.pairing import pair
 from lightning_distill.tasks import TaskName, task_named
 from lightning_distill.tasks.scores import Metrics
@@ -152,12 +151,11 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         self.objectives = nn.ModuleDict(named_objectives)
         own: dict[str, Any] = {"own_steps": self._own_steps, "own_teacher_inputs": own_teacher_inputs}
         self.pairing = pair(self.student, self.teacher, self._task, named_objectives, **own)
-        self.forwards = Forwards(self._task, named_objectives, self.pairing)
+        learned: Any = self.objectives  # not a copy: a callback may add some
+        self.forwards = Forwards(self._task, learned, self.pairing)
         self._teacher_source: TeacherSource | None = None
-        #: What else is trained, by name: gives the new loss for that of a step, its batch and both signals.
-        self.loss_terms: dict[str, Callable[[Tensor, Any, Signals, Signals | None], Tensor]] = {}
         self._check = StepCheck(self._task, named_objectives, same_answers=self.pairing.same_answers)
-        self._counted = Counted(named_objectives)
+        self._counted = Counted()
         self._score_by(self._task, metrics)
 
     @property
@@ -212,30 +210,30 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum of the objectives' losses, scalars by name."""
-        objectives = self._each_objective()
-        return torch.stack([objectives[name].weight * loss for name, loss in losses.items()]).sum()
+        return weighted_sum(self._each_objective(), losses)
 
     # -- one step ----------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """The total loss of a batch; every objective is logged by name."""
+        """The total loss of a batch; every objective is logged by name, and so is what callbacks add."""
         student, teacher = self.signals(batch, with_teacher=self._needs_teacher)
         self._check.first_signals(student, teacher)
         losses, _ = self.mean_losses(student, teacher)
         rows = len(student.logits)
         self.log_dict({f"train_{name}": loss.detach() for name, loss in losses.items()}, batch_size=rows)
-        loss = self.total_loss(self.weighed_in_step("objectives", losses, self._counts))
-        self.log("train_loss", loss.detach(), prog_bar=True, batch_size=rows)
-        for term in self.loss_terms.values():
-            loss = term(loss, batch, student, teacher)
-        return loss
+        weighed = self.weighed_in_step("objectives", losses, self._counts)
+        totals = totals_of(self._each_objective(), weighed, own=self.total_loss)
+        for name, total in totals.items():
+            self.log(f"train_{name}", total.detach(), prog_bar=name == "loss", batch_size=rows)
+        return torch.stack([*totals.values()]).sum()
 
     def signals(self, batch: Any, *, with_teacher: bool) -> tuple[Signals, Signals | None]:
         """What both forwards leave behind; no logits where the vocabulary is large and nothing needs them whole."""
         with nullcontext() if self._own_steps else self.forwards.step(self.student, batch):
             source = self.teacher_step if self.teacher_source_has_own_order else self.teacher_source
             teacher = source(batch) if with_teacher else None
-            student = self.student_step(batch)
+            own, step = "student" in self._own_steps, self.student_step
+            student = self.forwards.own_step(step, self.student, batch) if own else step(batch)
         self._task.settle(student, teacher)
         return student, teacher
 

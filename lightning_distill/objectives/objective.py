@@ -93,6 +93,9 @@ class Objective(nn.Module):
     needs_classes = False
     #: Whether it compares predictions over different vocabularies.
     any_vocabulary = False
+    #: The total that it is a part of, logged as ``train_<total>``: a step minimises the sum of all totals, and a
+    #: validation measures ``"loss"`` alone. What a callback adds has a total of its own.
+    total = "loss"
 
     def __init__(self, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__()

@@ -1,5 +1,6 @@
 """A run that is looked at before its first step, and tells its objectives how far it is."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import lightning as L
@@ -12,6 +13,7 @@ from lightning_distill.models.class_names import check_data_classes
 from lightning_distill.objectives.objective import Objective
 from lightning_distill.step.checks import StepCheck
 from lightning_distill.step.forwards import Forwards
+from lightning_distill.step.pairing import bind
 from lightning_distill.tasks import Task
 from lightning_distill.teachers.module import TeacherModule
 from lightning_distill.teachers.precision import warn_of_slow_bf16
@@ -33,7 +35,43 @@ class CheckedRun(TeacherModule):
     _check: StepCheck
 
     def _each_objective(self) -> dict[str, Objective]:
-        return dict(self.objectives.items())  # type: ignore[arg-type]
+        """Those of the stage, by name: what a callback adds is learned in training alone."""
+        every: dict[str, Objective] = dict(self.objectives.items())  # type: ignore[arg-type]
+        if self._trainer is not None and self.trainer.training:
+            return every
+        return {name: objective for name, objective in every.items() if objective.total == "loss"}
+
+    def add_objectives(self, objectives: Sequence[Objective]) -> None:
+        """Learn something more in a fit, as a callback does in its ``setup``.
+
+        Args:
+            objectives: With names of their own, and a :attr:`~lightning_distill.objectives.Objective.total` that is not
+                ``"loss"``.
+
+        Raises:
+            ValueError: If a name is taken, the total is not their own, or an objective does not fit the models.
+        """
+        added = {objective.name: objective for objective in objectives}
+        if taken := sorted(added.keys() & self.objectives.keys()):
+            raise ValueError(
+                f"Expected argument `objectives` to have other names than the module's, but got {taken}. Give those of "
+                "the module other names: `name=...`."
+            )
+        if own := [name for name, objective in added.items() if objective.total == "loss"]:
+            raise ValueError(f"Expected argument `objectives` to have a `total` of their own, but got 'loss' of {own}.")
+        bind(self.student, self.teacher, self._task, added)
+        self.objectives.update(added)
+        self.forwards.release_hooks()  # which record what was asked for before
+
+    def remove_objectives(self, names: Iterable[str]) -> None:
+        """Learn no more what was added; a name that is not there is left alone.
+
+        Args:
+            names: Those of the objectives.
+        """
+        for name in [name for name in names if name in self.objectives]:
+            del self.objectives[name]
+        self.forwards.release_hooks()
 
     def configure_callbacks(self) -> list[L.Callback]:
         """A loss that is not finite stops the run before the update, unless the Trainer's own callback says else."""

@@ -62,14 +62,9 @@ def counted_ahead(task: Task, objectives: Mapping[str, Objective], batch: Any) -
 
 
 class Counted:
-    """Sums of what counted for each objective, since the last check.
+    """Sums of what counted for each objective, since the last check."""
 
-    Args:
-        objectives: By name.
-    """
-
-    def __init__(self, objectives: Mapping[str, Objective]) -> None:
-        self.objectives = dict(objectives)
+    def __init__(self) -> None:
         self._totals: dict[str, Tensor] = {}
 
     def add(self, stage: str, counts: Tensor) -> None:
@@ -82,11 +77,12 @@ class Counted:
         # On the device: nobody waits for a number before the epoch ends.
         self._totals[stage] = counts.detach() + self._totals.get(stage, torch.zeros_like(counts))
 
-    def check(self, stage: str, over_ranks: Callable[[Tensor], Tensor]) -> None:
+    def check(self, stage: str, objectives: Mapping[str, Objective], over_ranks: Callable[[Tensor], Tensor]) -> None:
         """Refuse an epoch in which nothing counted for an objective that reads labels, or for any, and begin anew.
 
         Args:
             stage: As in :meth:`add`.
+            objectives: By name, those that were counted.
             over_ranks: Sums a tensor over all processes.
 
         Raises:
@@ -94,13 +90,14 @@ class Counted:
         """
         if (totals := self._totals.pop(stage, None)) is None:
             return
-        nothing = [not total for total in over_ranks(totals).gt(0).tolist()]
-        named = list(self.objectives.items())
+        counted = over_ranks(totals).gt(0).tolist()
         empty = [
-            name for (name, objective), none in zip(named, nothing, strict=True) if none and objective.needs_labels
+            name
+            for (name, objective), some in zip(objectives.items(), counted, strict=True)
+            if not some and objective.needs_labels
         ]
-        if all(nothing):
-            empty = list(self.objectives)
+        if not any(counted):
+            empty = list(objectives)
         if empty:
             raise ValueError(
                 f"Expected the data to {stage} on to have labels for the objectives {empty}, but not one item of them "

@@ -1,10 +1,12 @@
 """Validation and test of a student beside its teacher."""
 
+from functools import partial
 from typing import Any
 
 import lightning as L
 from torch import Tensor, nn
 
+from lightning_distill.objectives.objective import Objective
 from lightning_distill.signals.signals import Signals
 from lightning_distill.step.counting import Counted
 from lightning_distill.step.pairing import Pairing
@@ -21,6 +23,9 @@ class EvaluatedModule(L.LightningModule):
     teacher: nn.Module | None
     pairing: Pairing
     _counted: Counted
+
+    def _each_objective(self) -> dict[str, Objective]:
+        raise NotImplementedError
 
     def _score_by(self, task: Task, metrics: Metrics | None) -> None:
         self._scores = nn.ModuleDict({stage: Scores(task, metrics) for stage in ("val", "test")})
@@ -89,7 +94,7 @@ class EvaluatedModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Refuse training data without a label; see :class:`lightning_distill.step.counting.Counted`."""
-        self._counted.check("train", lambda counts: counts)
+        self._counted.check("train", self._each_objective(), lambda counts: counts)
 
     def on_validation_epoch_end(self) -> None:
         """Refuse validation data without a label."""
@@ -100,7 +105,8 @@ class EvaluatedModule(L.LightningModule):
         self._check_counted("test")
 
     def _check_counted(self, stage: str) -> None:
-        self._counted.check(stage, lambda counts: self.trainer.strategy.reduce(counts, reduce_op="sum"))
+        over_ranks = partial(self.trainer.strategy.reduce, reduce_op="sum")
+        self._counted.check(stage, self._each_objective(), over_ranks)
 
 
 def _key(stage: str, dataloader_idx: int) -> str:

@@ -26,7 +26,7 @@ class Forwards:
 
     Args:
         task: What a batch asks for.
-        objectives: By name.
+        objectives: By name; read anew where hooks have been released.
         pairing: What student and teacher are to each other.
     """
 
@@ -86,6 +86,24 @@ class Forwards:
             **captured,
         )
 
+    def own_step(self, step: Callable[[Any], Signals], student: nn.Module, batch: Any) -> Signals:
+        """A step of the user's own, completed by what objectives ask of modules and it does not say.
+
+        Args:
+            step: Calls the student.
+            student: The student.
+            batch: The batch.
+        """
+        asked = self._request("student").modules
+        recorder = Recorder(student, Request(modules=asked))
+        try:
+            signals = step(batch)
+            if asked - signals.modules.keys():
+                signals.modules = recorder.take()["modules"] | signals.modules
+        finally:
+            recorder.remove()
+        return signals
+
     @contextmanager
     def step(self, student: nn.Module, batch: Any) -> Iterator[None]:
         """What the two forwards of a step have in common: bad input is said first, and logits may be deferred.
@@ -114,11 +132,14 @@ class Forwards:
 
     def _recorder(self, role: str, model: nn.Module) -> Recorder:
         if role not in self._recorders:
-            request = Request()
-            for objective in self.objectives.values():
-                request |= getattr(objective, f"{role}_request")
-            self._recorders[role] = Recorder(model, request)
+            self._recorders[role] = Recorder(model, self._request(role))
         return self._recorders[role]
+
+    def _request(self, role: str) -> Request:
+        request = Request()
+        for objective in self.objectives.values():
+            request |= getattr(objective, f"{role}_request")
+        return request
 
     def look(self, role: str, model: nn.Module, batch: Any) -> None:
         """Refuse what a model cannot read, see :class:`~lightning_distill.models.inputs.InputCheck`.

@@ -72,17 +72,33 @@ def pair(
             _check_forward(model, role)
             if not _gives_answers(model, role, objectives):
                 headless.add(role)
-    _check_classes(task, objectives)
     pairing = Pairing(headless=frozenset(headless), own_teacher_inputs=own_teacher_inputs)
     if teacher is not None:
         pairing = _compare(student, teacher, task, objectives, pairing)
-    elif needy := [name for name, objective in objectives.items() if objective.needs_teacher]:
+    bind(student, teacher, task, objectives)
+    return pairing
+
+
+def bind(student: nn.Module, teacher: nn.Module | None, task: Task, objectives: Mapping[str, Objective]) -> None:
+    """Tell objectives the two models, which are a pair already.
+
+    Args:
+        student: The model that learns.
+        teacher: The model that is imitated, or None.
+        task: What a batch asks for.
+        objectives: By name.
+
+    Raises:
+        ValueError: If an objective does not fit the task, the pair or the lack of a teacher.
+    """
+    _check_classes(task, objectives)
+    needy = [name for name, objective in objectives.items() if objective.needs_teacher]
+    if teacher is None and needy:
         raise ValueError(f"Expected argument `teacher` to be a model, because {needy} learn from it, but got None.")
     student_info = describe(student)
     teacher_info = student_info if teacher is None else describe(teacher)
     for objective in objectives.values():
         objective.bind(student_info, teacher_info)
-    return pairing
 
 
 def _compare(

@@ -221,9 +221,11 @@ def check_trainer(trainer: L.Trainer, student: nn.Module, teacher: nn.Module | N
 def look_for_unused(strategy: Strategy, objectives: Iterable[Objective]) -> None:
     """Tell DDP, before it wraps, that a student's head has no gradient where no objective reads its logits.
 
-    What the strategy's user has said about unused parameters or a static graph holds.
+    What the strategy's user has said about unused parameters or a static graph holds. Of objectives that a callback
+    adds it is not known whether they reach the head.
     """
-    if not isinstance(strategy, DDPStrategy) or any(objective.reads_logits for objective in objectives):
+    own = [objective for objective in objectives if objective.total == "loss"]
+    if not isinstance(strategy, DDPStrategy) or any(objective.reads_logits for objective in own):
         return
     if not {"find_unused_parameters", "static_graph"} & strategy._ddp_kwargs.keys():
         strategy._ddp_kwargs["find_unused_parameters"] = True

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -14,7 +15,8 @@ from torch.utils.data import DataLoader
 from lightning_distill import DistillationModule
 from lightning_distill.callbacks import EarlyExit
 from lightning_distill.early_exit import EarlyExitModel, LearnedGate, Patience
-from lightning_distill.early_exit.ramps import Ramps
+from lightning_distill.early_exit.ramps import Ramps, make_ramps
+from lightning_distill.signals.signals import Signals
 from tests.helpers.models import bert, tokens
 
 pytestmark = [
@@ -237,7 +239,15 @@ class Stepping(Module):
 
 
 @pytest.mark.parametrize("training", ["joint", "alternate", "two_stage"])
-@pytest.mark.parametrize("strategy", [pytest.param("ddp_fork", marks=pytest.mark.forks), "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        pytest.param("ddp_fork", marks=pytest.mark.forks),
+        pytest.param("ddp_fork_find_unused_parameters_true", marks=pytest.mark.forks),
+        "fsdp2",
+    ],
+)
+@pytest.mark.filterwarnings("ignore:find_unused_parameters=True was specified")
 def test_sharded_and_parallel_training_equals_that_of_one_process(tmp_path: Path, strategy: str, training: Any) -> None:
     results = []
     for name in (strategy, "auto"):
@@ -245,7 +255,7 @@ def test_sharded_and_parallel_training_equals_that_of_one_process(tmp_path: Path
         folder.mkdir()
         torch.manual_seed(0)
         module = Stepping(bert(layers=LAYERS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0), folder)
-        chosen: dict[str, Any] = {"strategy": name, "devices": 2 if name == "ddp_fork" else 1}
+        chosen: dict[str, Any] = {"strategy": name, "devices": 2 if name.startswith("ddp") else 1}
         if name == "fsdp2":
             chosen["strategy"] = ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
         trainer = L.Trainer(
@@ -323,3 +333,82 @@ def test_accumulated_batches_of_a_step_of_the_users_own_train_the_ramps_as_one_b
         found.append([parameter.detach().clone() for parameter in module.parameters()])
     for one, several in zip(*found, strict=True):
         torch.testing.assert_close(one, several)
+
+
+class FromScratch(DistillationModule):
+    """A step of one's own that calls the student by itself."""
+
+    def student_step(self, batch: Any) -> Signals:
+        mask = batch["attention_mask"]
+        logits = self.student(input_ids=batch["input_ids"], attention_mask=mask).logits
+        return Signals(logits, batch["labels"], token_mask=mask.bool())
+
+
+def test_what_ramps_learn_are_objectives_of_the_fit_alone(tmp_path: Path) -> None:
+    seen: list[set[str]] = []
+
+    class See(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *_: Any) -> None:
+            assert "training_step" not in vars(pl_module)
+            seen.append(set(pl_module.objectives))
+
+    runs = []
+    for kind in (DistillationModule, FromScratch):
+        torch.manual_seed(0)
+        still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        module = kind(*(bert(layers=LAYERS, num_labels=2, **still) for _ in "ts"))
+        trainer = fit(tmp_path, module, EarlyExit(criterion=LearnedGate(), teacher_weight=0.3), See())
+        assert set(module.objectives) == {"soft_target", "hard_label"}
+        runs.append((module, trainer.callback_metrics))
+    assert seen[0] == {"soft_target", "hard_label", "ramps_hard_label", "ramps_soft_target", "ramps_gate"}
+    (one, logged), (other, _) = runs
+    parts = 0.7 * logged["train_ramps_hard_label"] + 0.3 * logged["train_ramps_soft_target"]
+    torch.testing.assert_close(logged["train_ramps_loss"], parts + logged["train_ramps_gate"])
+    own = 0.7 * logged["val_soft_target"] + 0.3 * logged["val_hard_label"]
+    torch.testing.assert_close(logged["val_loss"], own)
+    assert not [name for name in logged if name.startswith("val_ramps")]
+    for name, tensor in one.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], tensor)
+
+
+class AddsByItself(Module):
+    """What EarlyExit does, written out by hand."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        output = self.net(**batch, output_hidden_states=True)
+        loss: Tensor = output.loss
+        for layer, state in enumerate(output.hidden_states[1:-1]):
+            logits, _ = self.net.ramps.ask(layer, state, batch["attention_mask"].bool())
+            loss = loss + (layer + 1) / LAYERS * nn.functional.cross_entropy(logits, batch["labels"])
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Alone(AddsByItself):
+    training_step = Module.training_step  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("scale", [None, 1024.0])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_any_module_trains_as_one_that_adds_the_ramps_loss_by_itself(
+    tmp_path: Path, accumulate: int, scale: float | None
+) -> None:
+    found = []
+    for kind in (Alone, AddsByItself):
+        torch.manual_seed(0)
+        net = bert(layers=LAYERS, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        callbacks = [EarlyExit(loss_weights="depth")]
+        if kind is AddsByItself:
+            net.ramps = make_ramps(net)
+            callbacks = []
+        plugins: list[Any] = []
+        if scale is not None:
+            plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))]
+        module = kind(net)
+        fit(tmp_path, module, *callbacks, accumulate_grad_batches=accumulate, plugins=plugins)
+        found.append(module.state_dict())
+    assert found[0].keys() == found[1].keys()
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(found[0][name], tensor, rtol=1e-4, atol=1e-6)
