@@ -97,11 +97,12 @@ def main(argv: list[str] | None = None) -> None:
     if flags.gptq.bits is not None:
         gptq = GPTQ(**flags.gptq.as_dict(), monitor=monitor, max_drop=None, folder=str(flags.output_dir))
         trainer = L.Trainer(**cli.trainer_arguments(flags, callbacks=[gptq]))
-        module = DistillationModule(None, copy.deepcopy(models["student"]), tokenizer=data.tokenizer)
+        own = {"tokenizer": data.tokenizer, "metrics": cli.metrics_of(flags, data)}
+        module = DistillationModule(None, copy.deepcopy(models["student"]), **own)
         trainer.validate(module, datamodule=data, verbose=False)
         models["student-gptq"] = quantized = load(flags.output_dir / "student-gptq")
         use_kernels(quantized)
-        module = DistillationModule(None, quantized)
+        module = DistillationModule(None, quantized, **own)
         (scores["student-gptq"],) = L.Trainer(**cli.trainer_arguments(flags)).test(module, data, verbose=False)
 
     if trainer.is_global_zero:

@@ -31,7 +31,7 @@ from lightning_distill.cli.models import align, in_own_precision, named_student,
 from lightning_distill.cli.ramps import begin_ramps, check_ramps, measure_ramps
 from lightning_distill.cli.run_folder import begin_run, command, resume_from
 from lightning_distill.cli.screen import begin_training, one_line_errors, quiet, say, shows_progress
-from lightning_distill.cli.task import metric_of, monitor_of, report_task, test_batches
+from lightning_distill.cli.task import metric_of, metrics_of, monitor_of, report_task, test_batches
 from lightning_distill.cli.trainer import (
     build_callbacks,
     load_best,
@@ -60,6 +60,7 @@ __all__ = [
     "measure_draft",
     "measure_ramps",
     "metric_of",
+    "metrics_of",
     "module_arguments",
     "monitor_of",
     "named_student",

@@ -57,9 +57,10 @@ def task_parser(
         >>> parser.parse_args(["--data.label_column=kind"]).data.label_column
         'kind'
     """
-    job = ("data.*_file", "data.*_column", "data.*_columns", "gptq.bits")
+    job = ("data.*_file", "data.*_column", "data.*_columns", "metric", "gptq.bits")
     parser = recipe_parser(description, output_dir=output_dir, data=data, job=job)
     _add_model(parser, baseline=baseline)
+    parser.add_argument("--metric", type=str | None, help="metrics by name, as a,b; the first says which epoch is best")
     if not quantises:
         return parser
     parser.add_argument("--gptq.bits", type=int | None, help="quantise the student in the end: 2, 3, 4 or 8")

@@ -21,6 +21,8 @@ def check_ramps(flags: Flags, data: Any, *models: Any) -> None:
     Raises:
         ValueError: If it is so.
     """
+    if flags.metric is not None:
+        raise ValueError("--metric: what early exit costs is measured by the task's own metric; leave it out")
     if not TASKS[data.task].has_classes:
         raise ValueError("--data.*: early exit by confidence needs classes, and these labels are numbers")
     between("--model.max_drop", flags.model.max_drop, 0, 1)

@@ -6,17 +6,31 @@ from typing import Any
 
 from torch import nn
 from torch.utils.data import default_collate
+from torchmetrics import Metric
 
 from lightning_distill.cli.parser import Flags
 from lightning_distill.cli.report import Column, write_report
 from lightning_distill.models.batch import IGNORE_INDEX
 from lightning_distill.tasks import TASKS
+from lightning_distill.tasks.named_metrics import named_metrics
 
 
 def metric_of(flags: Flags, data: Any) -> str:
-    """Name of the metric that decides: the task's own."""
+    """Name of the metric that decides: the first of ``--metric``, or the task's own."""
+    if flags.get("metric"):
+        return next(iter(metrics_of(flags, data) or {}))
     name, _ = TASKS[data.task].metric()
     return name
+
+
+def metrics_of(flags: Flags, data: Any) -> dict[str, Metric] | None:
+    """The metrics of ``--metric`` by name, made for the data; None for the task's own.
+
+    Raises:
+        ValueError: If the task has no such metric.
+    """
+    asked = flags.get("metric")
+    return named_metrics(asked, data.task, data.num_labels) if asked else None
 
 
 def monitor_of(flags: Flags, data: Any) -> str:

@@ -22,9 +22,11 @@ from lightning_distill.cli.parser import SWITCHES, Flags
 from lightning_distill.cli.report import CurvesLogger
 from lightning_distill.cli.run_folder import best_weights
 from lightning_distill.cli.screen import epochs_of
+from lightning_distill.cli.task import metrics_of
 from lightning_distill.module import DistillationModule
 from lightning_distill.objectives import HardLabel, Objective
 from lightning_distill.optim import build_lr_scheduler, build_optimizer
+from lightning_distill.tasks.named_metrics import lower_is_better
 from lightning_distill.training.checkpoint import AtomicCheckpointIO
 
 _SCHEDULE_FREE = "schedule_free_adamw"
@@ -122,7 +124,7 @@ def trainer_arguments(
             folder,
             filename="best",
             monitor=monitor if validates else None,
-            mode="min" if monitor.endswith(("loss", "perplexity")) else "max",
+            mode="min" if lower_is_better(monitor.removeprefix("val_")) else "max",
             save_last=True,
             enable_version_counter=False,
         )
@@ -172,6 +174,7 @@ def module_arguments(flags: Flags, data: Any, trainer: L.Trainer, *, with_teache
         "optimizer": optimizer,
         "lr_scheduler": schedule,
         "tokenizer": data.tokenizer,
+        "metrics": metrics_of(flags, data),
         **{name: flags.model[name] for name in saves_memory},
     }
 

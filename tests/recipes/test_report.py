@@ -94,6 +94,27 @@ def test_a_part_of_the_test_rows(files: list[str], tmp_path: Path, capsys: Any) 
     assert "16 of 24 test rows, seed 0" in capsys.readouterr().out
 
 
+def test_the_first_metric_by_name_decides(files: list[str], tmp_path: Path, capsys: Any) -> None:
+    load_recipe("distilbert")([*files, "--metric=macro_f1,accuracy", "--gptq.bits=8", "--gptq.group_size=-1"])
+    found = summary(tmp_path)
+    assert found["student"]["metric_name"] == "macro_f1"
+    assert 0 <= found["gptq"]["metric"] <= 1
+    assert "macro_f1 (test)" in capsys.readouterr().out
+    logged = (tmp_path / "out" / "logs" / "student" / "metrics.csv").read_text().partition("\n")[0].split(",")
+    assert {"val_macro_f1", "val_accuracy"} <= set(logged)
+
+
+def test_a_metric_that_there_is_not_is_said_before_anything_is_written(
+    files: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    said = refusal(load_recipe("distilbert"), [*files, "--metric=macro_f"], capsys)
+    assert "`metric` to be of accuracy, " in said
+    assert "Did you mean 'macro_f1'?" in said
+    said = refusal(load_recipe("fastbert"), [*files, "--metric=macro_f1"], capsys)
+    assert "--metric: what early exit costs" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_intervals_against_their_sources() -> None:
     # Newcombe 1998, "Interval estimation for the difference", table II, cases (a) and (b): 56/70 - 48/80 is of unequal
     # sizes, so only its ends of Wilson are here.
