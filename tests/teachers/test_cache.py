@@ -1,6 +1,7 @@
 """A store of signals: any number of writers, checked rows, and folders that are not what they say."""
 
 import multiprocessing
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,21 @@ def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     store.write(key(1), {"logits": rows_of(1)})
     store.close()
     assert good_rows(tmp_path / "cache", 2) == 2
+
+
+def test_a_cache_that_another_process_makes_meanwhile_is_no_folder_of_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.joinpath("cache").mkdir()
+    make = tempfile.TemporaryDirectory
+
+    def slowly(*args: Any, **kwargs: Any) -> Any:
+        # Between the look for a description and the look at the files, the other one has written a row.
+        monkeypatch.undo()
+        fill(tmp_path / "cache", [0])
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", slowly)
+    store = open_store(tmp_path / "cache", rank=1)
+    assert key(0) in store
+    store.close()

@@ -180,7 +180,9 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
                 pass  # a file system may refuse what its rights allow
             names = [file.name for file in path.iterdir()] if nearest == path else []
             others = sorted(name for name in names if not name.startswith((".", FILE)))
-            wrong = f"it holds other files, such as {others[0]!r}" if others else None
+            # Another process may have made the cache meanwhile; its description is there before all else.
+            made = os.path.lexists(path / FILE)
+            wrong = f"it holds other files, such as {others[0]!r}" if others and not made else None
     except (OSError, ValueError) as error:
         wrong = str(error)
     if wrong is not None:
