@@ -120,7 +120,7 @@ PRIVATE_NAMES = [
     PrivateName("lightning.pytorch.strategies:DDPStrategy", "_layer_sync", ("training/parallel.py",),
         "know that `sync_batchnorm` was asked for"),
     PrivateName("lightning.pytorch:LightningModule", "_trainer", ("generation/on_policy.py", "module.py",
-        "optim/schedules.py", "step/accumulation.py"),
+        "optim/schedules.py", "step/accumulation.py", "step/checked_run.py"),
         "know whether a module has a Trainer (`trainer` raises where it has none)"),
     PrivateName("lightning.pytorch:LightningModule", "_on_before_batch_transfer", ("step/accumulation.py",),
         "begin a step before its first batch is moved, in a hook that no user overrides"),
@@ -182,7 +182,7 @@ PRIVATE_NAMES = [
         "answer with plain tensors (`DisableTorchFunctionSubclass`, which torch documents by this name)"),
     PrivateName("torch._ops:OpOverload", "_schema", ("quantization/packed_weight.py",),
         "refuse operations that write to a packed weight"),
-    PrivateName("torch.utils", "_pytree", ("callbacks/early_exit.py", "cli/run_folder.py", "early_exit/walk.py",
+    PrivateName("torch.utils", "_pytree", ("cli/run_folder.py", "early_exit/losses.py", "early_exit/walk.py",
         "measure.py", "quantization/packed_weight.py", "step/counting.py"),
         "walk through nested batches and outputs, those of transformers too, which torch has no public module for"),
     *(
