@@ -151,8 +151,8 @@ def _load_bitsandbytes(folder: str | os.PathLike[str], exclude: Sequence[str], *
 def export_onnx_int8(model: nn.Module, batch: Any, path: str | os.PathLike[str]) -> Path:
     """Write a model as ONNX whose linear layers multiply in int8, for onnxruntime.
 
-    Weights are int8 per output, activations uint8 by their range at the time. The first dimension of every input, and
-    the second of those with token ids, may vary.
+    Weights are int8 per output, of 7 bits, as 8 overflow on processors without VNNI; activations are uint8 by their
+    range at the time. The first dimension of every input, and the second of those with token ids, may vary.
 
     Args:
         model: A float model, transformers' or any other.
@@ -192,7 +192,10 @@ def export_onnx_int8(model: nn.Module, batch: Any, path: str | os.PathLike[str])
         # Beside it, for a rename within a disk; what a kill leaves of it, the next one writes over.
         draft = path.with_name(f".{path.name}.tmp")
         try:
-            quantization.quantize_dynamic(plain, draft, weight_type=quantization.QuantType.QInt8, per_channel=True)
+            # Where a processor has no VNNI, products of uint8 and int8 are added in pairs in 16 bits and overflow:
+            # with weights of 7 bits the sum fits, on every processor. Answers are then 1.5 % off in the place of 14.
+            signed = quantization.QuantType.QInt8
+            quantization.quantize_dynamic(plain, draft, weight_type=signed, per_channel=True, reduce_range=True)
             draft.replace(path)
         finally:
             draft.unlink(missing_ok=True)
