@@ -13,6 +13,10 @@ from .registry import CASES
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "docs" / "objectives.md").read_text()
+RESULTS = {
+    path.stem.removeprefix("objectives_"): json.loads(path.read_text())["students"]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("objectives*.json"))
+}
 STUDENTS = json.loads((ROOT / "benchmarks" / "results" / "objectives.json").read_text())["students"]
 ROWS = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", GUIDE, re.MULTILINE))
 
@@ -35,11 +39,15 @@ def test_gains_are_those_that_the_benchmark_wrote(name: str) -> None:
     assert gains == [f"{student[combination]['gain']:+.1f}" for student in STUDENTS.values()]
 
 
-def test_both_tables_are_those_that_the_benchmark_wrote() -> None:
-    for student, combinations in STUDENTS.items():
-        table = GUIDE[GUIDE.index(f"| {student} |") :]
+@pytest.mark.parametrize("job", RESULTS)
+def test_tables_are_those_that_the_benchmark_wrote(job: str) -> None:
+    mark = "sst2" if job == "objectives" else job
+    tables = GUIDE.split(f"<!-- {mark} -->\n")[1].split(f"<!-- end of {mark} -->")[0]
+    for student, combinations in RESULTS[job].items():
+        table = tables[tables.index(f"| {student} |") :]
         for name, row in combinations.items():
             cells = re.search(rf"^\| {re.escape(name)} \| (.*) \|$", table, re.MULTILINE)[1].split(" | ")  # type: ignore[index]
             gains = ", ".join(f"{gain:+.1f}" for gain in row["gains"])
-            written = (f"{row['accuracy']:.1f}", f"{row['spread']:.1f}", f"{row['gain']:+.1f} ({gains})")
+            gain = f"{row['gain']:+.1f}" + (f" ± {row['interval']:.1f}" if "interval" in row else "")
+            written = (f"{row['accuracy']:.1f}", f"{row['spread']:.1f}", f"{gain} ({gains})")
             assert tuple(cells) == (*written, f"{row['seconds']:.0f}"), name

@@ -1,5 +1,7 @@
 """Objectives inside DistillationModule and a Trainer, on real models and real images."""
 
+from pathlib import Path
+
 import lightning as L
 import pytest
 import torch
@@ -12,6 +14,7 @@ from lightning_distill.objectives import (
     AttentionMap,
     AttentionRelation,
     AttentionTransfer,
+    CurriculumTemperature,
     Flow,
     HardLabel,
     HiddenState,
@@ -31,14 +34,11 @@ pytestmark = [
 ]
 
 
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
+
+
 def fit(module: L.LightningModule, loader: DataLoader, **flags: object) -> L.Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    trainer = L.Trainer(accelerator="cpu", **quiet, **flags)
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **QUIET, **flags)
     trainer.fit(module, loader)
     return trainer
 
@@ -121,6 +121,57 @@ def test_a_cnn_learns_digits_from_another_through_module_paths() -> None:
     assert accuracy(teacher, images[test], labels[test]) > 0.85
     assert accuracy(student, images[test], labels[test]) > 0.8
     assert all(f"train_{objective.name}" in trainer.callback_metrics for objective in objectives)
+
+
+def test_a_cnn_of_other_widths_and_sizes_is_projected_and_pooled() -> None:
+    torch.manual_seed(0)
+    student = nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()), nn.Flatten(), nn.Linear(4 * 36, 3))
+    teacher = nn.Sequential(nn.Sequential(nn.Conv2d(1, 6, 3, 2), nn.ReLU()), nn.Flatten(), nn.Linear(6 * 9, 3))
+    fitnet = HiddenState([("0", "0")], widths=(4, 6), pool_maps=True)
+    objectives = [fitnet, AttentionTransfer([("0", "0")], pool_maps=True)]
+    images = torch.randn(5, 1, 8, 8)
+    losses = DistillationModule(teacher, student, objectives).losses((images, torch.zeros(5, dtype=torch.long)))
+    projection = fitnet.projections[0]
+    maps, wanted = nn.functional.adaptive_avg_pool2d(student[0](images), 3), teacher[0](images)
+    projected = nn.functional.conv2d(maps, projection.weight[:, :, None, None], projection.bias)
+    torch.testing.assert_close(losses["hidden_state"], nn.functional.mse_loss(projected, wanted))
+    where = (nn.functional.normalize(x.square().mean(1).flatten(1), dim=1) for x in (maps, wanted))
+    torch.testing.assert_close(losses["attention_transfer"], nn.functional.mse_loss(*where))
+
+
+def test_a_learned_temperature_makes_it_harder_and_is_resumed(tmp_path: Path) -> None:
+    def module(warmup: float = 0.01) -> DistillationModule:
+        torch.manual_seed(0)
+        teacher, student = nn.Linear(4, 3), nn.Linear(4, 3)
+        sgd = lambda parameters: torch.optim.SGD(parameters, lr=0.5)  # noqa: E731
+        return DistillationModule(teacher, student, [CurriculumTemperature(4.0, warmup=warmup)], optimizer=sgd)
+
+    batch = (torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
+    made = module(warmup=0.5)
+    objective = made.objectives["curriculum_temperature"]
+    for progress, strength in ((0.0, 0.0), (0.25, 0.5), (0.5, 1.0), (1.0, 1.0)):
+        objective.set_progress(progress)
+        loss = made.losses(batch)["curriculum_temperature"]
+        (found,) = torch.autograd.grad(loss, objective.position)
+        with torch.no_grad():
+            step = 1e-2
+            objective.position += step
+            above = made.losses(batch)["curriculum_temperature"]
+            objective.position -= 2 * step
+            slope = (above - made.losses(batch)["curriculum_temperature"]) / (2 * step)
+            objective.position += step
+        torch.testing.assert_close(found, -strength * slope, rtol=1e-2, atol=1e-6)
+    loader = DataLoader(TensorDataset(*batch), batch_size=2)
+    whole = module()
+    fit(whole, loader, max_epochs=4)
+    first = module()
+    fit(first, loader, max_epochs=4, max_steps=6).save_checkpoint(tmp_path / "half.ckpt")
+    second = module()
+    trainer = L.Trainer(accelerator="cpu", max_epochs=4, logger=False, enable_checkpointing=False, **QUIET)
+    trainer.fit(second, loader, ckpt_path=tmp_path / "half.ckpt")
+    temperatures = [each.objectives["curriculum_temperature"].temperature for each in (whole, second)]
+    assert temperatures[0] == pytest.approx(temperatures[1], rel=1e-6)
+    assert temperatures[0] != pytest.approx(4.0, rel=1e-4)
 
 
 def test_combined_teachers() -> None:
