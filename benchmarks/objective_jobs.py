@@ -180,7 +180,9 @@ def trec(batch_size: int) -> Job:
     classes = {"num_labels": data.module.num_labels, "id2label": data.module.id2label}
     return Job(
         data,
-        lambda: transformers.AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **classes),
+        lambda: transformers.AutoModelForSequenceClassification.from_pretrained(
+            path, trust_remote_code=False, use_safetensors=True, dtype=torch.float32, **classes
+        ),
         {"4 layers, width 192": NARROW},
         BASE | ON_LOGITS | ON_LAYERS,
         "500 questions of TREC",
