@@ -326,8 +326,6 @@ def make_ramps(
     """
     one_of("kind", kind, get_args(RampKind))
     one_of("init", init, get_args(Policy))
-    stack = find_stack(student, layers)
-    chosen = resolve_exits(exits, len(stack))
     if task == "auto":
         task = infer_task(student)
     if task not in ("classification", "regression", "token_classification"):
@@ -335,6 +333,8 @@ def make_ramps(
             "Expected argument `task` to be 'classification', 'regression' or 'token_classification', but got "
             f"{task!r}. Language models do not leave early here."
         )
+    stack = find_stack(student, layers)
+    chosen = resolve_exits(exits, len(stack))
     if kind == "attention" and task == "token_classification":
         raise ValueError("Expected argument `kind` to be 'linear' or 'pooler' for one answer per token.")
     config = getattr(student, "config", None)

@@ -54,6 +54,12 @@ def offsets(batch: Any) -> Tensor | None:
     return None if found is None else torch.as_tensor(found)
 
 
+def ids_of(batch: Any) -> list[Tensor]:
+    """The token ids ``[B, T]`` of a batch, those that are answered first: a decoder's, then the input's."""
+    given = [batch.get(key) for key in ("decoder_input_ids", "input_ids")] if isinstance(batch, Mapping) else []
+    return [ids for ids in given if isinstance(ids, Tensor)]
+
+
 def decoder_token_mask(batch: Any) -> Tensor | None:
     """Bool mask ``[B, T]`` of the real tokens that the decoder of an encoder-decoder reads; None where nothing says."""
     if not isinstance(batch, Mapping):

@@ -7,9 +7,10 @@ from dataclasses import fields, is_dataclass
 from functools import lru_cache
 from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import Tensor, nn
 
-from lightning_distill.models.batch import LABEL_KEYS
+from lightning_distill.models.batch import IGNORE_INDEX, LABEL_KEYS, labels_of
 from lightning_distill.models.heads import task_of_class
 from lightning_distill.models.wrapped import inside
 
@@ -17,14 +18,17 @@ from lightning_distill.models.wrapped import inside
 def call_model(model: nn.Module, batch: Any) -> Any:
     """Run a model on what it takes of a batch, not on the labels: it would compute a loss in vain.
 
-    The decoder of an encoder-decoder that is given nothing else to read, reads the labels.
+    The decoder of an encoder-decoder that is given nothing else to read, reads the labels from its start token on.
+
+    Raises:
+        ValueError: If the batch lacks what the model has to be given.
     """
     if not isinstance(batch, Mapping):
         return model(batch[0] if isinstance(batch, (tuple, list)) else batch)
     names = accepted(model)
     given = {key: value for key, value in batch.items() if key not in LABEL_KEYS}
-    if _reads_labels(model, batch):
-        given["labels"] = batch["labels"]
+    if (labels := labels_read(model, batch)) is not None:
+        given["decoder_input_ids"] = decoder_input_ids(model, labels)
     inputs = {key: given[key] for key in taken_names(model, given)}
     missing = [
         name
@@ -44,11 +48,64 @@ def call_model(model: nn.Module, batch: Any) -> Any:
     return model(**inputs)
 
 
-def _reads_labels(model: nn.Module, batch: Mapping[str, Any]) -> bool:
-    labels = batch.get("labels")
-    tokens = isinstance(labels, Tensor) and labels.ndim == 2 and not labels.is_floating_point()
-    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    return tokens and decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys()
+def labels_read(model: nn.Module, batch: Any) -> Tensor | None:
+    """The labels ``[B, T]`` that the decoder of an encoder-decoder reads; None where it reads none.
+
+    Args:
+        model: Any model.
+        batch: What it is called on.
+
+    Raises:
+        ValueError: If its decoder is given nothing to read.
+    """
+    reads = isinstance(batch, Mapping) and task_of_class(type(inside(model))) == "seq2seq_lm"
+    if not reads or {"decoder_input_ids", "decoder_inputs_embeds"} & batch.keys():
+        return None
+    labels = labels_of(batch)
+    if labels is None or labels.ndim != 2 or labels.is_floating_point():
+        found = f"the keys {list(batch)}" if labels is None else f"{labels.dtype} of shape {list(labels.shape)}"
+        raise ValueError(
+            f"Expected a batch for `{type(inside(model)).__name__}` to have `labels` [rows, tokens], which its decoder "
+            f"reads, or `decoder_input_ids`, but got {found}. To have text written call the model's `generate`."
+        )
+    return labels
+
+
+def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
+    """What a decoder reads to answer labels: its start token, and the labels but the last.
+
+    Args:
+        model: An encoder-decoder of transformers.
+        labels: Integers ``[B, T]``, -100 at padding.
+
+    Returns:
+        Integers ``[B, T]``, padded with the model's padding token.
+
+    Raises:
+        ValueError: If the model's config does not say where a decoder starts, or what padding is.
+    """
+    decoder: Any = inside(model)
+    config = decoder.config
+    start, padding = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    # mBART's decoder starts with a row's last label, so a row without labels is given one to read.
+    first = torch.arange(labels.shape[1], device=labels.device) == 0
+    unlabelled = (labels == IGNORE_INDEX).all(1, keepdim=True)
+    labels = labels.long().masked_fill(unlabelled & first, getattr(config, "eos_token_id", None) or 0)
+    prepare = getattr(decoder, "prepare_decoder_input_ids_from_labels", None)
+    try:
+        if prepare is not None:
+            read: Tensor = prepare(labels=labels)
+            return read
+        moved = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
+        return moved.masked_fill(moved == IGNORE_INDEX, padding)  # type: ignore[arg-type]
+    except (TypeError, ValueError, RuntimeError) as error:
+        if None not in (start, padding):
+            raise
+        raise ValueError(
+            f"Expected the config of `{type(decoder).__name__}` to have `decoder_start_token_id` and `pad_token_id`, "
+            f"with which its decoder reads the labels, but got {start} and {padding}. Set them to the tokenizer's, for "
+            "example to its padding token for both, as T5 has it."
+        ) from error
 
 
 def taken_names(model: nn.Module, inputs: Mapping[str, Any]) -> list[str]:

@@ -6,7 +6,7 @@ from torch import nn
 
 from lightning_distill.models.wrapped import inside
 
-TaskName = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm"]
+TaskName = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm", "seq2seq_lm"]
 #: The classes with a head for a task, as transformers lists them in ``MODEL_FOR_<...>_MAPPING`` by a model's config. A
 #: model without such a head can get a new one; for any other task it comes with what answers it.
 HEAD_CLASSES: dict[str, tuple[str, ...]] = {
@@ -17,7 +17,7 @@ HEAD_CLASSES: dict[str, tuple[str, ...]] = {
     "question_answering": ("QUESTION_ANSWERING",),
 }
 #: Token tasks whose classes are the words of a vocabulary.
-LANGUAGE_MODELS = ("masked_lm", "causal_lm")
+LANGUAGE_MODELS = ("masked_lm", "causal_lm", "seq2seq_lm")
 
 _SUFFIXES: tuple[tuple[str, TaskName], ...] = (
     ("ForSequenceClassification", "classification"),
@@ -26,6 +26,10 @@ _SUFFIXES: tuple[tuple[str, TaskName], ...] = (
     ("ForMaskedLM", "masked_lm"),
     ("ForCausalLM", "causal_lm"),
     ("LMHeadModel", "causal_lm"),
+    ("ForConditionalGeneration", "seq2seq_lm"),
+    ("ForTextToText", "seq2seq_lm"),
+    ("MarianMTModel", "seq2seq_lm"),
+    ("EncoderDecoderModel", "seq2seq_lm"),
 )
 
 
@@ -33,7 +37,10 @@ def task_of_class(kind: type) -> TaskName | None:
     """The task that a transformers class is made for, or what it is derived from; None where it has no head."""
     # A class of the user's own is what it is derived from, whatever its name.
     names = [base.__name__ for base in kind.__mro__]
-    return next((task for name in names for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
+    task = next((task for name in names for suffix, task in _SUFFIXES if name.endswith(suffix)), None)
+    # Decoders that read pictures have the same suffix as encoders beside a decoder.
+    has_encoder = getattr(getattr(kind, "config_class", None), "is_encoder_decoder", False)
+    return None if task == "seq2seq_lm" and not has_encoder else task
 
 
 def is_language_model(model: nn.Module) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from lightning_distill.functional.tensors import local
-from lightning_distill.models.calling import accepted
+from lightning_distill.models.calling import accepted, labels_read
 from lightning_distill.signals.description import find_decoder
 
 # What transformers calls a table of positions.
@@ -58,7 +58,7 @@ class InputCheck:
         self._warned = False
         # Both models read the same batch, and it is said once.
         self._warned_of_packing = name != "student"
-        self._table = _table_of_positions(model)
+        self._table, self._decoder_table = _tables_of_positions(model)
         self._handles: list[RemovableHandle] = []
         for path, module in model.named_modules():
             # A class with a forward of its own is called with something else, such as a length.
@@ -95,6 +95,7 @@ class InputCheck:
             what = f"the token types (`token_type_ids`) for the {self.name}"
             _check_ids(what, _token_types(self.model), batch["token_type_ids"], _TYPES)
         self._check_length(batch, ids)
+        self._check_decoder(batch)
         if not self._warned_of_packing and attend_across_documents(batch):
             self._warned_of_packing = True
             warnings.warn(
@@ -113,6 +114,18 @@ class InputCheck:
         if not torch.compiler.is_compiling() and self._looking:
             what = f"the ids that the embedding `{path}` of the {self.name} looks up"
             _check_ids(what, module, args[0] if args else kwargs.get("input"), _ROWS)
+
+    def _check_decoder(self, batch: Mapping[str, Any]) -> None:
+        read = labels_read(self.model, batch)
+        if (path := find_decoder(self.model)) is not None and isinstance(batch.get("decoder_input_ids"), Tensor):
+            read = batch["decoder_input_ids"]
+            _check_ids(f"the ids for the decoder of the {self.name}", _words(self.model.get_submodule(path)), read, _WORDS)
+        if read is None or self._decoder_table is None:
+            return
+        rows, begin, _ = self._decoder_table
+        if read.shape[-1] > rows - begin:
+            advice = "Cut the targets, for example by `max_target_length`."
+            raise _too_long(rows - begin, read.shape[-1], f"decoder of the {self.name}", advice)
 
     def _check_length(self, batch: Mapping[str, Any], ids: Tensor) -> None:
         config: Any = self.model.config
@@ -135,10 +148,7 @@ class InputCheck:
         if limit is None or longest <= limit:
             return
         if self._table is not None or self.rotary_limit:
-            raise ValueError(
-                f"Expected a batch to fit into the {limit} positions of the models, but got {longest} tokens in a row "
-                f"for the {self.name}. Cut the texts, for example by `max_length`."
-            )
+            raise _too_long(limit, longest, self.name, "Cut the texts, for example by `max_length`.")
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -147,6 +157,13 @@ class InputCheck:
                 "example by `max_length`.",
                 stacklevel=2,
             )
+
+
+def _too_long(limit: int, longest: int, what: str, advice: str) -> ValueError:
+    return ValueError(
+        f"Expected a batch to fit into the {limit} positions of the models, but got {longest} tokens in a row for the "
+        f"{what}. {advice}"
+    )
 
 
 def attend_across_documents(batch: Mapping[str, Any]) -> bool:
@@ -191,19 +208,26 @@ def _token_types(model: nn.Module) -> Any:
     return next((m for path, m in model.named_modules() if path.endswith("token_type_embeddings")), None)
 
 
-def _table_of_positions(model: nn.Module) -> tuple[int, int, int | None] | None:
-    """Rows of the table of positions, the first that is used, and the padding token where the tokens are counted."""
+Positions = tuple[int, int, int | None]
+
+
+def _tables_of_positions(model: nn.Module) -> tuple[Positions | None, Positions | None]:
+    """What reads the input, and the decoder beside it: rows of the table of positions, the first that is used, and the
+    padding token where the tokens are counted.
+    """
     of_decoder = set() if (decoder := find_decoder(model)) is None else set(model.get_submodule(decoder).modules())
+    found: dict[bool, Positions] = {}
     for path, module in model.named_modules():
         is_table = path.rpartition(".")[2] in _TABLES and isinstance(module, nn.Embedding)
-        if is_table and module not in of_decoder and not any(part in path for part in _NO_TEXT):
-            if module.padding_idx is not None:
-                return module.num_embeddings, module.padding_idx + 1, module.padding_idx
-            return module.num_embeddings, getattr(module, "offset", 0), None
+        if is_table and not any(part in path for part in _NO_TEXT):
+            begin = getattr(module, "offset", 0) if module.padding_idx is None else module.padding_idx + 1
+            found.setdefault(module in of_decoder, (module.num_embeddings, begin, module.padding_idx))
     # GPT-J has sines and cosines in a buffer.
     buffers = (buffer for path, buffer in model.named_buffers() if path.rpartition(".")[2] in _TABLES)
     table = next(buffers, None)
-    return None if table is None or table.ndim != 2 else (len(table), 0, None)
+    if False not in found and table is not None and table.ndim == 2:
+        found[False] = len(table), 0, None
+    return found.get(False), found.get(True)
 
 
 def _is_rotary(model: nn.Module, config: Any) -> bool:

@@ -12,7 +12,7 @@ from lightning_distill.functional.attention_map import AttentionDivergence
 from lightning_distill.objectives.objective import Loss, Objective, are_paths, paired
 from lightning_distill.objectives.schedule import Scheduled
 from lightning_distill.signals.description import ModelInfo
-from lightning_distill.signals.signals import Request, Signals
+from lightning_distill.signals.signals import Request, Signals, is_within
 
 #: A named map, a teacher layer per student layer, or pairs (student, teacher) of layers or of their paths.
 AttentionLayers = str | list[int] | list[tuple[int, int]] | list[tuple[str, str]]
@@ -49,6 +49,16 @@ class _AttentionObjective(Objective):
                 )
         last = [(student.depth - 1, teacher.depth - 1)]  # type: ignore[operator]
         self.pairs = paired(self, last if self.layers is None else self.layers, student, teacher)
+        for side, info in enumerate((student, teacher)):
+            for path in info.cross_attention:
+                if inside := [pair[side] for pair in self.pairs if is_within(pair[side], path)]:
+                    raise self._error(
+                        "layers",
+                        "layers that attend to their own tokens",
+                        inside[0],
+                        "It attends to the encoder's, whose padding is another. Name the decoder's layer, whose first "
+                        "attention is compared, or compare what the module puts out by `HiddenState`.",
+                    )
         self.student_request, self.teacher_request = (
             Request(attention=frozenset(pair[side] for pair in self.pairs)) for side in (0, 1)
         )

@@ -21,6 +21,7 @@ class ModelInfo:
         head_width: Width of one attention head.
         modules: Width of every submodule's output by its path; None where its class does not tell.
         decoder: Path of the decoder of an encoder-decoder.
+        cross_attention: Paths of the modules in it that attend to the encoder.
         no_layers: Why a transformers model has no depth; None where it has one, and for any other module.
         no_attention: Why the attention of its layers cannot be recorded; None where it can.
     """
@@ -32,6 +33,7 @@ class ModelInfo:
     head_width: int | None = None
     modules: dict[str, int | None] = field(default_factory=dict)
     decoder: str | None = None
+    cross_attention: frozenset[str] = frozenset()
     no_layers: str | None = None
     no_attention: str | None = None
 
@@ -73,6 +75,7 @@ def describe(model: nn.Module) -> ModelInfo:
         head_width=head_width,
         modules=modules,
         decoder=find_decoder(model),
+        cross_attention=frozenset(path for path, module in model.named_modules() if _attends_to_encoder(path, module)),
         no_layers=no_layers,
         no_attention=no_attention,
     )
@@ -142,6 +145,12 @@ def layer_stack(model: nn.Module) -> tuple[nn.Module, nn.ModuleList]:
 def _text_config(model: nn.Module) -> Any:
     config: Any = getattr(model, "config", None)
     return config.get_text_config(encoder=True) if hasattr(config, "get_text_config") else None
+
+
+def _attends_to_encoder(path: str, module: nn.Module) -> bool:
+    name = path.rpartition(".")[2]
+    named = name in ("encoder_attn", "EncDecAttention", "crossattention", "cross_attn", "cross_attention")
+    return named or "CrossAttention" in type(module).__name__
 
 
 def _width(module: nn.Module) -> int | None:

@@ -24,16 +24,22 @@ class Head:
         linear: The layer.
         softcap: The model's ``config.final_logit_softcapping``.
         scale: The model's ``config.logit_scale``, or one over its ``config.logits_scaling``.
+        logits_bias: What the model adds to the logits ``[1, V]``: BART's and Marian's ``final_logits_bias``.
     """
 
     linear: nn.Linear
     softcap: float | None
     scale: float
+    logits_bias: Tensor | None = None
 
     def projection(self, hidden: Tensor) -> Projection:
         """The logits of hidden states ``[..., D]``, not yet computed; a sharded weight is gathered."""
-        weight, bias = self.linear.weight, self.linear.bias
-        return Projection(hidden, whole(weight), None if bias is None else whole(bias), self.softcap, self.scale)
+        weight, bias = whole(self.linear.weight), self.linear.bias
+        bias = None if bias is None else whole(bias)
+        if self.logits_bias is not None:
+            more = self.logits_bias.flatten().to(weight.dtype)
+            bias = more if bias is None else bias + more
+        return Projection(hidden, weight, bias, self.softcap, self.scale)
 
     def call(self, function: Callable[[Projection], Tensor], hidden: Tensor) -> Tensor:
         """What a function makes of the logits, with the layer called as a module.
@@ -89,7 +95,8 @@ def find_head(model: nn.Module | None) -> Head | None:
     if kind is not nn.Linear or linear.weight is None or len(linear.weight) <= LARGE:
         return None
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return Head(linear, getattr(config, "final_logit_softcapping", None), scale)
+    bias = getattr(model, "final_logits_bias", None)
+    return Head(linear, getattr(config, "final_logit_softcapping", None), scale, bias)
 
 
 @contextmanager

@@ -127,7 +127,8 @@ class CheckedRun(TeacherModule):
         stage = self.trainer.state.stage
         # What the config of a body says of classes is a default that nobody chose.
         config = None if "student" in self.forwards.pairing.headless else getattr(self.student, "config", None)
-        num_classes = getattr(config, self._task.num_classes_field, None)
+        fields = (getattr(config, name, None) for name in self._task.num_classes_fields)
+        num_classes = next((size for size in fields if size is not None), None)
         if self._check.is_first_batch(batch, stage.value if stage else "", num_classes):
             self.forwards.look_again()
 

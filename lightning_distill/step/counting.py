@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from lightning_distill.models.batch import batch_of, labels_of, offsets, token_mask
+from lightning_distill.models.batch import batch_of, ids_of, labels_of, offsets, token_mask
 from lightning_distill.objectives import Objective
 from lightning_distill.signals.signals import Signals
 from lightning_distill.tasks.task import Task
@@ -32,7 +32,7 @@ def before(task: Task, batch: Any) -> Signals:
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     dims = 2 if task.of_tokens else 1
-    first = next(x for x in (labels_of(batch), ids, *tree_leaves(batch)) if isinstance(x, Tensor))
+    first = next(x for x in (labels_of(batch), *ids_of(batch), *tree_leaves(batch)) if isinstance(x, Tensor))
     logits, labels, mask = task.align(torch.empty(*first.shape[:dims], 0, device=first.device), batch)
     real = token_mask(batch)
     if real is None and ids is not None:

@@ -10,12 +10,12 @@ from lightning_distill.models.batch import IGNORE_INDEX
 from lightning_distill.tasks.task import Task, labelled_tokens
 
 
-class _LanguageModel(Task):
-    """Its classes are words."""
+class LanguageModel(Task):
+    """What tasks have in common whose classes are words."""
 
     of_tokens = True
     of_words = True
-    num_classes_field = "vocab_size"
+    num_classes_fields = ("vocab_size",)
 
     def metric(self) -> tuple[str, Metric]:
         """Perplexity."""
@@ -26,7 +26,7 @@ class _LanguageModel(Task):
         return logits.float(), labels
 
 
-class MaskedLM(_LanguageModel):
+class MaskedLM(LanguageModel):
     """The words under the masks; without labels every real token counts."""
 
     name = "masked_lm"
@@ -39,7 +39,7 @@ class MaskedLM(_LanguageModel):
         return logits, labels, labels != IGNORE_INDEX
 
 
-class CausalLM(_LanguageModel):
+class CausalLM(LanguageModel):
     """The next word; without labels a batch answers itself.
 
     Example:

@@ -36,8 +36,8 @@ class Task:
     problem_type: ClassVar[str | None] = None
     #: Whether a batch that has no labels answers itself.
     labels_itself: ClassVar[bool] = False
-    #: The field of a transformers config that holds the number of classes.
-    num_classes_field: ClassVar[str] = "num_labels"
+    #: The fields of a transformers config that may hold the number of classes, the first that is there.
+    num_classes_fields: ClassVar[tuple[str, ...]] = ("num_labels",)
 
     def align(self, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Put logits beside the labels they answer.

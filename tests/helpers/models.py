@@ -33,6 +33,24 @@ def llama(*, layers: int = 2, **config: Any) -> transformers.LlamaForCausalLM:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings))
 
 
+def seq2seq(kind: str = "T5", *, layers: int = 2, **config: Any) -> transformers.PreTrainedModel:
+    """A tiny encoder-decoder: T5, Bart, Marian, MBart, Pegasus and others of their kinds."""
+    sizes = {"vocab_size": VOCAB, "d_model": 16, "pad_token_id": 0, "eos_token_id": 2}
+    if kind == "T5":
+        settings = {"d_kv": 8, "d_ff": 32, "num_heads": 2, "num_layers": layers, "decoder_start_token_id": 0}
+        settings |= {"dropout_rate": 0.0}
+    else:
+        stacks = {f"{stack}_{name}": value for stack in ("encoder", "decoder")
+                  for name, value in (("layers", layers), ("attention_heads", 2), ("ffn_dim", 32))}  # fmt: skip
+        settings = {**stacks, "max_position_embeddings": 32, "bos_token_id": 1, "decoder_start_token_id": 2}
+        settings |= {"dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0}
+        settings |= {"decoder_vocab_size": VOCAB} if kind == "Marian" else {}
+    full = getattr(transformers, f"{kind}Config")(**{**sizes, **settings, **config})
+    name = "MTModel" if kind == "Marian" else "ForConditionalGeneration"
+    model: transformers.PreTrainedModel = getattr(transformers, f"{kind}{name}")(full)
+    return model
+
+
 def tokens(rows: int = 4, length: int = 8, *, seed: int = 0) -> dict[str, Tensor]:
     """``input_ids`` and ``attention_mask`` with rows of different lengths, padded on the right."""
     generator = torch.Generator().manual_seed(seed)
@@ -53,6 +71,9 @@ def batch(task: str, rows: int = 4, length: int = 8, *, classes: int = 2, seed: 
         labels = torch.randn(rows, generator=generator)
     elif task == "token_classification":
         labels = torch.randint(0, classes, (rows, length), generator=generator).masked_fill(~real, -100)
+    elif task == "seq2seq_lm":
+        target = tokens(rows, length - 2, seed=seed + 1)
+        labels = target["input_ids"].masked_fill(target["attention_mask"] == 0, -100)
     elif task == "masked_lm":
         chosen = real & (torch.rand(rows, length, generator=generator) < 0.5)
         chosen[:, 0] = True

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.models import batch, bert, llama
+from tests.helpers.models import batch, bert, llama, seq2seq
 
 
 @dataclass(frozen=True)
@@ -64,4 +64,6 @@ ROWS = [
     ),
     Row("masked language model", "masked_lm", lambda **c: bert("MaskedLM", **c), "perplexity"),
     Row("causal language model", "causal_lm", lambda **c: llama(**c), "perplexity"),
+    Row("sequence to sequence, T5", "seq2seq_lm", lambda **c: seq2seq("T5", **c), "perplexity"),
+    Row("sequence to sequence, BART", "seq2seq_lm", lambda **c: seq2seq("Bart", **c), "perplexity"),
 ]

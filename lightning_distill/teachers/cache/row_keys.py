@@ -29,7 +29,9 @@ class _Leaf(NamedTuple):
     content: Any
 
 
-def row_keys(batch: Any, mask: Tensor | None, padding: int | None = None) -> list[bytes]:
+def row_keys(
+    batch: Any, mask: Tensor | None, padding: int | None = None, read: Tensor | None = None
+) -> list[bytes]:
     """A hash of each row's content: of its inputs as far as they are real, and of which of its items count.
 
     Padding behind the tokens is left out, so a row has the same key in every batch. A mask with holes, or one that
@@ -41,6 +43,7 @@ def row_keys(batch: Any, mask: Tensor | None, padding: int | None = None) -> lis
         mask: Bool ``[B, T]``, the items that count, or None.
         padding: The id that the model takes for padding, if it has one; a row that is padded with another is hashed
             whole, as a model may look for its last token by that id.
+        read: Integers ``[B, T]``, the labels that a decoder reads, or None; the mask is then theirs.
 
     Returns:
         One key of 16 bytes a row.
@@ -71,7 +74,7 @@ def row_keys(batch: Any, mask: Tensor | None, padding: int | None = None) -> lis
     for row in range(rows):
         items = None if counts is None else np.flatnonzero(counts[row])
         length = None if lengths is None else lengths[row]
-        if length is not None and items is not None and items.size and items[-1] >= length:
+        if length is not None and read is None and items is not None and items.size and items[-1] >= length:
             length = None  # something that is no token counts
         digest = hashlib.blake2b(digest_size=SIZE)
         for leaf in [*leaves, *whole] if length is None else leaves:
@@ -81,6 +84,8 @@ def row_keys(batch: Any, mask: Tensor | None, padding: int | None = None) -> lis
                 content = content[:length] if content.shape[:1] == attention_mask.shape[1:] else content
             _add(digest, leaf.name + leaf.kind, content)
         _add(digest, "items", "all" if items is None else items.astype(np.int64))
+        if read is not None:
+            _add(digest, "read", read[row].cpu().numpy().astype(np.int64)[... if items is None else items])
         keys.append(digest.digest())
     return keys
 

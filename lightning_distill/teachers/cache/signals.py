@@ -12,8 +12,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_distill.functional.projection import TopK
-from lightning_distill.models.batch import LABEL_KEYS, batch_of, labels_of, token_mask
-from lightning_distill.models.calling import gives_logits, taken_names
+from lightning_distill.models.batch import LABEL_KEYS, batch_of, ids_of, labels_of, token_mask
+from lightning_distill.models.calling import gives_logits, labels_read, taken_names
 from lightning_distill.models.class_names import class_names
 from lightning_distill.models.fingerprints import model_fingerprint, tokenizer_fingerprint
 from lightning_distill.models.wrapped import inside
@@ -162,8 +162,8 @@ class CachedSignals:
         batch, task = batch_of("teacher", batch), self._task
         shape: tuple[int, ...] = (count_rows(batch),)
         if task.of_tokens:
-            labels = labels_of(batch)
-            of_tokens = labels if labels is not None and labels.ndim > 1 else first_tensor(batch)
+            of_tokens = next((x for x in (labels_of(batch), *ids_of(batch)) if x is not None and x.ndim > 1), None)
+            of_tokens = first_tensor(batch) if of_tokens is None else of_tokens
             assert of_tokens is not None
             shape = tuple(of_tokens.shape[:2])
         logits, labels, mask = task.align(torch.empty(*shape, 0, device=self._module.device), batch)
@@ -171,12 +171,13 @@ class CachedSignals:
 
     def _keys(self, batch: Any, frame: Signals) -> list[bytes]:
         batch, teacher = batch_of("teacher", batch), inside(self._module.teacher)
+        read = labels_read(teacher, batch)
         if isinstance(batch, Mapping) and self._module.teacher_source_has_own_order:
             # What it does not take cannot change its answer; a plain module may call its one input otherwise. One that
             # takes no mask reads the padding too.
             kept = {*(taken_names(teacher, batch) or batch), *LABEL_KEYS}
             batch = {name: value for name, value in batch.items() if name in kept}
-        return row_keys(batch, frame.mask, getattr(getattr(teacher, "config", None), "pad_token_id", None))
+        return row_keys(batch, frame.mask, getattr(getattr(teacher, "config", None), "pad_token_id", None), read)
 
     def _missing(self, keys: list[bytes]) -> list[int]:
         return [row for row, key in enumerate(keys) if self._store is None or key not in self._store]
