@@ -14,6 +14,7 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
+from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from lightning_distill.arguments import finite, one_of, typed
@@ -339,6 +340,9 @@ class GPTQ(L.Callback):
         callbacks, loggers, stage = trainer.callbacks, trainer.loggers, trainer.state.stage  # type: ignore[attr-defined]
         loop = trainer.fit_loop.epoch_loop.val_loop
         verbose, loop.verbose = loop.verbose, False
+        # What `Trainer.validate` counted in inference mode cannot be added to outside of it.
+        for metric in (module for module in pl_module.modules() if isinstance(module, Metric)):
+            metric.reset()
         trainer.callbacks, trainer.loggers = [], []  # type: ignore[attr-defined]
         try:
             trainer.state.stage = RunningStage.VALIDATING

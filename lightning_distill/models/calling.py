@@ -86,7 +86,8 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
     """
     decoder: Any = inside(model)
     config = decoder.config
-    start, padding = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
+    start: Any = getattr(config, "decoder_start_token_id", None)
+    padding: Any = getattr(config, "pad_token_id", None)
     # mBART's decoder starts with a row's last label, so a row without labels is given one to read.
     first = torch.arange(labels.shape[1], device=labels.device) == 0
     unlabelled = (labels == IGNORE_INDEX).all(1, keepdim=True)
@@ -97,7 +98,7 @@ def decoder_input_ids(model: nn.Module, labels: Tensor) -> Tensor:
             read: Tensor = prepare(labels=labels)
             return read
         moved = torch.cat([labels.new_full((len(labels), 1), start), labels[:, :-1]], dim=1)
-        return moved.masked_fill(moved == IGNORE_INDEX, padding)  # type: ignore[arg-type]
+        return moved.masked_fill(moved == IGNORE_INDEX, padding)
     except (TypeError, ValueError, RuntimeError) as error:
         if None not in (start, padding):
             raise

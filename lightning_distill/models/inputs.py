@@ -118,8 +118,8 @@ class InputCheck:
     def _check_decoder(self, batch: Mapping[str, Any]) -> None:
         read = labels_read(self.model, batch)
         if (path := find_decoder(self.model)) is not None and isinstance(batch.get("decoder_input_ids"), Tensor):
-            read = batch["decoder_input_ids"]
-            _check_ids(f"the ids for the decoder of the {self.name}", _words(self.model.get_submodule(path)), read, _WORDS)
+            read, words = batch["decoder_input_ids"], _words(self.model.get_submodule(path))
+            _check_ids(f"the ids for the decoder of the {self.name}", words, read, _WORDS)
         if read is None or self._decoder_table is None:
             return
         rows, begin, _ = self._decoder_table
@@ -212,8 +212,9 @@ Positions = tuple[int, int, int | None]
 
 
 def _tables_of_positions(model: nn.Module) -> tuple[Positions | None, Positions | None]:
-    """What reads the input, and the decoder beside it: rows of the table of positions, the first that is used, and the
-    padding token where the tokens are counted.
+    """Of what reads the input, and of a decoder beside it: the table of positions.
+
+    Its rows, the first that is used, and the padding token where the tokens are counted.
     """
     of_decoder = set() if (decoder := find_decoder(model)) is None else set(model.get_submodule(decoder).modules())
     found: dict[bool, Positions] = {}

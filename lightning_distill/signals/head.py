@@ -34,8 +34,8 @@ class Head:
 
     def projection(self, hidden: Tensor) -> Projection:
         """The logits of hidden states ``[..., D]``, not yet computed; a sharded weight is gathered."""
-        weight, bias = whole(self.linear.weight), self.linear.bias
-        bias = None if bias is None else whole(bias)
+        weight = whole(self.linear.weight)
+        bias = None if self.linear.bias is None else whole(self.linear.bias)
         if self.logits_bias is not None:
             more = self.logits_bias.flatten().to(weight.dtype)
             bias = more if bias is None else bias + more

@@ -22,7 +22,8 @@ __all__ = ["TASKS", "Task", "TaskName", "infer_task", "task_named"]
 
 #: Every task by its name; a new one is a file and a row.
 TASKS: dict[TaskName, Task] = {
-    task.name: task for task in (Classification(), Regression(), TokenClassification(), MaskedLM(), CausalLM(), Seq2SeqLM())
+    task.name: task
+    for task in (Classification(), Regression(), TokenClassification(), MaskedLM(), CausalLM(), Seq2SeqLM())
 }
 
 

@@ -1,6 +1,6 @@
 """One word a token: masked and causal language models."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torchmetrics import Metric
@@ -15,7 +15,7 @@ class LanguageModel(Task):
 
     of_tokens = True
     of_words = True
-    num_classes_fields = ("vocab_size",)
+    num_classes_fields: ClassVar[tuple[str, ...]] = ("vocab_size",)
 
     def metric(self) -> tuple[str, Metric]:
         """Perplexity."""

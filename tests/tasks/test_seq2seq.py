@@ -16,6 +16,7 @@ from lightning_distill import DistillationModule
 from lightning_distill.callbacks import GPTQ, EarlyExit, TeacherCache
 from lightning_distill.models.calling import call_model, decoder_input_ids
 from lightning_distill.objectives import AttentionMap, AttentionRelation, HardLabel, HiddenState, SoftTarget
+from lightning_distill.quantization import load
 from lightning_distill.signals import head as vocabulary
 from lightning_distill.signals.head import find_head
 from lightning_distill.tasks import infer_task
@@ -33,6 +34,14 @@ def trainer(folder: Path, **options: Any) -> L.Trainer:
 
 def loader(rows: int = 4) -> DataLoader:
     return DataLoader([batch("seq2seq_lm", rows, seed=seed) for seed in range(4)], batch_size=None)
+
+
+class Rows(L.LightningDataModule):
+    def train_dataloader(self) -> DataLoader:
+        return loader()
+
+    def val_dataloader(self) -> DataLoader:
+        return loader()
 
 
 def hard_label(model: Any, data: dict[str, Tensor]) -> Tensor:
@@ -197,7 +206,9 @@ def test_signals_of_either_stack_do_not_depend_on_padding(kind: str, stack: str)
 )  # fmt: skip
 def test_attention_to_the_encoder_is_refused(kind: str, path: str) -> None:
     for objective in (AttentionMap([(path, path)]), AttentionRelation([(path, path)])):
-        with pytest.raises(ValueError, match=r"attend to their own tokens, but got 'decoder|'model.*Name the decoder's"):
+        with pytest.raises(
+            ValueError, match=rf"attend to their own tokens, but got '{path}'.*Name the decoder's layer"
+        ):
             DistillationModule(seq2seq(kind, layers=3), seq2seq(kind), [objective])
     states = DistillationModule(seq2seq(kind, layers=3), seq2seq(kind), [HiddenState([(path, path)])])
     assert states.losses(batch("seq2seq_lm"))["hidden_state"] > 0
@@ -228,7 +239,10 @@ def test_a_cache_tells_targets_apart_and_finds_rows_in_other_batches(tmp_path: P
     # In batches of one, shorter and longer, and without the teacher's weights.
     padded = {"input_ids": (0, 2), "attention_mask": (0, 2), "labels": (0, 5)}
     apart = [
-        {name: F.pad(each[name][row : row + 1], by, value=-100 if name == "labels" else 0) for name, by in padded.items()}
+        {
+            name: F.pad(each[name][row : row + 1], by, value=-100 if name == "labels" else 0)
+            for name, by in padded.items()
+        }
         for each in rows
         for row in range(4)
     ]
@@ -243,14 +257,17 @@ def test_gptq_bf16_checkpointing_adapters_and_export(tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"d_model": 32, "d_ff": 64, "d_kv": 16}
     student = seq2seq("T5", **settings)
-    gptq = GPTQ(8, group_size=32, folder=str(tmp_path / "gptq"), max_drop=None, monitor="val_perplexity")
     module = DistillationModule(seq2seq("T5", layers=3, **settings), student, gradient_checkpointing=True)
-    run = trainer(tmp_path, precision="bf16-mixed", callbacks=[gptq])
+    run = trainer(tmp_path, precision="bf16-mixed")
     run.fit(module, loader(), loader())
     assert all(value.isfinite() for value in run.callback_metrics.values())
     again = transformers.AutoModelForSeq2SeqLM.from_pretrained(module.export(tmp_path / "student"))
     data = batch("seq2seq_lm")
     torch.testing.assert_close(again(**data).loss, student.eval()(**data).loss)
+    gptq = GPTQ(8, group_size=32, folder=str(tmp_path), max_drop=None, monitor="val_perplexity")
+    trainer(tmp_path, callbacks=[gptq]).validate(DistillationModule(None, student), Rows(), verbose=False)
+    few = load(tmp_path / "student-gptq")
+    assert 0 < (few(**data).loss - again(**data).loss).abs() < 0.1
 
     lora = peft.get_peft_model(seq2seq("Bart"), peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q_proj"]))
     module = DistillationModule(seq2seq("Bart", layers=3), lora)
@@ -272,13 +289,17 @@ def test_what_a_decoder_cannot_read_is_refused() -> None:
     model, data = seq2seq("Bart"), batch("seq2seq_lm")
     module = DistillationModule(seq2seq("Bart", max_position_embeddings=64), model)
     long = torch.ones(4, 33, dtype=torch.long)
-    with pytest.raises(ValueError, match="32 positions of the models, but got 33 tokens .* decoder of the student"):
+    with pytest.raises(ValueError, match=r"32 positions of the models, but got 33 tokens .* decoder of the student"):
         module.losses({**data, "labels": long})
     with pytest.raises(ValueError, match="32 positions of the models, but got 33 tokens in a row for the student"):
         module.losses({**data, "input_ids": long, "attention_mask": long})
     with pytest.raises(ValueError, match=r"ids for the decoder of the student to be in \[0, 63\], but got 64"):
         module.losses({**data, "decoder_input_ids": long[:, :6] * 64})
-    for labels, found in ((None, "the keys"), (torch.zeros(4), "torch.float32 of shape"), (torch.zeros(4).long(), "torch.int64")):
+    for labels, found in (
+        (None, "the keys"),
+        (torch.zeros(4), "torch.float32 of shape"),
+        (torch.zeros(4).long(), "torch.int64"),
+    ):
         given = {**data, "labels": labels} if labels is not None else {"input_ids": data["input_ids"]}
         with pytest.raises(ValueError, match=f"`labels` \\[rows, tokens\\].*but got {found}"):
             module.losses(given)
@@ -296,7 +317,7 @@ def test_labels_beyond_the_words_are_refused(tmp_path: Path) -> None:
 def test_a_config_that_does_not_say_where_a_decoder_starts(kind: str, name: str) -> None:
     model = seq2seq(kind)
     setattr(model.config, name, None)
-    with pytest.raises(ValueError, match="to have `decoder_start_token_id` and `pad_token_id`.*None"):
+    with pytest.raises(ValueError, match=r"to have `decoder_start_token_id` and `pad_token_id`.*None"):
         hard_label(model, batch("seq2seq_lm"))
 
 
@@ -309,6 +330,8 @@ def test_decoders_that_read_pictures_are_another_task() -> None:
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     text = transformers.LlamaConfig(vocab_size=20, **sizes)
     vision = transformers.CLIPVisionConfig(**sizes, image_size=4, patch_size=2)
-    model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=19))
+    model = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=19)
+    )
     with pytest.raises(ValueError, match="LlavaForConditionalGeneration"):
         infer_task(model)

@@ -29,9 +29,7 @@ class _Leaf(NamedTuple):
     content: Any
 
 
-def row_keys(
-    batch: Any, mask: Tensor | None, padding: int | None = None, read: Tensor | None = None
-) -> list[bytes]:
+def row_keys(batch: Any, mask: Tensor | None, padding: int | None = None, read: Tensor | None = None) -> list[bytes]:
     """A hash of each row's content: of its inputs as far as they are real, and of which of its items count.
 
     Padding behind the tokens is left out, so a row has the same key in every batch. A mask with holes, or one that
