@@ -13,6 +13,13 @@ from lightning_distill.functional.batch_relations import (
 )
 from lightning_distill.functional.correlation import correlation
 from lightning_distill.functional.early_exit import agreement_run, confidence, margin, normalized_entropy
+from lightning_distill.functional.embeddings import (
+    candidate_scores,
+    cosent,
+    embedding_similarity,
+    listwise_kl,
+    margin_mse,
+)
 from lightning_distill.functional.features import attention_transfer, flow, neuron_selectivity, normalized_mse
 from lightning_distill.functional.hard_label import IGNORE_INDEX, hard_label
 from lightning_distill.functional.hidden_state import hidden_state_cosine, hidden_state_mse
@@ -39,21 +46,26 @@ __all__ = [
     "attention_divergence",
     "attention_map",
     "attention_transfer",
+    "candidate_scores",
     "combine_teachers",
     "confidence",
     "contrastive",
     "correlation",
+    "cosent",
     "decoupled",
+    "embedding_similarity",
     "flow",
     "hard_label",
     "hidden_state_cosine",
     "hidden_state_mse",
     "linear_cosine",
     "linear_soft_target",
+    "listwise_kl",
     "logits_cosine",
     "logits_mse",
     "lr_suggestion",
     "margin",
+    "margin_mse",
     "matched_words",
     "merged_universal_logit",
     "neuron_selectivity",

@@ -43,9 +43,16 @@ def labels_of(batch: Any) -> Tensor | None:
 
 
 def token_mask(batch: Any) -> Tensor | None:
-    """Bool mask ``[B, T]`` of the real tokens of a batch, or None where it says nothing of padding."""
+    """Bool mask ``[B, T]`` of the real tokens of a batch, or None where it says nothing of padding.
+
+    Where a row has several texts, ``input_ids`` ``[B, S, T]``, each is a row of the mask, as the model reads it.
+    """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return None if mask is None else mask.bool()
+    if mask is None:
+        return None
+    ids = batch.get("input_ids")
+    several = mask.ndim == 3 and isinstance(ids, Tensor) and ids.shape == mask.shape
+    return (mask.flatten(0, 1) if several else mask).bool()
 
 
 def offsets(batch: Any) -> Tensor | None:

@@ -6,7 +6,9 @@ from torch import nn
 
 from lightning_distill.models.wrapped import inside
 
-TaskName = Literal["classification", "regression", "token_classification", "masked_lm", "causal_lm", "seq2seq_lm"]
+TaskName = Literal[
+    "classification", "regression", "token_classification", "masked_lm", "causal_lm", "seq2seq_lm", "sentence_embedding"
+]
 #: The classes with a head for a task, as transformers lists them in ``MODEL_FOR_<...>_MAPPING`` by a model's config. A
 #: model without such a head can get a new one; for any other task it comes with what answers it.
 HEAD_CLASSES: dict[str, tuple[str, ...]] = {
@@ -30,6 +32,7 @@ _SUFFIXES: tuple[tuple[str, TaskName], ...] = (
     ("ForTextToText", "seq2seq_lm"),
     ("MarianMTModel", "seq2seq_lm"),
     ("EncoderDecoderModel", "seq2seq_lm"),
+    ("EmbeddingModel", "sentence_embedding"),
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import transformers
 from torch import nn
 
+from lightning_distill.models.embedding import FIELD, embedding_class, settings_of, without_pooler
 from lightning_distill.models.exporting import export
 from lightning_distill.models.files import (
     BROKEN,
@@ -40,7 +41,7 @@ HEADS = (
 def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "model") -> nn.Module:
     """Load a transformers model with the head its config names; a module comes back as it is.
 
-    What ``torch.compile`` returned comes back as the module inside it, compiled in place. Only safetensors are read,
+    A model of sentence-transformers is loaded as an :class:`~lightning_distill.models.embedding.EmbeddingModel`. What ``torch.compile`` returned comes back as the module inside it, compiled in place. Only safetensors are read,
     and code beside the model is never run: whoever trusts it says so by name, to
     ``from_pretrained(..., trust_remote_code=True)``, and passes the model.
 
@@ -63,6 +64,10 @@ def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "mode
             f"Expected argument `{name}` to be an nn.Module, a folder or a hub id, but got {type(model).__name__}."
         )
     path = os.fspath(model)
+    if (settings := settings_of(path)) is not None:
+        config = read_config(path, name)
+        setattr(config, FIELD, settings)
+        return without_pooler(load_whole(embedding_class(config), path, name, config=config))
     return load_whole(architecture_of(path, name), path, name)
 
 

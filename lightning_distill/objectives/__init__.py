@@ -16,6 +16,13 @@ from lightning_distill.objectives.batch_relations import (
 from lightning_distill.objectives.correlation import Correlation
 from lightning_distill.objectives.curriculum import CurriculumTemperature
 from lightning_distill.objectives.decoupled import Decoupled
+from lightning_distill.objectives.embeddings import (
+    CoSENT,
+    EmbeddingDistance,
+    EmbeddingSimilarity,
+    ListwiseKL,
+    MarginMSE,
+)
 from lightning_distill.objectives.features import (
     FeatureObjective,
     Flow,
@@ -38,11 +45,14 @@ __all__ = [
     "AttentionMap",
     "AttentionRelation",
     "AttentionTransfer",
+    "CoSENT",
     "Contrastive",
     "Correlation",
     "CosineSchedule",
     "CurriculumTemperature",
     "Decoupled",
+    "EmbeddingDistance",
+    "EmbeddingSimilarity",
     "FeatureObjective",
     "Flow",
     "GradientNormBalance",
@@ -50,9 +60,11 @@ __all__ = [
     "HiddenState",
     "HiddenStateCosine",
     "LinearSchedule",
+    "ListwiseKL",
     "LogitsCosine",
     "LogitsMSE",
     "Loss",
+    "MarginMSE",
     "NeuronSelectivity",
     "Objective",
     "PatientHiddenState",

@@ -39,8 +39,8 @@ class Softened(Objective):
 class SoftTarget(Softened):
     """The teacher's softened prediction, see :func:`lightning_distill.functional.soft_target`.
 
-    The loss is scaled by the squared temperature. In regression it is the squared difference of the logits instead;
-    temperature and divergence then mean nothing.
+    The loss is scaled by the squared temperature. In regression it is the squared difference of the logits instead, of
+    embeddings one minus their cosine; temperature and divergence then mean nothing.
 
     Args:
         temperature: Divides the logits, finite and above 0; a number or a schedule.
@@ -107,6 +107,8 @@ class SoftTarget(Softened):
                 raise self._error("divergence", "'forward_kl' with a teacher's k best classes alone", self.divergence)
             best = teacher.top_k[self.temperature]
             values = functional.top_k_soft_target(student.logits, best.log_probs, best.classes, **options)
+        elif student.vectors:
+            values = functional.logits_cosine(student.logits, teacher.logits, mask=student.mask, reduction="none")
         elif _are_values(student):
             values = functional.logits_mse(student.logits, teacher.logits, mask=student.mask, reduction="none")
         else:
@@ -214,6 +216,8 @@ class LogitsCosine(Objective):
 class HardLabel(Objective):
     """The labels of the data: cross entropy with classes or their probabilities; in regression the squared error.
 
+    With embeddings of pairs it is the squared difference of their cosine and their score.
+
     Args:
         label_smoothing: Share of the label that is spread evenly over the classes, in [0, 1).
         class_weights: Factor of the loss of each class, at least 0. The mean is divided by the sum of the weights of
@@ -257,6 +261,8 @@ class HardLabel(Objective):
 
     def count(self, student: Signals, teacher: Signals) -> Tensor | None:
         """Rows, or tokens, that have a label; with ``class_weights`` the sum of the weights of their labels."""
+        if student.vectors and student.labels is not None:
+            return Loss(student.labels, candidate_mask(student)).count()
         if self.class_weights is None or student.labels is None or student.labels.is_floating_point():
             return count_labelled(self, student)
         labels, mask = labelled(self, student)
@@ -274,6 +280,9 @@ class HardLabel(Objective):
     def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
         """Loss per row, or per token."""
         labels, mask = labelled(self, student)
+        if student.vectors:
+            cosines = functional.candidate_scores(student.logits)
+            return Loss((cosines - labels.to(cosines)).square(), candidate_mask(student))
         if _are_values(student):
             if self.class_weights is not None:
                 raise self._error("class_weights", "None where logits are values and no classes", self.class_weights)
@@ -290,6 +299,11 @@ class HardLabel(Objective):
             reduction="none",
         )
         return Loss(values, mask, None if weights is None or labels.is_floating_point() else self._counts(labels))
+
+
+def candidate_mask(signals: Signals) -> Tensor | None:
+    """Bool ``[B, S - 1]``, where the first text of a row and another one are there; None where all are."""
+    return None if signals.mask is None else signals.mask[:, :1] & signals.mask[:, 1:]
 
 
 def _are_values(student: Signals) -> bool:

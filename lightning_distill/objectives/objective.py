@@ -96,6 +96,8 @@ class Objective(nn.Module):
     #: The total that it is a part of, logged as ``train_<total>``: a step minimises the sum of all totals, and a
     #: validation measures ``"loss"`` alone. What a callback adds has a total of its own.
     total = "loss"
+    #: Whether it compares embeddings of other widths.
+    any_width = False
 
     def __init__(self, weight: Scheduled = 1.0, name: str | None = None) -> None:
         super().__init__()

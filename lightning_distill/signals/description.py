@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_distill.models.wrapped import inside
 from lightning_distill.signals.attention import why_unrecorded
 
 
@@ -19,6 +20,7 @@ class ModelInfo:
         num_heads: Number of attention heads.
         num_key_value_heads: Number of key and value heads (smaller where heads are grouped).
         head_width: Width of one attention head.
+        embedding_width: Size of the vector that the model answers with, where it is an embedding model.
         modules: Width of every submodule's output by its path; None where its class does not tell.
         decoder: Path of the decoder of an encoder-decoder.
         cross_attention: Paths of the modules in it that attend to the encoder.
@@ -31,6 +33,7 @@ class ModelInfo:
     num_heads: int | None = None
     num_key_value_heads: int | None = None
     head_width: int | None = None
+    embedding_width: int | None = None
     modules: dict[str, int | None] = field(default_factory=dict)
     decoder: str | None = None
     cross_attention: frozenset[str] = frozenset()
@@ -73,6 +76,7 @@ def describe(model: nn.Module) -> ModelInfo:
         num_heads=num_heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_width=head_width,
+        embedding_width=getattr(inside(model), "embedding_width", None),
         modules=modules,
         decoder=find_decoder(model),
         cross_attention=frozenset(path for path, module in model.named_modules() if _attends_to_encoder(path, module)),

@@ -37,7 +37,8 @@ def before(task: Task, batch: Any) -> Signals:
     real = token_mask(batch)
     if real is None and ids is not None:
         real = torch.ones_like(ids, dtype=torch.bool)
-    return Signals(logits, labels, mask, real, regression=not task.has_classes, offsets=offsets(batch))
+    means = {"regression": not task.has_classes, "vectors": task.of_vectors}
+    return Signals(logits, labels, mask, real, offsets=offsets(batch), **means)
 
 
 def counted_ahead(task: Task, objectives: Mapping[str, Objective], batch: Any) -> Tensor | None:

@@ -80,6 +80,7 @@ class Forwards:
             mask,
             token_mask(batch),
             deferred=deferred,
+            vectors=self.task.of_vectors,
             offsets=offsets(batch),
             decoder=decoder,
             decoder_token_mask=None if decoder is None else decoder_token_mask(batch),

@@ -72,6 +72,8 @@ def pair(
             _check_forward(model, role)
             if not _gives_answers(model, role, objectives):
                 headless.add(role)
+    if task.of_vectors and teacher is not None:
+        _check_widths(student, teacher, objectives)
     pairing = Pairing(headless=frozenset(headless), own_teacher_inputs=own_teacher_inputs)
     if teacher is not None:
         pairing = _compare(student, teacher, task, objectives, pairing)
@@ -152,6 +154,18 @@ def _check_classes(task: Task, objectives: Mapping[str, Objective]) -> None:
         )
 
 
+def _check_widths(student: nn.Module, teacher: nn.Module, objectives: Mapping[str, Objective]) -> None:
+    """Refuse objectives that compare embeddings number by number where they are not as many."""
+    widths = [describe(model).embedding_width for model in (student, teacher)]
+    strict = [name for name, o in objectives.items() if o.needs_teacher and o.reads_logits and not o.any_width]
+    if None not in widths and widths[0] != widths[1] and strict:
+        raise ValueError(
+            f"Expected student and teacher to give embeddings of one width for the objectives {strict}, but got "
+            f"{widths[0]} and {widths[1]}. Pass `objectives=[EmbeddingDistance()]`, which learns a projection, or "
+            "`EmbeddingSimilarity()`, which needs none."
+        )
+
+
 def _check_pair(
     student: nn.Module,
     teacher: nn.Module,
@@ -168,7 +182,7 @@ def _check_pair(
         check_sizes(student, teacher, padded=True, advice=ANOTHER_TOKENIZER)
     if not any_vocabulary and not own_inputs:
         check_tokenizers(student, teacher, ANOTHER_TOKENIZER if words else OWN_INPUTS)
-    if words or not same_answers:
+    if words or not same_answers or task.of_vectors:
         return None
     student_config, teacher_config = getattr(student, "config", None), getattr(teacher, "config", None)
     check_equal("num_labels", student_config, teacher_config, "Load both with the same number of classes.")

@@ -14,6 +14,7 @@ from lightning_distill.models.wrapped import inside
 from lightning_distill.tasks.classification import Classification
 from lightning_distill.tasks.language_models import CausalLM, MaskedLM
 from lightning_distill.tasks.regression import Regression
+from lightning_distill.tasks.sentence_embedding import SentenceEmbedding
 from lightning_distill.tasks.seq2seq_lm import Seq2SeqLM
 from lightning_distill.tasks.task import Task
 from lightning_distill.tasks.token_classification import TokenClassification
@@ -23,7 +24,15 @@ __all__ = ["TASKS", "Task", "TaskName", "infer_task", "task_named"]
 #: Every task by its name; a new one is a file and a row.
 TASKS: dict[TaskName, Task] = {
     task.name: task
-    for task in (Classification(), Regression(), TokenClassification(), MaskedLM(), CausalLM(), Seq2SeqLM())
+    for task in (
+        Classification(),
+        Regression(),
+        TokenClassification(),
+        MaskedLM(),
+        CausalLM(),
+        Seq2SeqLM(),
+        SentenceEmbedding(),
+    )
 }
 
 

@@ -1,8 +1,26 @@
 """Metrics that torchmetrics does not have in this form."""
 
+import warnings
+
 import torch
 from torch import Tensor
-from torchmetrics.regression import PearsonCorrCoef
+from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
+
+
+class Spearman(SpearmanCorrCoef):
+    """Spearman's correlation of numbers ``[N]``, which keeps them all, as ranks need; without saying so each time.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.tasks.metrics import Spearman
+        >>> Spearman()(torch.tensor([0.1, 0.5, 0.4]), torch.tensor([1.0, 3.0, 2.0])).item()
+        1.0
+    """
+
+    def __init__(self) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Metric `Spearman.* will save all targets and predictions")
+            super().__init__()
 
 
 class Pearson(PearsonCorrCoef):

@@ -34,6 +34,8 @@ class Task:
     names_classes: ClassVar[bool] = False
     #: What a transformers config calls it, where the class of the head does not say it.
     problem_type: ClassVar[str | None] = None
+    #: Whether an answer is one vector, whose direction counts, of any width.
+    of_vectors: ClassVar[bool] = False
     #: Whether a batch that has no labels answers itself.
     labels_itself: ClassVar[bool] = False
     #: The fields of a transformers config that may hold the number of classes, the first that is there.
@@ -131,7 +133,7 @@ class Task:
         """Give signals that a step of the user's own made the form that :meth:`align` gives, and say what they mean."""
         for signals in made:
             if signals is not None:
-                signals.regression = not self.has_classes
+                signals.regression, signals.vectors = not self.has_classes, self.of_vectors
                 signals.logits = self._settled(signals.logits)
 
     def _settled(self, logits: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import transformers
 from torch import Tensor
 
+from lightning_distill.models.embedding import EmbeddingModel
+
 VOCAB = 64
 SMALL = {
     "vocab_size": VOCAB,
@@ -58,6 +60,20 @@ def tokens(rows: int = 4, length: int = 8, *, seed: int = 0) -> dict[str, Tensor
     lengths = torch.randint(3, length + 1, (rows,), generator=generator)
     mask = torch.arange(length) < lengths[:, None]
     return {"input_ids": input_ids.masked_fill(~mask, 0), "attention_mask": mask.long()}
+
+
+def embedder(*, layers: int = 2, **config: Any) -> Any:
+    """A tiny BERT that gives embeddings."""
+    full = transformers.BertConfig(**{**SMALL, "num_hidden_layers": layers, "initializer_range": 0.5, **config})
+    return EmbeddingModel.of(transformers.BertModel(full))
+
+
+def texts(rows: int = 4, several: int = 2, length: int = 8, *, seed: int = 0) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` of rows of several texts, labels of each but the first."""
+    made = {name: x.view(rows, several, length) for name, x in tokens(rows * several, length, seed=seed).items()}
+    generator = torch.Generator().manual_seed(seed + 1)
+    labels = torch.rand(rows, several - 1, generator=generator)
+    return {**made, "labels": labels.squeeze(1) if several == 2 else labels}
 
 
 def batch(task: str, rows: int = 4, length: int = 8, *, classes: int = 2, seed: int = 0) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.models import batch, bert, llama, seq2seq
+from tests.helpers.models import batch, bert, embedder, llama, seq2seq, texts
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Row:
     told: dict[str, Any] = field(default_factory=dict)
 
     def batch(self, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
+        if self.task == "sentence_embedding":
+            return texts(several=self.classes, seed=seed, **sizes)
         made = batch(self.task, classes=self.classes, seed=seed, **sizes)
         if self.name == "several values":
             labels = torch.randn(len(made["labels"]), 3, generator=torch.Generator().manual_seed(seed))
@@ -41,6 +43,14 @@ class Row:
 def _of_two_classes(model: Any, data: dict[str, Tensor]) -> Tensor:
     logits = model(data["input_ids"], data["attention_mask"]).logits[:, 0]
     return F.binary_cross_entropy_with_logits(logits, data["labels"].float())
+
+
+def _of_cosines(model: Any, data: dict[str, Tensor]) -> Tensor:
+    first, *others = (
+        model(data["input_ids"][:, i], data["attention_mask"][:, i]).logits for i in range(data["input_ids"].shape[1])
+    )
+    cosines = torch.stack([F.cosine_similarity(first, other) for other in others], 1)
+    return F.mse_loss(cosines, data["labels"].view_as(cosines))
 
 
 ROWS = [
@@ -63,6 +73,8 @@ ROWS = [
         "accuracy",
     ),
     Row("masked language model", "masked_lm", lambda **c: bert("MaskedLM", **c), "perplexity"),
+    Row("pairs of texts", "sentence_embedding", embedder, "spearman", _of_cosines, classes=2),
+    Row("queries and candidates", "sentence_embedding", embedder, "spearman", _of_cosines, classes=4),
     Row("causal language model", "causal_lm", lambda **c: llama(**c), "perplexity"),
     Row("sequence to sequence, T5", "seq2seq_lm", lambda **c: seq2seq("T5", **c), "perplexity"),
     Row("sequence to sequence, BART", "seq2seq_lm", lambda **c: seq2seq("Bart", **c), "perplexity"),

@@ -11,6 +11,7 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lightning_distill.models.embedding import FIELD, embedding_class
 from lightning_distill.models.wrapped import inside
 from lightning_distill.teachers.cache.format import FILE, read_description, read_json, shortly, write_whole
 
@@ -102,8 +103,9 @@ def bare(config: Any) -> nn.Module:
     Returns:
         A model that knows its layers and cannot run.
     """
+    kind = embedding_class(config) if hasattr(config, FIELD) else getattr(transformers, config.architectures[0])
     with torch.device("meta"):
-        model: nn.Module = getattr(transformers, config.architectures[0])(config)
+        model: nn.Module = kind(config)
     for module in model.modules():
         module._parameters = dict.fromkeys(module._parameters)
         module._buffers = dict.fromkeys(module._buffers)
