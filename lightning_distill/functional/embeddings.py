@@ -16,12 +16,13 @@ from lightning_distill.functional.tensors import full_precision
 Similarity = Literal["cosine", "dot"]
 
 
-def candidate_scores(embeddings: Tensor, similarity: Similarity = "cosine") -> Tensor:
+def candidate_scores(embeddings: Tensor, similarity: Similarity = "cosine", *, mask: Tensor | None = None) -> Tensor:
     """How similar the first text of each row is to each of the others.
 
     Args:
         embeddings: Shape ``[B, S, D]``.
         similarity: ``"cosine"``, which is 0 beside a vector of zeros, or ``"dot"``, the inner product.
+        mask: Bool ``[B, S]``, the texts there are; the vectors of others are read as zeros. None where all are.
 
     Returns:
         Shape ``[B, S - 1]``, float32, or float64 for float64 embeddings.
@@ -43,6 +44,7 @@ def candidate_scores(embeddings: Tensor, similarity: Similarity = "cosine") -> T
             f"{list(embeddings.shape)}."
         )
     vectors = full_precision(embeddings)
+    vectors = vectors if mask is None else vectors.masked_fill(~mask[..., None], 0.0)
     vectors = F.normalize(vectors, dim=-1) if similarity == "cosine" else vectors
     return (vectors[:, :1] * vectors[:, 1:]).sum(-1)
 
@@ -52,8 +54,8 @@ def embedding_similarity(
 ) -> Tensor:
     r"""Mean squared difference of the cosines between all texts of a batch.
 
-    The value of text :math:`i` is :math:`\frac{1}{N} \sum_j (\cos(s_i, s_j) - \cos(t_i, t_j))^2`, over all N texts (with
-    :math:`j = i`, which adds 0). It changes with the batch; widths may differ.
+    The value of text :math:`i` is :math:`\frac{1}{N} \sum_j (\cos(s_i, s_j) - \cos(t_i, t_j))^2`, over all N texts
+    (with :math:`j = i`, which adds 0). It changes with the batch; widths may differ.
 
     Args:
         student: Shape ``[B, D_s]`` or ``[B, S, D_s]``.
@@ -166,12 +168,10 @@ def listwise_kl(
         raise ValueError(f"Expected argument `temperature` to be finite and above 0, but got {temperature}.")
     rows = None if mask is None else mask.sum(1) > 1
     s, t = (scores / temperature for scores in select(rows, student, teacher))
-    log_q, log_p, there = s.log_softmax(-1), t.log_softmax(-1), torch.ones_like(s, dtype=torch.bool)
-    if mask is not None and rows is not None:
-        there = mask[rows]
-        log_q, log_p = (x.masked_fill(~there, -torch.inf).log_softmax(-1) for x in (s, t))
+    absent = torch.zeros_like(s, dtype=torch.bool) if mask is None or rows is None else ~mask[rows]
+    log_q, log_p = (x.masked_fill(absent, -torch.inf).log_softmax(-1) for x in (s, t))
     # What is not there is taken out before the product: 0 times infinity has no gradient.
-    difference = log_p.masked_fill(~there, 0.0) - log_q.masked_fill(~there, 0.0)
+    difference = log_p.masked_fill(absent, 0.0) - log_q.masked_fill(absent, 0.0)
     values = temperature**2 * (log_p.exp() * difference).sum(-1)
     return reduce(values, student.shape[:1], rows, reduction)
 

@@ -210,7 +210,8 @@ def embedding_class(config: Any, encoder: type | None = None) -> Any:
     """
     if encoder is None:
         alone = _ENCODERS.get(getattr(config, "model_type", ""))
-        encoder = getattr(transformers, alone) if alone else transformers.MODEL_MAPPING.get(type(config), None)
+        known: Any = transformers.MODEL_MAPPING.get(type(config), None)
+        encoder = getattr(transformers, alone) if alone else known
     name = getattr(encoder, "__name__", encoder)
     with_decoder = getattr(config, "is_encoder_decoder", False) and "Encoder" not in str(name)
     is_encoder = isinstance(encoder, type) and issubclass(encoder, transformers.PreTrainedModel)

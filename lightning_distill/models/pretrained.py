@@ -41,8 +41,9 @@ HEADS = (
 def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "model") -> nn.Module:
     """Load a transformers model with the head its config names; a module comes back as it is.
 
-    A model of sentence-transformers is loaded as an :class:`~lightning_distill.models.embedding.EmbeddingModel`. What ``torch.compile`` returned comes back as the module inside it, compiled in place. Only safetensors are read,
-    and code beside the model is never run: whoever trusts it says so by name, to
+    A model of sentence-transformers is loaded as an :class:`~lightning_distill.models.embedding.EmbeddingModel`. What
+    ``torch.compile`` returned comes back as the module inside it, compiled in place. Only safetensors are read, and
+    code beside the model is never run: whoever trusts it says so by name, to
     ``from_pretrained(..., trust_remote_code=True)``, and passes the model.
 
     Args:

@@ -124,13 +124,13 @@ class _Candidates(Objective):
         if similarity not in get_args(Similarity):
             raise self._error("similarity", f"one of {get_args(Similarity)}", similarity)
         self.similarity, self.of_labels = similarity, of_labels
-        self.needs_teacher, self.needs_labels = not of_labels, of_labels  # type: ignore[misc]
+        self.needs_teacher, self.needs_labels = not of_labels, of_labels
 
     def _scores(self, student: Signals, teacher: Signals | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Scores ``[B, C]`` of both, and which candidates are there."""
         mask = candidate_mask(student) if student.logits.ndim == 3 else student.mask
-        ours = self._of(student.logits)
-        theirs = require_labels(self, student) if teacher is None or self.of_labels else self._of(teacher.logits)
+        ours = self._of(student)
+        theirs = require_labels(self, student) if teacher is None or self.of_labels else self._of(teacher)
         if theirs.shape != ours.shape or ours.shape[1] < 2:
             raise ValueError(
                 f"Expected objective `{self.name}` to get scores of the same two candidates or more of each query, but "
@@ -140,8 +140,10 @@ class _Candidates(Objective):
             )
         return ours, theirs.to(ours), mask
 
-    def _of(self, logits: Tensor) -> Tensor:
-        return functional.candidate_scores(logits, self.similarity) if logits.ndim == 3 else logits
+    def _of(self, signals: Signals) -> Tensor:
+        if signals.logits.ndim < 3:
+            return signals.logits
+        return functional.candidate_scores(signals.logits, self.similarity, mask=signals.mask)
 
     def count(self, student: Signals, teacher: Signals) -> Tensor | None:
         """Only :meth:`forward` can tell, but where a mask says which texts there are."""
@@ -160,7 +162,7 @@ class _Candidates(Objective):
 
 @typed
 class MarginMSE(_Candidates):
-    """By how much a query's first candidate is better than the others, see :func:`lightning_distill.functional.margin_mse`.
+    """The lead of a query's first candidate over each other one, see :func:`lightning_distill.functional.margin_mse`.
 
     A row is a query, its positive candidate and one negative or more. Embeddings are scored by their similarity; where
     logits are ``[B, C]``, as a reranker's, they are the scores.
@@ -257,8 +259,8 @@ class ListwiseKL(_Candidates):
 class CoSENT(Objective):
     """The order of the cosines of pairs, as their labels have it, see :func:`lightning_distill.functional.cosent`.
 
-    An objective on labels, in place of :class:`HardLabel`, which asks for the cosines themselves. It has one value for a
-    batch, which depends on all of its pairs.
+    An objective on labels, in place of :class:`HardLabel`, which asks for the cosines themselves. It has one value for
+    a batch, which depends on all of its pairs.
 
     Args:
         scale: Multiplies the cosines, finite and above 0.
@@ -288,7 +290,8 @@ class CoSENT(Objective):
     def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
         """The value of the batch, for each of its pairs."""
         labels, mask = require_labels(self, student), candidate_mask(student)
-        value = functional.cosent(functional.candidate_scores(student.logits), labels, scale=self.scale, mask=mask)
+        cosines = functional.candidate_scores(student.logits, mask=student.mask)
+        value = functional.cosent(cosines, labels, scale=self.scale, mask=mask)
         return Loss(value.expand(labels.shape), mask)
 
     def count(self, student: Signals, teacher: Signals) -> Tensor | None:

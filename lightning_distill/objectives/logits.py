@@ -281,7 +281,7 @@ class HardLabel(Objective):
         """Loss per row, or per token."""
         labels, mask = labelled(self, student)
         if student.vectors:
-            cosines = functional.candidate_scores(student.logits)
+            cosines = functional.candidate_scores(student.logits, mask=student.mask)
             return Loss((cosines - labels.to(cosines)).square(), candidate_mask(student))
         if _are_values(student):
             if self.class_weights is not None:

@@ -20,12 +20,12 @@ class ModelInfo:
         num_heads: Number of attention heads.
         num_key_value_heads: Number of key and value heads (smaller where heads are grouped).
         head_width: Width of one attention head.
-        embedding_width: Size of the vector that the model answers with, where it is an embedding model.
         modules: Width of every submodule's output by its path; None where its class does not tell.
         decoder: Path of the decoder of an encoder-decoder.
         cross_attention: Paths of the modules in it that attend to the encoder.
         no_layers: Why a transformers model has no depth; None where it has one, and for any other module.
         no_attention: Why the attention of its layers cannot be recorded; None where it can.
+        embedding_width: Size of the vector that the model answers with, where it is an embedding model.
     """
 
     depth: int | None = None
@@ -33,12 +33,12 @@ class ModelInfo:
     num_heads: int | None = None
     num_key_value_heads: int | None = None
     head_width: int | None = None
-    embedding_width: int | None = None
     modules: dict[str, int | None] = field(default_factory=dict)
     decoder: str | None = None
     cross_attention: frozenset[str] = frozenset()
     no_layers: str | None = None
     no_attention: str | None = None
+    embedding_width: int | None = None
 
 
 def describe(model: nn.Module) -> ModelInfo:

@@ -71,8 +71,8 @@ class Signals:
             width 0.
         deferred: Logits over a large vocabulary that were not computed; those above then have width 0.
         regression: Whether the logits are real values, each with a label of its own, and no classes.
-        vectors: Whether the logits are embeddings ``[B, D]``, or ``[B, S, D]`` where a row has several texts, whose mask
-            is then ``[B, S]``, and whose labels are the scores ``[B, S - 1]`` of the first text with each other one.
+        vectors: Whether the logits are embeddings ``[B, D]``, or ``[B, S, D]`` where a row has several texts, whose
+            mask is then ``[B, S]``, and whose labels are scores ``[B, S - 1]`` of the first text with each other one.
         offsets: Integer ``[B, T, 2]``, where in the text each token of the input begins and ends; None where the batch
             does not say.
     """

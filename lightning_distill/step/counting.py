@@ -37,8 +37,8 @@ def before(task: Task, batch: Any) -> Signals:
     real = token_mask(batch)
     if real is None and ids is not None:
         real = torch.ones_like(ids, dtype=torch.bool)
-    means = {"regression": not task.has_classes, "vectors": task.of_vectors}
-    return Signals(logits, labels, mask, real, offsets=offsets(batch), **means)
+    regression, vectors = not task.has_classes, task.of_vectors
+    return Signals(logits, labels, mask, real, regression=regression, vectors=vectors, offsets=offsets(batch))
 
 
 def counted_ahead(task: Task, objectives: Mapping[str, Objective], batch: Any) -> Tensor | None:

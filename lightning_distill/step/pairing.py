@@ -138,8 +138,9 @@ def _gives_answers(model: nn.Module, name: str, objectives: Mapping[str, Objecti
     if readers := [key for key, o in objectives.items() if o.reads_logits and (name == "student" or o.needs_teacher)]:
         raise TypeError(
             f"Expected argument `{name}` to be a model that gives `logits`, which {readers} read, but got a "
-            f"`{type(model).__name__}`. Load it with a head, for example by `AutoModelForSequenceClassification`, or "
-            "leave only objectives on hidden states, attention or modules."
+            f"`{type(model).__name__}`. Load it with a head, for example by `AutoModelForSequenceClassification`, "
+            "make embeddings of it by `EmbeddingModel.of`, or leave only objectives on hidden states, attention or "
+            "modules."
         )
     return False
 

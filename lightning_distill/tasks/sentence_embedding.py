@@ -37,7 +37,7 @@ class SentenceEmbedding(Task):
     of_vectors = True
 
     def align(self, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Vectors ``[B, D]`` or ``[B, S, D]``, scores ``[B, S - 1]``, and the mask ``[B, S]`` of the texts there are."""
+        """Vectors ``[B, D]`` or ``[B, S, D]``, scores ``[B, S - 1]``, the mask ``[B, S]`` of texts that are there."""
         texts = _texts(batch)
         if texts is not None and not logits.shape[-1]:
             logits = logits.new_empty(*texts.shape, 0)  # of rows, before a model has answered
@@ -91,8 +91,8 @@ class SentenceEmbedding(Task):
         beyond = labels[~(labels.float().abs() <= 1)]
         if beyond.numel():
             raise ValueError(
-                f"Expected the scores of {where} to be in [-1, 1], as cosines are, but got {beyond.flatten()[0].item():g}"
-                ". Divide scores by the largest that there can be, for example `--data.score_scale 5` for 0 to 5."
+                f"Expected the scores of {where} to be in [-1, 1], as cosines are, but got "
+                f"{beyond.flatten()[0].item():g}. Divide them by the largest there can be, by 5 where they are 0 to 5."
             )
 
     def metric(self) -> tuple[str, Metric]:

@@ -19,8 +19,8 @@ from lightning_distill.objectives import (
     AttentionTransfer,
     Contrastive,
     Correlation,
-    CurriculumTemperature,
     CoSENT,
+    CurriculumTemperature,
     Decoupled,
     EmbeddingDistance,
     EmbeddingSimilarity,
@@ -31,6 +31,7 @@ from lightning_distill.objectives import (
     ListwiseKL,
     LogitsCosine,
     LogitsMSE,
+    Loss,
     MarginMSE,
     NeuronSelectivity,
     Objective,
@@ -335,6 +336,60 @@ def _contrastive(rows: list[tuple[Tensor, Tensor]]) -> Tensor:
     return -similarity.log_softmax(-1).diagonal().mean()
 
 
+def _texts(student: Signals, teacher: Signals, distance: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return distance(*(x.logits[_items(student)] for x in (student, teacher)))
+
+
+def _similarities(student: Tensor, teacher: Tensor) -> Tensor:
+    return F.mse_loss(*(F.cosine_similarity(x[:, None], x[None], dim=-1) for x in (student, teacher)))
+
+
+def _candidates(student: Signals, teacher: Signals) -> list[list[list[Tensor]]]:
+    """Inner products of the query and each candidate there is, of both models, for each row that has a query."""
+    found = []
+    for s, t, there in zip(student.logits, teacher.logits, _items(student), strict=True):
+        places = [i for i in range(1, len(there)) if there[0] and there[i]]
+        found.append([[x[0] @ x[i] for i in places] for x in (s, t)])
+    return found
+
+
+def _margins(student: Signals, teacher: Signals) -> Tensor:
+    values = []
+    for (s, t), there in zip(_candidates(student, teacher), _items(student), strict=True):
+        if there[1] and len(s) > 1:
+            values += [((s[0] - a) - (t[0] - b)) ** 2 for a, b in zip(s[1:], t[1:], strict=True)]
+    return _mean(values) if values else 0 * student.logits.sum()
+
+
+def _listwise(student: Signals, teacher: Signals) -> Tensor:
+    rows = [(torch.stack(s), torch.stack(t)) for s, t in _candidates(student, teacher) if len(s) > 1]
+    return _mean([9 * _kl(torch.softmax(t / 3, -1), torch.softmax(s / 3, -1)) for s, t in rows])
+
+
+def _cosent(student: Signals, teacher: Signals) -> Tensor:
+    scored = [
+        (F.cosine_similarity(row[0], row[i], dim=0), labels[i])
+        for row, labels, there in zip(student.logits, student.labels, _items(student), strict=True)  # type: ignore[arg-type]
+        for i in range(1, len(there))
+        if there[0] and there[i]
+    ]
+    wrong = [torch.exp(20 * (a - b)) for a, low in scored for b, high in scored if low < high]
+    return torch.log(1 + sum(wrong, student.logits.new_zeros(())))
+
+
+def _cosent_of_others() -> CoSENT:
+    """The signals of this file have a label for each text; of the first one, which is compared, there is none."""
+    objective = CoSENT()
+    own = objective.forward
+
+    def forward(student: Signals, teacher: Signals) -> Loss:
+        assert student.labels is not None
+        return own(replace(student, labels=student.labels[:, 1:]))
+
+    objective.forward = forward  # type: ignore[assignment, method-assign]
+    return objective
+
+
 def _attention(student: Signals, teacher: Signals, loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
     """Mean over the real queries of a loss of two maps ``[H, T, T]`` of the real tokens, over the layers."""
     values = []
@@ -430,6 +485,16 @@ CASES = [
         lambda: UniversalLogit([(0, 0), (1, 1), (2, 2)], matched_weight=2.0, unmatched_weight=0.5),
         lambda s, t: _universal_logit(s, t, 3),
     ),
+    Case(
+        "embedding_cosine",
+        EmbeddingDistance,
+        lambda s, t: _texts(s, t, lambda a, b: (1 - F.cosine_similarity(a, b)).mean()),
+    ),
+    Case("embedding_mse", lambda: EmbeddingDistance("mse"), lambda s, t: _texts(s, t, F.mse_loss)),
+    Case("embedding_similarity", EmbeddingSimilarity, lambda s, t: _texts(s, t, _similarities), True),
+    Case("margin_mse", MarginMSE, _margins),
+    Case("listwise_kl", lambda: ListwiseKL(temperature=3.0), _listwise),
+    Case("cosent", _cosent_of_others, _cosent, True, zero_when_equal=False),
     Case("hidden_state", lambda: HiddenState("first"), _per_layer(_hidden_mse)),
     Case("embedding", lambda: HiddenState(None, embedding=True), _per_layer(_hidden_mse, range(-1, 0))),
     Case("hidden_and_embedding", lambda: HiddenState(embedding=True), _per_layer(_hidden_mse, range(-1, DEPTH))),

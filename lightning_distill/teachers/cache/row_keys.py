@@ -66,18 +66,24 @@ def row_keys(batch: Any, mask: Tensor | None, padding: int | None = None, read: 
         attention_mask = batch.get("attention_mask")
     leaves = list(_leaves((), inputs, rows))
     whole = list(_leaves(("attention_mask",), attention_mask, rows))
-    lengths = _lengths(batch, attention_mask, padding)
+    # Of several texts a row, what is behind the longest is left out, and the mask says the rest.
+    several = isinstance(attention_mask, Tensor) and attention_mask.ndim == 3
+    lengths = (_columns if several else _lengths)(batch, attention_mask, padding)
     counts = None if mask is None else mask.cpu().numpy()
     keys = []
     for row in range(rows):
         items = None if counts is None else np.flatnonzero(counts[row])
         length = None if lengths is None else lengths[row]
-        if length is not None and read is None and items is not None and items.size and items[-1] >= length:
+        by_length = length is not None and read is None and not several
+        if by_length and items is not None and items.size and items[-1] >= length:
             length = None  # something that is no token counts
         digest = hashlib.blake2b(digest_size=SIZE)
-        for leaf in [*leaves, *whole] if length is None else leaves:
+        for leaf in [*leaves, *whole] if length is None or several else leaves:
             content = leaf.content[row] if leaf.of_rows else leaf.content
-            if length is not None and leaf.name in _OF_TOKENS and leaf.of_rows:
+            if length is not None and several and leaf.of_rows:
+                assert attention_mask is not None
+                content = content[:, :length] if content.shape[:2] == attention_mask.shape[1:] else content
+            elif length is not None and leaf.name in _OF_TOKENS and leaf.of_rows:
                 assert attention_mask is not None  # it is what says the length
                 content = content[:length] if content.shape[:1] == attention_mask.shape[1:] else content
             _add(digest, leaf.name + leaf.kind, content)
@@ -200,6 +206,18 @@ def _add(digest: Any, name: str, content: Any) -> None:
     else:
         text = content.encode(errors="surrogatepass")
         digest.update(f"{name!r}{len(text)}:".encode(errors="surrogatepass") + text)
+
+
+def _columns(batch: Any, mask: Any, padding: int | None) -> list[int | None]:
+    """Number of tokens of the longest text of each row ``[S, T]``; None where something else than padding is behind."""
+    real = mask.cpu() != 0
+    places = torch.arange(1, real.shape[2] + 1)
+    lengths = (real * places).amax((1, 2))
+    ids = batch.get("input_ids")
+    if padding is None or not isinstance(ids, Tensor) or ids.shape != mask.shape:
+        return list(map(int, lengths))
+    padded = ((ids.cpu() == padding) | (places <= lengths[:, None, None])).all(2).all(1)
+    return [int(length) if run else None for length, run in zip(lengths, padded, strict=True)]
 
 
 def _lengths(batch: Any, mask: Any, padding: int | None) -> list[int | None] | None:

@@ -160,6 +160,11 @@ class CachedSignals:
     def _frame(self, batch: Any) -> Signals:
         """Signals of a batch without anything of a model: its labels, its masks and the shape of its logits."""
         batch, task = batch_of("teacher", batch), self._task
+        if self.kept.layers and (first := first_tensor(batch)) is not None and task.of_vectors and first.ndim > 2:
+            raise ValueError(
+                "Expected rows of one text beside `TeacherCache`, which keeps hidden states by row, but got rows of "
+                f"{first.shape[1]} texts. Leave the objectives on hidden states out, or the cache."
+            )
         shape: tuple[int, ...] = (count_rows(batch),)
         if task.of_tokens:
             of_tokens = next((x for x in (labels_of(batch), *ids_of(batch)) if x is not None and x.ndim > 1), None)
@@ -251,7 +256,7 @@ class CachedSignals:
     def _classes(self) -> int | None:
         """Number of classes, where the student's config says it; a vocabulary may be padded."""
         config = getattr(self._module.student, "config", None)
-        if self._task.of_words or not gives_logits(self._module.teacher):
+        if self._task.of_words or self._task.of_vectors or not gives_logits(self._module.teacher):
             return None
         known = getattr(config, "num_labels", None)
         # One logit of a classifier is kept as two, see `Task.align`.
