@@ -226,9 +226,11 @@ def test_wrong_arguments(arguments: dict[str, Any], message: str) -> None:
         student_from_teacher(make("Bert"), **arguments)
 
 
-def test_an_unknown_architecture_is_told_how_to_go_on() -> None:
-    config = transformers.AlbertConfig(hidden_size=16, num_attention_heads=2, intermediate_size=32, vocab_size=64)
-    with pytest.raises(ValueError, match=r"Make the student by hand.*DistillationModule\(teacher, student\)"):
-        student_from_teacher(transformers.AlbertForSequenceClassification(config))
+def test_what_cannot_be_followed_is_made_narrower_by_hand_but_shorter_here() -> None:
+    config = transformers.FNetConfig(hidden_size=16, num_hidden_layers=2, intermediate_size=32, vocab_size=64)
+    teacher = transformers.FNetForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"followed past .*fft.*Make the student by hand.*DistillationModule"):
+        student_from_teacher(teacher, width=0.5)
+    assert len(find_layers(student_from_teacher(teacher, num_layers=1))) == 1
     with pytest.raises(ValueError, match="but got a `Linear`"):
         student_from_teacher(nn.Linear(2, 2))
