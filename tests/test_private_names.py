@@ -60,8 +60,8 @@ def used(tree: ast.AST) -> Iterator[str]:
         yield from filter(is_private, names)
 
 
-# Words in quotes that are no name of an attribute, and one that the language documents.
-WORDS = {"_with_signals", "_attention_sink", "_vendor", "_fields"}
+# Words in quotes that are no name of an attribute (ends of names, an operator), and one that the language documents.
+WORDS = {"_with_signals", "_attention_sink", "_vendor", "_fields", "_id", "_like", "_local_scalar_dense"}
 
 
 def foreign(trees: dict[str, ast.AST]) -> set[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """A smaller model of the same kind, made from a teacher: fewer layers, narrower ones, weights carried over."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 from torch import nn
@@ -16,8 +17,6 @@ from lightning_distill.students.depth import at_depth, of_depth, shape_for, shor
 from lightning_distill.students.layer_map import Layers
 from lightning_distill.students.sizes import (
     Depth,
-    Field,
-    Size,
     build,
     depths,
     field_of,
@@ -96,10 +95,11 @@ def student_from_teacher(
     else:
         chosen = shorter(found, num_layers, num_decoder_layers)
     config, pairs = of_depth(model.config, found, chosen, layers)
-    small = config if width is None or width == 1 else with_fields(config, scaled(_widths(model), width))
-    student: nn.Module = type(model)(small)
-    if init == "teacher":
-        Carry(model, student, config, pairs).run()
+    with _followed(model):
+        narrower = {} if width is None or width == 1 else scaled(widths(type(model), model.config), width)
+        student: nn.Module = type(model)(with_fields(config, narrower) if narrower else config)
+        if init == "teacher":
+            Carry(model, student, config, pairs).run()
     return student.train()
 
 
@@ -156,7 +156,9 @@ def copy_from_teacher(
 def _check_sizes(teacher: Any, student: Any, config: Any) -> None:
     """Refuse a student of another size than a student of this teacher of its depth and hidden size has."""
     width = student.config.hidden_size / teacher.config.hidden_size
-    like = build(type(teacher), config if width == 1 else with_fields(config, scaled(_widths(teacher), width)))
+    with _followed(teacher):
+        narrower = {} if width == 1 else scaled(widths(type(teacher), teacher.config), width)
+    like = build(type(teacher), with_fields(config, narrower) if narrower else config)
     wanted, got = (
         {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} for model in (like, student)
     )
@@ -201,9 +203,11 @@ def _check_depths(teacher: Any, found: list[Depth], num_layers: int | None, num_
             )
 
 
-def _widths(teacher: Any) -> dict[Field, Size]:
+@contextmanager
+def _followed(teacher: Any) -> Iterator[None]:
+    """Say what to do where a forward has an operator that is not known here."""
     try:
-        return widths(type(teacher), teacher.config)
+        yield
     except NotImplementedError as error:
         raise ValueError(
             f"Expected argument `width` to be 1 for a `{type(teacher).__name__}`, whose forward cannot be followed "
