@@ -228,6 +228,8 @@ PRIVATE_NAMES = [
     PrivateName("transformers:PreTrainedModel", "_is_hf_initialized", ("students/carry.py",
         "students/initialization.py", "students/untouched.py"),
         "tell weights that were loaded from those that were drawn"),
+    PrivateName("transformers:PreTrainedModel", "_keys_to_ignore_on_save", ("students/carry.py",),
+        "know what a model computes for its own size and does not save"),
     PrivateName("transformers:PreTrainedModel", "_tp_plan", ("training/parallel.py",),
         "know how a model is cut over processes"),
     PrivateName("transformers:PreTrainedModel", "_hf_peft_config_loaded", ("models/exporting.py",),

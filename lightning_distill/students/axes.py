@@ -218,7 +218,8 @@ class _Follow(TorchDispatchMode):
         return [slots + [_behind(slot, outs[0].ndim) for x in added for slot in self.of(x)]]
 
     def convolution(self, name: str, func: Any, args: Any, kwargs: Any, outs: Any) -> list[list[Slot]]:
-        x, weight, bias, groups, transposed = *args[:3], args[8], args[6]
+        x, weight, bias = args[:3]
+        transposed, groups = args[6], args[8]
         reads = 0 if transposed else 1
         slots = [_in_channels(slot, x.ndim) for slot in self.of(bias)]
         for slot in self.of(weight):

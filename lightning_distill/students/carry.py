@@ -38,7 +38,16 @@ class Carry:
         """Copy, and give the names of the parameters that were filled."""
         source = dict(self.teacher.named_parameters(remove_duplicate=False))
         own = dict(self.student.named_parameters(remove_duplicate=False))
+        # What a class does not save, it computes for its own size (Marian's positions): a folder would hold another.
+        computed = set(getattr(self.student, "_keys_to_ignore_on_save", None) or ())
+        own = {name: parameter for name, parameter in own.items() if name not in computed}
         names = {name: found for name in own if (found := self._source(name, source)) is not None}
+        if missing := sorted(own.keys() - names.keys()):
+            raise ValueError(
+                "Expected the student to have parameters that its teacher has, too, but got "
+                f"{missing[0]!r}, which a `{type(self.teacher).__name__}` of this size needs. Pass `init='random'`, or "
+                "another `width` or `num_layers`."
+            )
         self._warn(names, source)
         weights = {name: source[found] for name, found in names.items()}
         kept = self._kept(weights)
@@ -99,7 +108,7 @@ class Carry:
         kinds: dict[Any, list[Unit]] = {}
         for unit in units(twin, axes, inputs(twin)):
             kinds.setdefault(kind_of(unit), []).append(unit)
-        scores = {axis: _score(weights[axis[0]], axis[1]) for axis in axes}
+        scores = {axis: _score(weights[axis[0]], axis[1]) for axis in axes if axis[0] in weights}
         kept: dict[Axis, list[Tensor]] = {}
         for kind, alike in kinds.items():
             count = _how_many(kind, len(alike), axes, own)
@@ -131,7 +140,7 @@ def _score(weight: Tensor, axis: int) -> Tensor:
 def _largest(alike: list[Unit], count: int, scores: dict[Axis, Tensor]) -> dict[Axis, Tensor]:
     """The indices of the units whose weights, all that read or write them, have the largest mean squares together."""
     indices = {axis: torch.tensor([unit[axis] for unit in alike]) for axis in alike[0]}
-    total = sum(scores[axis][places].sum(1) for axis, places in indices.items())
+    total = sum(scores[axis][places].sum(1) for axis, places in indices.items() if axis in scores)
     assert isinstance(total, Tensor)
     # Stable, so that equal scores keep the leading ones, on every machine.
     best = total.sort(descending=True, stable=True).indices[:count]

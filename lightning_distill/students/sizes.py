@@ -3,7 +3,7 @@
 import copy
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -52,7 +52,7 @@ def build(kind: Any, config: Any) -> nn.Module:
     model.set_attn_implementation("eager")
     if getattr(model.config.get_text_config(), "_experts_implementation", None) is not None:
         model.set_experts_implementation("eager")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def towers(config: Any) -> dict[str, Any]:
@@ -197,12 +197,15 @@ def _widths(kind: Any, told: _Told) -> dict[Field, Size]:
     return found
 
 
-def _is_inner(kind: Any, config: Any, base: dict[str, Tensor], value: Size, equals_hidden: bool) -> bool:
+def _is_inner(kind: Any, config: Any, base: Mapping[str, Tensor], value: Size, equals_hidden: bool) -> bool:
     try:
         model = build(kind, config)
     except Exception:  # whatever a constructor raises where the field cannot be doubled
         return False
-    axes = changed_axes(dict(model.named_parameters()), base)
+    parameters = dict(model.named_parameters())
+    if equals_hidden and parameters.keys() != base.keys():
+        return True  # a projection is there where the two differ (OPT): where they do not, they go together
+    axes = changed_axes(parameters, base)
     if not axes:
         return False
     try:
@@ -223,7 +226,7 @@ def _is_between(kind: tuple[tuple[Axis, int], ...], model: nn.Module) -> bool:
     return len(weights) > 1 and min(count for _, count in kind) == 1
 
 
-def changed_axes(big: dict[str, Any], small: dict[str, Any]) -> dict[Axis, int]:
+def changed_axes(big: Mapping[str, Any], small: Mapping[str, Any]) -> dict[Axis, int]:
     """The axes of parameters that two models have in common, and differ in; with their sizes in the first."""
     return {
         (name, axis): size
