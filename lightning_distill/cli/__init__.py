@@ -6,7 +6,7 @@ task takes :func:`task_parser` with its data module: metric, head, report and ch
 """
 
 from lightning_distill.cli.dry_run import dry_run
-from lightning_distill.cli.embedded import embedded_text
+from lightning_distill.cli.embedded import embedded_names, embedded_text
 from lightning_distill.cli.flags import (
     BASELINE,
     check_flags,
@@ -53,6 +53,7 @@ __all__ = [
     "command",
     "dry_run",
     "embedded_documents",
+    "embedded_names",
     "embedded_text",
     "in_own_precision",
     "language_parser",

@@ -1,26 +1,36 @@
-"""The text that a recipe of text classifiers takes where nothing is named, and a model for it."""
+"""The rows that a recipe takes where nothing is named, and a model for them that has yet to learn."""
 
 import transformers
 
 from lightning_distill.cli.parser import Flags
-from lightning_distill.data import TextClassificationData
+from lightning_distill.data import RowData, TextClassificationData, TokenClassificationData
 
 _ROWS_PER_CLASS = 700
+_STATEMENTS = 3000
 
 
 def embedded_text(flags: Flags) -> tuple[TextClassificationData, transformers.PreTrainedModel]:
     """Text of the installed packages, labelled by the package, and an untrained small BERT for it."""
     data = TextClassificationData.embedded(max_rows_per_class=_ROWS_PER_CLASS, seed=flags.seed, **flags.data.as_dict())
+    return data, transformers.BertForSequenceClassification(_small_bert(data, data.max_length))
+
+
+def embedded_names(flags: Flags) -> tuple[TokenClassificationData, transformers.PreTrainedModel]:
+    """Statements of the installed packages, their names tagged by role, and an untrained small BERT for them."""
+    data = TokenClassificationData.embedded(max_rows=_STATEMENTS, seed=flags.seed, **flags.data.as_dict())
+    return data, transformers.BertForTokenClassification(_small_bert(data, data.max_length))
+
+
+def _small_bert(data: RowData, max_length: int) -> transformers.BertConfig:
     assert isinstance(data.tokenizer, transformers.PreTrainedTokenizerBase)
-    bert = transformers.BertConfig(
+    return transformers.BertConfig(
         vocab_size=len(data.tokenizer),
         hidden_size=192,
         num_hidden_layers=4,
         num_attention_heads=6,
         intermediate_size=768,
-        max_position_embeddings=max(128, data.max_length),
+        max_position_embeddings=max(128, max_length),
         pad_token_id=data.tokenizer.pad_token_id,
         id2label=data.id2label,
         label2id=data.label2id,
     )
-    return data, transformers.BertForSequenceClassification(bert)

@@ -11,6 +11,7 @@ from lightning_distill.data.packing import Document, PackedText
 from lightning_distill.data.rows import RowData
 from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader
 from lightning_distill.data.text import TextClassificationData
+from lightning_distill.data.token_classification import TokenClassificationData
 
 __all__ = [
     "BucketBatchSampler",
@@ -20,6 +21,7 @@ __all__ = [
     "ResumableDataLoader",
     "RowData",
     "TextClassificationData",
+    "TokenClassificationData",
     "embedded_corpus",
     "train_causal_tokenizer",
     "train_tokenizer",

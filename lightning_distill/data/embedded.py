@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from lightning_distill.arguments import integer, typed
 
-# Of the core dependencies, those with text enough; torch depends on networkx and sympy, lightning on numpy.
-_PACKAGES = ("matplotlib", "networkx", "numpy", "python", "sympy", "torch", "transformers")
+#: Of the core dependencies, those with text enough; torch depends on networkx and sympy, lightning on numpy.
+PACKAGES = ("matplotlib", "networkx", "numpy", "python", "sympy", "torch", "transformers")
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "_vendor", "vendor"}
 
 # Triple-quoted strings; one that starts a line is a docstring. Compared with the ast module on 840 files of these
@@ -56,12 +56,12 @@ def embedded_corpus(max_rows_per_class: int = 1300, *, seed: int = 0) -> list[tu
     """
     if max_rows_per_class < 1:
         raise ValueError(f"Expected argument `max_rows_per_class` to be positive, but got {max_rows_per_class}")
-    names = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(_PACKAGES)}|pytorch|hugging ?face)(?![A-Za-z])", re.IGNORECASE)
+    names = re.compile(rf"(?<![A-Za-z])(?:{'|'.join(PACKAGES)}|pytorch|hugging ?face)(?![A-Za-z])", re.IGNORECASE)
     rows: dict[str, str] = {}
-    for package in _PACKAGES:
+    for package in PACKAGES:
         generator = random.Random(f"{seed} {package}")
         found = 0
-        for paragraph in _paragraphs(_root(package), generator):
+        for paragraph in _paragraphs(root_of(package), generator):
             text = names.sub("it", paragraph)
             if found == max_rows_per_class:
                 break
@@ -73,7 +73,8 @@ def embedded_corpus(max_rows_per_class: int = 1300, *, seed: int = 0) -> list[tu
     return shuffled
 
 
-def _root(package: str) -> Path:
+def root_of(package: str) -> Path:
+    """The folder of a package's sources, which is not imported."""
     if package == "python":
         return Path(sysconfig.get_path("stdlib"))
     spec = importlib.util.find_spec(package)  # finds a top-level package without importing it
@@ -82,13 +83,18 @@ def _root(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def _paragraphs(root: Path, generator: random.Random) -> Iterator[str]:
+def source_files(root: Path, generator: random.Random) -> list[Path]:
+    """The Python files of a folder but for tests, in an order that is drawn."""
     files = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = sorted(set(subfolders) - _SKIPPED)
         files += [Path(folder, name) for name in sorted(names) if name.endswith(".py")]
     generator.shuffle(files)
-    for file in files:
+    return files
+
+
+def _paragraphs(root: Path, generator: random.Random) -> Iterator[str]:
+    for file in source_files(root, generator):
         for match in _STRING.finditer(file.read_text(encoding="utf-8", errors="replace")):
             paragraph = " ".join(_BLANK_LINE.split(match["text"].strip(), maxsplit=1)[0].split())
             if match["line_start"] is not None and 40 <= len(paragraph) <= 400 and paragraph[0].isalpha():

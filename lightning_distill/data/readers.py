@@ -56,7 +56,7 @@ def read_table(path: str | Path, columns: Sequence[str], *others: Sequence[str],
     kind = kind_of(path)
     if kind not in _READERS:
         raise ValueError(one_line(f"{path}: unknown kind of file {kind!r}; known are {', '.join(_READERS)}"))
-    _check_file(path)
+    check_file(path)
     table = _READERS[kind](path, [columns, *others], binary)
     if not len(table):
         raise ValueError(f"{path}: the file has no rows")
@@ -70,8 +70,8 @@ def read_text(path: str | Path) -> str:
         ValueError: the file is missing, or a line is not UTF-8.
     """
     path = Path(path)
-    _check_file(path)
-    return "".join(line for _, line in _lines(path))
+    check_file(path)
+    return "".join(line for _, line in numbered_lines(path))
 
 
 def kind_of(path: Path) -> str:
@@ -79,7 +79,8 @@ def kind_of(path: Path) -> str:
     return (Path(path.stem) if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Refuse a path that is no file."""
     try:
         if path.is_dir():
             raise ValueError(f"{path}: this is a folder; expected a file")
@@ -89,7 +90,7 @@ def _check_file(path: Path) -> None:
         raise ValueError(f"{path}: {error.strerror}") from None
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a file of UTF-8 text, which may be packed as gz, with their numbers and their ends."""
     # Lines end at a newline alone: str.splitlines would also break a sentence at U+2028 or a form feed.
     number = 0
@@ -121,13 +122,13 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
 
 def _read_tsv(path: Path, choices: Choices, _: Any) -> Table:
     """A header and one row per line, without quoting."""
-    rows = ((number, line.rstrip("\r\n")) for number, line in _lines(path))
+    rows = ((number, line.rstrip("\r\n")) for number, line in numbered_lines(path))
     return _from_records(path, choices, ((number, line.split("\t")) for number, line in rows if line))
 
 
 def _read_csv(path: Path, choices: Choices, _: Any) -> Table:
     """A header and rows as RFC 4180 says."""
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    reader = csv.reader((line for _, line in numbered_lines(path)), strict=True)
 
     def records() -> Iterator[tuple[int, list[str]]]:
         first_line = 1
@@ -171,12 +172,12 @@ def _from_records(path: Path, choices: Choices, records: Iterator[tuple[int, lis
 
 def _read_jsonl(path: Path, choices: Choices, _: Any) -> Table:
     """One JSON object per line."""
-    return _from_objects(path, choices, _objects(path, _lines(path)))
+    return _from_objects(path, choices, _objects(path, numbered_lines(path)))
 
 
 def _read_json(path: Path, choices: Choices, _: Any) -> Table:
     """A list of objects, an object of columns (lists, or as pandas writes them), or one JSON object per line."""
-    lines = list(_lines(path))
+    lines = list(numbered_lines(path))
     first = next((line for _, line in lines if line.strip()), None)
     if first is None:
         raise ValueError(f"{path}: the file is empty")

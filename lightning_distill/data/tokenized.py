@@ -1,6 +1,6 @@
 """Tokenised texts in memory, and batches of them as long as their longest row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -13,8 +13,34 @@ from lightning_distill.data.progress import progress
 from lightning_distill.models.batch import IGNORE_INDEX
 
 
-class TokenizedText(Dataset):
-    """Texts as token ids, in flat arrays: four bytes a token, and nothing for workers to copy.
+class FlatRows(Dataset):
+    """Rows of tokens in flat arrays: four bytes a token, and nothing for workers to copy.
+
+    Args:
+        fields: by name, the values of all rows one after the other, ``[tokens]``.
+        lengths: the length of each row.
+
+    Example:
+        >>> rows = FlatRows({"input_ids": torch.tensor([5, 6, 7])}, [1, 2])
+        >>> len(rows), rows[1]
+        (2, {'input_ids': tensor([6, 7])})
+    """
+
+    def __init__(self, fields: Mapping[str, Tensor], lengths: list[int]) -> None:
+        self.lengths = lengths
+        self._fields = dict(fields)
+        self._ends = torch.tensor(lengths).cumsum(0)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        end = int(self._ends[index])
+        return {name: values[end - self.lengths[index] : end] for name, values in self._fields.items()}
+
+
+class TokenizedText(FlatRows):
+    """Texts as token ids.
 
     Args:
         texts: one tuple per row, of one text or of two.
@@ -44,33 +70,27 @@ class TokenizedText(Dataset):
         name: str = "the texts",
     ) -> None:
         chunks: dict[str, list[Tensor]] = {}
-        self.lengths: list[int] = []
+        lengths: list[int] = []
         self.num_cut = 0
         for begin in progress(range(0, len(texts), 1000), f"Tokenising {name}", unit="k texts"):
             columns = [list(column) for column in zip(*texts[begin : begin + 1000], strict=True)]
             encoded = tokenizer(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
             for name, rows in encoded.items():
                 chunks.setdefault(name, []).append(torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int32))
-            self.lengths += map(len, encoded["input_ids"])
+            lengths += map(len, encoded["input_ids"])
             # Only fast tokenizers say what they cut; a row that is not full is not asked.
             self.num_cut += sum(
                 bool(encoding.overflowing)
                 for encoding, ids in zip(encoded.encodings or (), encoded["input_ids"], strict=False)
                 if len(ids) >= max_length
             )
-        self._tokens = {name: torch.cat(parts) for name, parts in chunks.items()}
-        self._ends = torch.tensor(self.lengths).cumsum(0)
+        super().__init__({name: torch.cat(parts) for name, parts in chunks.items()}, lengths)
         self.labels = labels
         cut = f"{self.num_cut} of {len(self)} texts are cut to {max_length} tokens"
         self.note = cut if self.num_cut else ""
 
-    def __len__(self) -> int:
-        return len(self.lengths)
-
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        end = int(self._ends[index])
-        row = {name: tokens[end - self.lengths[index] : end] for name, tokens in self._tokens.items()}
-        return row | {"labels": self.labels[index]}
+        return super().__getitem__(index) | {"labels": self.labels[index]}
 
 
 def pad_rows(rows: list[dict[str, Tensor]], pad_token_id: int, side: str = "right") -> dict[str, Tensor]:
