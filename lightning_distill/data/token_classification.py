@@ -222,7 +222,7 @@ class TokenizedWords(FlatRows):
         >>> tokenizer = train_tokenizer(["new york"], vocab_size=20)
         >>> rows = TokenizedWords([["new", "y"]], [[1, 2]], tokenizer, max_length=16)
         >>> tokenizer.convert_ids_to_tokens(rows[0]["input_ids"].tolist()), rows[0]["labels"].tolist()
-        (['[CLS]', 'n', '##e', '##w', 'y', '[SEP]'], [-100, 1, -100, -100, 2, -100])
+        (['[CLS]', 'n', '##ew', 'y', '[SEP]'], [-100, 1, -100, 2, -100])
     """
 
     def __init__(

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import nn
 
-from lightning_distill.models.wrapped import inside
 from lightning_distill.signals.attention import why_unrecorded
 
 
@@ -76,7 +75,7 @@ def describe(model: nn.Module) -> ModelInfo:
         num_heads=num_heads,
         num_key_value_heads=getattr(config, "num_key_value_heads", None) or num_heads,
         head_width=head_width,
-        embedding_width=getattr(inside(model), "embedding_width", None),
+        embedding_width=getattr(model, "embedding_width", None),
         modules=modules,
         decoder=find_decoder(model),
         cross_attention=frozenset(path for path, module in model.named_modules() if _attends_to_encoder(path, module)),

@@ -121,6 +121,7 @@ def copy_from_teacher(
         ValueError: If the student is of another class or size, or the architecture is not known.
 
     Example:
+        >>> import torch
         >>> from transformers import BertConfig, BertModel
         >>> small = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 50}
         >>> teacher = BertModel(BertConfig(num_hidden_layers=4, **small))

@@ -13,7 +13,7 @@ class Spearman(SpearmanCorrCoef):
     Example:
         >>> import torch
         >>> from lightning_distill.tasks.metrics import Spearman
-        >>> Spearman()(torch.tensor([0.1, 0.5, 0.4]), torch.tensor([1.0, 3.0, 2.0])).item()
+        >>> round(Spearman()(torch.tensor([0.1, 0.5, 0.4]), torch.tensor([1.0, 3.0, 2.0])).item(), 4)
         1.0
     """
 
