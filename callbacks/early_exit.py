@@ -16,7 +16,7 @@ from lightning_distill.early_exit.criteria import Criterion
 from lightning_distill.early_exit.losses import RampObjective, loss_of_ramps, ramp_objectives, tied
 from lightning_distill.early_exit.ramps import Exits, RampKind, Ramps, find_stack, make_ramps
 from lightning_distill.early_exit.walk import first_tensor
-from lightning_distill.models.batch import token_mask
+from lightning_distill.models.batch import IGNORE_INDEX, token_mask
 from lightning_distill.models.calling import logits_of
 from lightning_distill.module import DistillationModule
 from lightning_distill.optim.own_group import give_own_group
@@ -326,12 +326,14 @@ class EarlyExit(L.Callback):
             logits, labels, mask = task.align(answer, batch)
             if labels is None:
                 break
-            logits, labels = task.scored(logits, labels, mask)
-            count = len(labels)
             if task.has_classes:
-                name, value = "accuracy", (logits.argmax(-1) == labels).sum() / max(count, 1)
+                classes = task.classes(labels)
+                labelled = classes != IGNORE_INDEX if mask is None else mask & (classes != IGNORE_INDEX)
+                count = int(labelled.sum())
+                name, value = "accuracy", (logits.argmax(-1) == classes)[labelled].sum() / max(count, 1)
             else:
-                name, value = "mse", F.mse_loss(logits, labels)
+                logits, labels = task.scored(logits, labels, mask)
+                name, value, count = "mse", F.mse_loss(logits, labels), len(labels)
             pl_module.log(f"val_exit{layer}_{name}", value, batch_size=count, sync_dist=True)
         self._end()
 

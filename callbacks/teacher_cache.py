@@ -210,7 +210,7 @@ class TeacherCache(L.Callback):
                     f"Expected argument `signals` to hold 'hidden_states' for the objective `{objective.name}`, but "
                     f"got {list(self.signals)}."
                 )
-        if self.top_k is None or not TASKS[module.task].has_classes:
+        if self.top_k is None or not TASKS[module.task].exclusive:
             return KeptSignals(self.dtype, layers)
         temperatures: set[float] = set()
         for objective in objectives:

@@ -61,7 +61,9 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
             ``[SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)]``, without a teacher ``[HardLabel()]``.
         task: What the batch asks for; ``"auto"`` reads it off the student's class. A batch is a mapping with the
             models' inputs and ``labels`` (or ``label``, ``label_ids``), or a pair ``(inputs, labels)``. A plain module
-            classifies: one logit is that of two classes, and ``"regression"`` says that logits are real values.
+            classifies: one logit is that of two classes, ``"multi_label"`` says that each logit is that of a label of its own,
+            there or not, and ``"regression"`` that logits are real values. A transformers student's config is told, as
+            ``problem_type``.
         optimizer: Called with the trainable parameters. Default: AdamW with learning rate 5e-5 for a transformers
             student and 1e-3 for any other.
         lr_scheduler: Called with the optimizer; returns any scheduler of torch, Lightning's dictionary of scheduler,
@@ -70,8 +72,8 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         lr_scheduler_monitor: The logged metric that a plateau waits for.
         metrics: torchmetrics called with logits and labels of the items that have one (``Binary...`` with the
             probability of class 1): one, logged by its class in short (``val_f1`` of ``MulticlassF1Score``), or a
-            dictionary or collection, by the names in it. Default: accuracy, perplexity for language models, Pearson
-            correlation for regression.
+            dictionary or collection, by the names in it. Default: accuracy, perplexity for language models, macro F1
+            for several labels, Pearson correlation for regression.
         tokenizer: Saved beside the student by :meth:`export`.
         teacher_precision: What the teacher computes in, whatever the Trainer's ``precision`` is: ``"32"``, ``"bf16"``,
             ``"16"`` (a module is cast in place), or ``"int8"``, ``"nf4"``, ``"fp4"`` (transformers models, by
@@ -139,6 +141,7 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         self.teacher_is_given = not isinstance(teacher, str)
         self.teacher = None if teacher is None else load_teacher(teacher, teacher_precision)
         self._task = task_named(task, self.student)
+        self._task.tell(self.student)
         self.task: TaskName = self._task.name
         self.tokenizer = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler
@@ -206,7 +209,7 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
 
     def in_student_order(self, signals: Signals) -> Signals:
         """The teacher's signals with their classes put, by name, in the student's order."""
-        return ClassOrder(self.pairing.class_index)(signals)
+        return ClassOrder(self.pairing.class_index, self._task.named_dim)(signals)
 
     def total_loss(self, losses: dict[str, Tensor]) -> Tensor:
         """Weighted sum of the objectives' losses, scalars by name."""

@@ -18,7 +18,7 @@ from lightning_distill.tasks import TASKS
 
 @dataclass
 class Answers:
-    """What every ramp and the full model said of a data set, one row per item (a sequence, or a real token).
+    """What every ramp and the full model said of a data set, one row per item (a sequence, a real token, or a label).
 
     Args:
         logits: Shape ``[E + 1, M, C]``, the full model's last.
@@ -129,7 +129,7 @@ def _answers_of(model: EarlyExitInference, batch: Any) -> Answers:
     final, labels, mask = TASKS[task].align(final, batch)
     if labels is None:
         labels = torch.full(final.shape[:-1], IGNORE_INDEX, device=device)
-    labels = labels.argmax(-1) if labels.is_floating_point() else labels
+    labels = TASKS[task].classes(labels)
     items = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
     # A sequence without a real item would have no measure: it is not counted.
     counted = items.view(len(items), -1).any(1)

@@ -26,6 +26,7 @@ from lightning_distill.early_exit.walk import (
 from lightning_distill.models.batch import token_mask
 from lightning_distill.models.calling import call_model, evaluating, logits_of
 from lightning_distill.models.class_names import class_names
+from lightning_distill.tasks import TASKS
 
 Thresholds = float | Mapping[int, float]
 
@@ -257,8 +258,10 @@ class _Pass:
         return self.lap_began - began
 
     def judge(self, position: int, logits: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Each row's measure (the least sure of its tokens') and whether it is sure."""
+        """Each row's measure (the least sure of its tokens' or labels') and whether it is sure."""
         model, criterion = self.model, self.model.criterion
+        task = TASKS[model.ramps.task]
+        logits = task.answers(logits)
         if self.state is None:
             self.state = criterion.begin(logits.shape[:-1], logits.device)
         temperature = model.temperatures.get(position, 1.0)
@@ -267,9 +270,9 @@ class _Pass:
         sure = criterion.sure(measure, model.thresholds[position])
         if gate is not None:  # every other measure is of the logits themselves, and NaN where they are
             sure &= logits.isfinite().all(-1)
-        if model.ramps.task == "token_classification":
+        if measure.ndim > 1:
             real = self.rows.token_mask
-            if real is not None:
+            if real is not None and task.of_tokens:
                 hardest = float("inf") if criterion.rising else float("-inf")
                 sure, measure = sure | ~real, measure.masked_fill(~real, hardest)
             sure = sure.all(1)

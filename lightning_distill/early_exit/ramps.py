@@ -23,6 +23,7 @@ RampKind = Literal["auto", "linear", "pooler", "attention"]
 Pooling = Literal["first", "last", "none"]
 Exits = str | Sequence[int]
 
+_TASKS = ("classification", "multi_label", "regression", "token_classification")
 WEIGHTS, CONFIG = "ramps.safetensors", "early_exit.json"
 
 
@@ -32,7 +33,7 @@ class Ramp(nn.Module):
 
     Args:
         width: Size of the layer's output.
-        num_outputs: Number of classes; 1 in regression.
+        num_outputs: Number of classes or labels; 1 in regression.
         kind: ``"linear"``; ``"pooler"`` puts a layer with tanh before it; ``"attention"`` weighs all real tokens by a
             learned query where the others read one; ``"auto"`` is ``"attention"``, or ``"linear"`` per token.
         pooling: The token that is read: the ``"first"``, the ``"last"`` real one, or ``"none"``: an answer per token.
@@ -307,7 +308,8 @@ def make_ramps(
         exits: See :func:`resolve_exits`.
         kind: See :class:`Ramp`.
         criterion: When an exit is sure; :class:`LearnedGate` gives the ramps gates. Default: :class:`Confidence`.
-        task: ``"classification"``, ``"regression"`` or ``"token_classification"``; ``"auto"`` reads it off the student.
+        task: ``"classification"``, ``"multi_label"``, ``"regression"`` or ``"token_classification"``; ``"auto"`` reads
+            it off the student.
         layers: Path of the stack; see :func:`find_stack`.
         widths: Size of the layers' outputs; None reads it off config or modules.
         num_outputs: Number of classes; None reads it off config or the last linear layer.
@@ -328,10 +330,14 @@ def make_ramps(
     one_of("init", init, get_args(Policy))
     if task == "auto":
         task = infer_task(student)
-    if task not in ("classification", "regression", "token_classification"):
+    if task not in _TASKS:
         raise ValueError(
-            "Expected argument `task` to be 'classification', 'regression' or 'token_classification', but got "
-            f"{task!r}. Language models do not leave early here."
+            f"Expected argument `task` to be one of {_TASKS}, but got {task!r}. Other tasks do not leave early here."
+        )
+    if task == "multi_label" and criterion is not None and criterion.needs_gate:
+        raise ValueError(
+            f"Expected argument `criterion` to need no gate in multi_label, but got {criterion!r}: a gate says whether "
+            "one answer is right. Use `Confidence()`, which waits for the least sure label."
         )
     stack = find_stack(student, layers)
     chosen = resolve_exits(exits, len(stack))

@@ -7,7 +7,14 @@ from torch import nn
 from lightning_distill.models.wrapped import inside
 
 TaskName = Literal[
-    "classification", "regression", "token_classification", "masked_lm", "causal_lm", "seq2seq_lm", "sentence_embedding"
+    "classification",
+    "multi_label",
+    "regression",
+    "token_classification",
+    "masked_lm",
+    "causal_lm",
+    "seq2seq_lm",
+    "sentence_embedding",
 ]
 #: The classes with a head for a task, as transformers lists them in ``MODEL_FOR_<...>_MAPPING`` by a model's config. A
 #: model without such a head can get a new one; for any other task it comes with what answers it.

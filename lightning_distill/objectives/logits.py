@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_distill import functional
 from lightning_distill.arguments import typed
 from lightning_distill.functional.divergences import Divergence
+from lightning_distill.functional.hard_label import has_label
 from lightning_distill.functional.tensors import full_precision
 from lightning_distill.functional.terms import CosineTerm, HardLabelTerm, SoftTargetTerm, StandardizedTerm, Term
 from lightning_distill.objectives.objective import Loss, Objective
@@ -222,12 +223,15 @@ class HardLabel(Objective):
         label_smoothing: Share of the label that is spread evenly over the classes, in [0, 1).
         class_weights: Factor of the loss of each class, at least 0. The mean is divided by the sum of the weights of
             the labels, as by :class:`torch.nn.CrossEntropyLoss`; labels that are probabilities count 1 each, as there.
+        pos_weight: Factor of the loss where a label is there, above 0, as in :class:`torch.nn.BCEWithLogitsLoss`: one a
+            label where a row has several (``task="multi_label"``), or one number for all; with two classes, for class
+            1. The mean is over labels, whatever they weigh.
         weight: Factor of the loss in the total; a number or a schedule.
         name: What it is logged as.
 
     Raises:
         ValueError: If an argument is out of its range, or a batch has no labels, or the weights are not as many as the
-            classes.
+            classes or labels.
 
     Example:
         >>> import torch
@@ -246,6 +250,7 @@ class HardLabel(Objective):
         label_smoothing: float = 0.0,
         *,
         class_weights: Sequence[float] | None = None,
+        pos_weight: float | Sequence[float] | None = None,
         weight: Scheduled = 1.0,
         name: str | None = None,
     ) -> None:
@@ -258,6 +263,17 @@ class HardLabel(Objective):
             all(math.isfinite(each) and each >= 0 for each in self.class_weights) and any(self.class_weights)
         ):
             raise self._error("class_weights", "finite and at least 0, one of them above 0", class_weights)
+        self.pos_weight: float | list[float] | None = None
+        if pos_weight is not None:
+            weights = torch.as_tensor(pos_weight, dtype=torch.float32)
+            if class_weights is not None or not bool((weights.isfinite() & (weights > 0)).all()):
+                raise self._error("pos_weight", "finite and above 0, and without `class_weights`", pos_weight)
+            self.pos_weight = weights.tolist()
+
+    @property
+    def needs_classes(self) -> bool:  # type: ignore[override]
+        """Whether classes have weights."""
+        return self.class_weights is not None
 
     def count(self, student: Signals, teacher: Signals) -> Tensor | None:
         """Rows, or tokens, that have a label; with ``class_weights`` the sum of the weights of their labels."""
@@ -270,12 +286,22 @@ class HardLabel(Objective):
 
     def chunked_term(self) -> HardLabelTerm | None:
         """The cross entropy of a chunk of tokens, where all classes weigh the same."""
-        return None if self.class_weights is not None else HardLabelTerm(self.label_smoothing)
+        weighs = self.class_weights is not None or self.pos_weight is not None
+        return None if weighs else HardLabelTerm(self.label_smoothing)
 
     def _counts(self, labels: Tensor) -> Tensor:
         """The weight of each label that is a class; of others, which count nothing, that of class 0."""
         weights = torch.tensor(self.class_weights, device=labels.device)
         return weights[labels.long().clamp(0, len(weights) - 1)]
+
+    def _pos_weight(self, logits: Tensor) -> Tensor:
+        """The weight of each label, or the one of all."""
+        weight = torch.tensor(self.pos_weight, device=logits.device)
+        labels = logits.shape[-2] if logits.ndim > 2 else 1
+        if logits.shape[-1] != 2 or (weight.ndim and len(weight) != labels):
+            expected = f"a number or {labels} of them, one a label, beside labels that are there or not"
+            raise self._error("pos_weight", expected, self.pos_weight)
+        return weight if labels > 1 else weight.reshape(())
 
     def forward(self, student: Signals, teacher: Signals | None = None) -> Loss:
         """Loss per row, or per token."""
@@ -284,17 +310,20 @@ class HardLabel(Objective):
             cosines = functional.candidate_scores(student.logits, mask=student.mask)
             return Loss((cosines - labels.to(cosines)).square(), candidate_mask(student))
         if _are_values(student):
-            if self.class_weights is not None:
-                raise self._error("class_weights", "None where logits are values and no classes", self.class_weights)
+            for name in ("class_weights", "pos_weight"):
+                if (weights := getattr(self, name)) is not None:
+                    raise self._error(name, "None where logits are values and no classes", weights)
             return Loss(functional.logits_mse(student.logits, labels.view_as(student.logits), reduction="none"), mask)
         weights = None if self.class_weights is None else torch.tensor(self.class_weights, device=labels.device)
         if weights is not None and len(weights) != student.logits.shape[-1]:
             raise self._error("class_weights", f"{student.logits.shape[-1]} weights, one a class", self.class_weights)
+        of_labels = None if self.pos_weight is None else self._pos_weight(student.logits)
         values = functional.hard_label(
             student.logits,
             labels,
             label_smoothing=self.label_smoothing,
             class_weights=weights,
+            pos_weight=of_labels,
             mask=mask,
             reduction="none",
         )
@@ -314,8 +343,8 @@ def _are_values(student: Signals) -> bool:
 def labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | None]:
     """The labels, and the mask of the items that count and have one."""
     labels, mask = require_labels(objective, student), student.mask
-    if not labels.is_floating_point() and not _are_values(student):
-        labelled = labels != functional.IGNORE_INDEX
+    if not _are_values(student):
+        labelled = has_label(labels, soft=labels.is_floating_point() and labels.shape == student.logits.shape)
         mask = labelled if mask is None else mask & labelled
     return labels, mask
 

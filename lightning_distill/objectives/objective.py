@@ -89,7 +89,7 @@ class Objective(nn.Module):
     reads_logits = True
     #: Whether :meth:`forward` reads labels; a batch that has none counts nothing for it.
     needs_labels = False
-    #: Whether logits are classes to it, so that it means nothing in regression.
+    #: Whether it compares one class with the others, so that it means nothing in regression or label by label.
     needs_classes = False
     #: Whether it compares predictions over different vocabularies.
     any_vocabulary = False

@@ -29,8 +29,10 @@ _FULL = "Devlin et al. 2019, appendix A.3 (2e-5 to 5e-5), and common practice by
 _LORA = "Hu et al. 2021, appendix D: RoBERTa 2e-4 to 5e-4, GPT-2 and GPT-3 2e-4, DeBERTa XXL 6e-5 to 2e-4"
 _TASKS = {
     "classification": LRRange(1e-5, 3e-5, _FULL),
+    "multi_label": LRRange(1e-5, 3e-5, _FULL),
     "regression": LRRange(1e-5, 3e-5, _FULL),
     "token_classification": LRRange(3e-5, 5e-5, _FULL),
+    "question_answering": LRRange(3e-5, 5e-5, _FULL),
     "generation": LRRange(5e-5, 1e-4, _FULL),
 }
 _METHODS = {
@@ -42,7 +44,9 @@ _SGD = LRRange(1e-3, 1e-2, "common practice for fine-tuning with momentum")
 
 @typed
 def recommended_lr(
-    task: Literal["classification", "regression", "token_classification", "generation"] = "classification",
+    task: Literal[
+        "classification", "multi_label", "regression", "token_classification", "question_answering", "generation"
+    ] = "classification",
     method: Literal["full", "head", "lora"] = "full",
     optimizer: str | type[Optimizer] = "adamw",
     num_examples: int | None = None,

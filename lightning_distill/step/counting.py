@@ -55,7 +55,7 @@ def counted_ahead(task: Task, objectives: Mapping[str, Objective], batch: Any) -
     Returns:
         Shape ``[objectives]``; None where only the forwards can tell.
     """
-    if not all(objective.counts_ahead for objective in objectives.values()):
+    if not all(objective.counts_ahead for objective in objectives.values()) or not task.has_count(batch):
         return None
     student, teacher = (before(task, batch_of(role, batch)) for role in ("student", "teacher"))
     counts = [objective.count(student, teacher) for objective in objectives.values()]

@@ -20,6 +20,7 @@ from lightning_distill.models.tokenizers import (
 from lightning_distill.objectives.objective import Objective
 from lightning_distill.signals.description import describe
 from lightning_distill.tasks import Task
+from lightning_distill.teachers.ensemble import TeacherEnsemble
 
 
 @dataclass(frozen=True)
@@ -146,12 +147,14 @@ def _gives_answers(model: nn.Module, name: str, objectives: Mapping[str, Objecti
 
 
 def _check_classes(task: Task, objectives: Mapping[str, Objective]) -> None:
-    """Refuse objectives on classes where a task has none."""
+    """Refuse objectives that compare one class with the others where a task has no such classes."""
     wrong = [name for name, objective in objectives.items() if objective.needs_classes]
-    if wrong and not task.has_classes:
+    if wrong and not task.exclusive:
+        what = "labels one by one" if task.has_classes else "real values"
+        weights = ", and `pos_weight` in the place of `class_weights`" if task.has_classes else ""
         raise ValueError(
-            f"Expected objectives on real values in regression, but got {wrong}, which compare classes. Use "
-            "`SoftTarget` or `LogitsMSE`."
+            f"Expected objectives on {what} in {task.name}, but got {wrong}, which compare classes. Use `SoftTarget` "
+            f"or `LogitsMSE`{weights}."
         )
 
 
@@ -185,10 +188,21 @@ def _check_pair(
         check_tokenizers(student, teacher, ANOTHER_TOKENIZER if words else OWN_INPUTS)
     if words or not same_answers or task.of_vectors:
         return None
+    _check_ensemble(teacher, task)
     student_config, teacher_config = getattr(student, "config", None), getattr(teacher, "config", None)
     check_equal("num_labels", student_config, teacher_config, "Load both with the same number of classes.")
     names, teacher_names = class_names(student, "student"), class_names(teacher, "teacher")
     return None if names is None or teacher_names is None else class_order(names, teacher_names)
+
+
+def _check_ensemble(teacher: nn.Module, task: Task) -> None:
+    """Refuse a mean of probabilities that are those of another task."""
+    several = task.has_classes and not task.exclusive
+    if isinstance(teacher, TeacherEnsemble) and teacher.how == "probabilities" and teacher.multi_label != several:
+        raise ValueError(
+            f"Expected argument `multi_label` of the `TeacherEnsemble` to be {several} for the task {task.name}, but "
+            f"got {teacher.multi_label}: a softmax is over classes, a sigmoid of a label alone."
+        )
 
 
 def check_not_shared(student: nn.Module, teacher: nn.Module) -> None:

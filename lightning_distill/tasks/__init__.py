@@ -13,6 +13,7 @@ from lightning_distill.models.heads import TaskName, task_of_class
 from lightning_distill.models.wrapped import inside
 from lightning_distill.tasks.classification import Classification
 from lightning_distill.tasks.language_models import CausalLM, MaskedLM
+from lightning_distill.tasks.multi_label import MultiLabel
 from lightning_distill.tasks.regression import Regression
 from lightning_distill.tasks.sentence_embedding import SentenceEmbedding
 from lightning_distill.tasks.seq2seq_lm import Seq2SeqLM
@@ -26,6 +27,7 @@ TASKS: dict[TaskName, Task] = {
     task.name: task
     for task in (
         Classification(),
+        MultiLabel(),
         Regression(),
         TokenClassification(),
         MaskedLM(),
@@ -74,12 +76,13 @@ def infer_task(model: nn.Module) -> TaskName:
     model = inside(model)
     name, task = type(model).__name__, task_of_class(type(model))
     problem = getattr(config, "problem_type", None)
-    if task is None or problem == "multi_label_classification":
-        what = f"`problem_type={problem!r}`" if task else f"a `{name}`"
+    if task is None:
         raise ValueError(
-            f"Expected argument `student` to have a head for one of {list(get_args(TaskName))}, but got {what}. Load "
-            "the model with such a head, or pass `task=...` and override `student_step` and `teacher_step`."
+            f"Expected argument `student` to have a head for one of {list(get_args(TaskName))}, but got a `{name}`. "
+            "Load the model with such a head, or pass `task=...` and override `student_step` and `teacher_step`."
         )
+    if task == "classification" and problem == "multi_label_classification":
+        return "multi_label"
     if task == "classification":
         # As in transformers: one logit is a value, unless the config says that it classifies.
         one = getattr(config, "num_labels", 2) == 1 and problem is None

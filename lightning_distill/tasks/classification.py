@@ -11,6 +11,7 @@ class Classification(Task):
 
     name = "classification"
     names_classes = True
+    problem_type = "single_label_classification"
 
     def answers(self, logits: Tensor) -> Tensor:
         """Logits ``[B, C]`` of at least two classes."""

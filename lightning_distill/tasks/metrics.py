@@ -1,9 +1,12 @@
 """Metrics that torchmetrics does not have in this form."""
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.classification import MultilabelF1Score
 from torchmetrics.regression import PearsonCorrCoef, SpearmanCorrCoef
 
 
@@ -23,6 +26,33 @@ class Spearman(SpearmanCorrCoef):
             super().__init__()
 
 
+class MacroF1(MultilabelF1Score):
+    """The mean of the F1 scores of several labels, however many the first batch has.
+
+    Args:
+        **options: Those of :class:`torchmetrics.classification.MultilabelF1Score`, but for the number of labels.
+
+    Example:
+        >>> import torch
+        >>> from lightning_distill.tasks.metrics import MacroF1
+        >>> macro_f1 = MacroF1()
+        >>> macro_f1(torch.tensor([[0.9, 0.1], [0.2, 0.8]]), torch.tensor([[1, 0], [1, 1]])).item()
+        0.8333333730697632
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(num_labels=2, **options)
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Add probabilities and labels ``[B, L]``."""
+        if preds.shape[1] != self.num_labels and not self.tp.any() | self.fp.any() | self.fn.any() | self.tn.any():
+            self.num_labels = preds.shape[1]
+            # torchmetrics asks for two labels or more, and computes one as well.
+            self.validate_args = self.num_labels > 1
+            _resize(self, self.num_labels)
+        super().update(preds, target)
+
+
 class Pearson(PearsonCorrCoef):
     """Pearson's correlation; of several outputs the mean of theirs, however many the first batch has.
 
@@ -40,10 +70,16 @@ class Pearson(PearsonCorrCoef):
         outputs = preds.shape[1] if preds.ndim > 1 else 1
         if outputs != self.num_outputs and not self.n_total.any():
             self.num_outputs = outputs
-            for name, reduction in list(self._reductions.items()):
-                self.add_state(name, torch.zeros(outputs, device=self.device), reduction, self._persistent[name])
+            _resize(self, outputs)
         super().update(preds, target)
 
     def compute(self) -> Tensor:
         """The mean over outputs."""
         return super().compute().mean()
+
+
+def _resize(metric: Metric, size: int) -> None:
+    """Give the states of a metric that has seen nothing a size."""
+    for name, reduction in list(metric._reductions.items()):
+        state = torch.zeros(size, dtype=getattr(metric, name).dtype, device=metric.device)
+        metric.add_state(name, state, reduction, metric._persistent[name])

@@ -25,6 +25,15 @@ _CLASSES: Rows = {
     "auroc": (c.MulticlassAUROC, {}),
     "calibration_error": (c.MulticlassCalibrationError, {}),
 }
+_LABELS: Rows = {
+    "macro_f1": (c.MultilabelF1Score, {"average": "macro"}),
+    "micro_f1": (c.MultilabelF1Score, {"average": "micro"}),
+    "macro_precision": (c.MultilabelPrecision, {"average": "macro"}),
+    "macro_recall": (c.MultilabelRecall, {"average": "macro"}),
+    "exact_match": (c.MultilabelExactMatch, {}),
+    "auroc": (c.MultilabelAUROC, {}),
+    "average_precision": (c.MultilabelAveragePrecision, {}),
+}
 _VALUES: Rows = {
     "pearson": (Pearson, {}),
     "spearman": (r.SpearmanCorrCoef, {}),
@@ -33,7 +42,12 @@ _VALUES: Rows = {
     "r2": (r.R2Score, {}),
 }
 #: The metrics of a task by name; a new one is a row.
-METRICS: dict[str, Rows] = {"classification": _CLASSES, "token_classification": _CLASSES, "regression": _VALUES}
+METRICS: dict[str, Rows] = {
+    "classification": _CLASSES,
+    "multi_label": _LABELS,
+    "token_classification": _CLASSES,
+    "regression": _VALUES,
+}
 
 
 def named_metrics(names: str, task: str, num_classes: int | None = None) -> dict[str, Metric]:
@@ -42,11 +56,12 @@ def named_metrics(names: str, task: str, num_classes: int | None = None) -> dict
     Args:
         names: One name, or several as ``"a,b"``.
         task: The name of the task.
-        num_classes: Number of classes, at least 2; not read where there are none.
+        num_classes: Number of classes or labels, at least 2; not read where there are none.
 
     Returns:
-        The metrics by name, in the order of the names. Those of classes take logits ``[N, C]`` and classes ``[N]`` and
-        leave -100 out, those of values two tensors ``[N]``.
+        The metrics by name, in the order of the names. Those of classes take logits ``[N, C]`` and classes ``[N]``,
+        those of several labels probabilities and labels ``[N, L]``, and both leave -100 out; those of values take two
+        tensors ``[N]``.
 
     Raises:
         ValueError: If the task has no metrics by name, or none of this name, or a name is there twice.
@@ -67,7 +82,9 @@ def named_metrics(names: str, task: str, num_classes: int | None = None) -> dict
             near = difflib.get_close_matches(name, rows, n=1)
             meant = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"Expected argument `metric` to be of {', '.join(rows)}, but got {name!r}.{meant}")
-    shared = {} if rows is _VALUES else {"num_classes": num_classes, "ignore_index": IGNORE_INDEX}
+    shared: dict[str, Any] = {}
+    if rows is not _VALUES:
+        shared = {"num_labels" if rows is _LABELS else "num_classes": num_classes, "ignore_index": IGNORE_INDEX}
     with warnings.catch_warnings():
         # A correlation of ranks needs them all, and whoever names one has asked for it.
         warnings.filterwarnings("ignore", "Metric .* will save all targets and predictions")

@@ -14,6 +14,8 @@ class Regression(Task):
 
     name = "regression"
     has_classes = False
+    problem_type = "regression"
+    exclusive = False
 
     def answers(self, logits: Tensor) -> Tensor:
         """Values ``[B, C]``."""

@@ -88,7 +88,7 @@ class Scores(nn.Module):
             if len(labels):
                 for metric in self.metrics.values():
                     assert isinstance(metric, Metric)
-                    metric.update(_as_taken(metric, logits), labels)
+                    metric.update(_as_taken(metric, logits) if labels.ndim == 1 else logits, labels)
 
     def fresh(self) -> "Scores":
         """The same metrics for another dataloader, without what these have seen."""

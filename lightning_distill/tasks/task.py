@@ -3,7 +3,7 @@
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -36,6 +36,10 @@ class Task:
     problem_type: ClassVar[str | None] = None
     #: Whether an answer is one vector, whose direction counts, of any width.
     of_vectors: ClassVar[bool] = False
+    #: Whether the classes exclude each other, so that objectives may compare one with the others.
+    exclusive: ClassVar[bool] = True
+    #: The dimension of aligned logits along which the classes lie that a model has names for.
+    named_dim: ClassVar[int] = -1
     #: Whether a batch that has no labels answers itself.
     labels_itself: ClassVar[bool] = False
     #: The fields of a transformers config that may hold the number of classes, the first that is there.
@@ -61,7 +65,7 @@ class Task:
         return logits, None if labels is None else self.targets(logits, labels), None
 
     def answers(self, logits: Tensor) -> Tensor:
-        """What a model answers in the one form that all else reads, see :meth:`align`."""
+        """What a model answers in the one form that all else reads, see :meth:`align`; as it is, if it has it."""
         return logits
 
     def targets(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -77,7 +81,8 @@ class Task:
 
         Returns:
             Classes as int64 ``[B]`` or ``[B, T]``, with -100 where there is no label; probabilities as float32, of the
-            shape of the logits; in regression float32 ``[B]`` or, of several values, ``[B, C]``.
+            shape of the logits, all -100 where there are none; in regression float32 ``[B]`` or, of several values,
+            ``[B, C]``.
 
         Raises:
             ValueError: If they fit neither the logits nor the task.
@@ -139,6 +144,12 @@ class Task:
     def _settled(self, logits: Tensor) -> Tensor:
         return logits
 
+    def tell(self, model: nn.Module) -> None:
+        """Say in a transformers config what the model answers, so that it does where it is loaded again."""
+        config = getattr(model, "config", None)
+        if self.problem_type is not None and hasattr(config, "problem_type"):
+            config.problem_type = self.problem_type
+
     def has_label(self, batch: Any) -> bool:
         """Whether anything in the batch has a label; a causal model's own input is one."""
         labels = labels_of(batch)
@@ -163,10 +174,28 @@ class Task:
                 f"Expected {where} to have a real token, but got one in which everything is padding. Remove empty rows "
                 "from the data."
             )
-        labels = labels_of(batch)
-        if self.has_classes and labels is not None and num_classes is not None and not labels.is_floating_point():
+        if (labels := labels_of(batch)) is not None:
+            self.check_labels(labels, num_classes, where)
+
+    def check_labels(self, labels: Tensor, num_classes: int | None, where: str) -> None:
+        """Refuse labels that name no class; arguments as in :meth:`check_batch`."""
+        if self.has_classes and num_classes is not None and not labels.is_floating_point():
             # One logit is that of two classes.
             check_range(labels.long(), max(num_classes, 2), where)
+
+    # -- what others do with answers ---------------------------------------------------------------------------------
+
+    def has_count(self, batch: Any) -> bool:
+        """Whether a batch says how many answers it asks for; where it does not, a model runs to count them."""
+        return True
+
+    def packed(self, logits: Tensor) -> Tensor:
+        """Aligned logits as they are kept on disk: ``[B, C]`` or ``[B, T, C]``, of one width in all batches."""
+        return logits
+
+    def unpacked(self, logits: Tensor) -> Tensor:
+        """Aligned logits, of what :meth:`packed` gave."""
+        return logits
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
@@ -185,10 +214,15 @@ class Task:
         same = (student.logits.argmax(-1) == theirs).float()
         return (same if student.mask is None else same[student.mask],)
 
+    def classes(self, labels: Tensor) -> Tensor:
+        """Labels that :meth:`targets` gave as classes: soft ones by their likeliest, -100 where there is no label."""
+        if not labels.is_floating_point():
+            return labels
+        return labels.argmax(-1).where((labels != IGNORE_INDEX).all(-1), IGNORE_INDEX)
+
     def scored(self, logits: Tensor, labels: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """Logits and labels as torchmetrics takes them: a row per item with a label; soft labels by their likeliest."""
-        if labels.is_floating_point():
-            labels = labels.argmax(-1)
+        labels = self.classes(labels)
         labelled = labels != IGNORE_INDEX
         labelled = labelled if mask is None else labelled & mask
         return logits[labelled], labels[labelled]
@@ -214,15 +248,16 @@ def check_range(labels: Tensor, num_classes: int, where: str) -> None:
 
 
 def _probabilities(labels: Tensor) -> Tensor:
-    """Labels that are probabilities of the classes."""
-    if labels.is_cpu and not bool((labels >= 0).all() & ((labels.sum(-1) - 1).abs() < 0.02).all()):
-        wrong = ((labels < 0).any(-1) | ((labels.sum(-1) - 1).abs() >= 0.02)).flatten().nonzero()[0]
-        row = labels.flatten(0, -2)[int(wrong)].tolist()
-        raise ValueError(
-            "Expected labels of the shape of the logits to be probabilities that sum to 1 in each row, but got "
-            f"{row[:8]} in row {int(wrong)}. Several classes at once (multi-label) are not learned here; divide "
-            "counts by their sum; for real values pass `task='regression'`."
-        )
+    """Labels that are probabilities of the classes, or -100 for every class of a row without a label."""
+    if labels.is_cpu:
+        fit = (labels >= 0).all(-1) & ((labels.sum(-1) - 1).abs() < 0.02) | (labels == IGNORE_INDEX).all(-1)
+        if not bool(fit.all()):
+            wrong = int((~fit).flatten().nonzero()[0])
+            raise ValueError(
+                "Expected labels of the shape of the logits to be probabilities that sum to 1 in each row, but got "
+                f"{labels.flatten(0, -2)[wrong].tolist()[:8]} in row {wrong}. Divide counts by their sum; for several "
+                "labels at once (multi-label) pass `task='multi_label'`, for real values `task='regression'`."
+            )
     return labels
 
 

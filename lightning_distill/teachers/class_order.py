@@ -13,6 +13,7 @@ class ClassOrder:
 
     Args:
         index: Int64 ``[classes]``, see :func:`lightning_distill.models.class_names.class_order`; None: they are in it.
+        dim: The dimension of the logits that the classes are in: -1, or -2 where each has logits of its own.
 
     Example:
         >>> import torch
@@ -22,16 +23,16 @@ class ClassOrder:
         tensor([[5., 3.]])
     """
 
-    def __init__(self, index: Tensor | None = None) -> None:
-        self.index = index
+    def __init__(self, index: Tensor | None = None, dim: int = -1) -> None:
+        self.index, self.dim = index, dim
 
     def __call__(self, signals: Signals) -> Signals:
-        """The same signals, with logits ``[..., classes]`` in the student's order."""
+        """The same signals, with the classes of their logits in the student's order."""
         if self.index is None:
             return signals
         index = self.index.to(signals.logits.device)
         if not signals.top_k:
-            return dataclasses.replace(signals, logits=signals.logits[..., index])
+            return dataclasses.replace(signals, logits=signals.logits.index_select(self.dim, index))
         places = index.argsort()  # of each of the teacher's classes among the student's
         top_k = {t: TopK(best.log_probs, places[best.classes]) for t, best in signals.top_k.items()}
         return dataclasses.replace(signals, top_k=top_k)

@@ -25,6 +25,8 @@ class TeacherEnsemble(nn.Module):
             ``temperature``; ``"sample"``: one teacher, drawn anew for each batch from PyTorch's global generator.
         weights: One number per teacher, at least 0: its share in the mean, or how often it is drawn. Equal where None.
         temperature: Used by ``"probabilities"``: that of the objective that reads the logits.
+        multi_label: Whether each logit is that of a label which is there or not, so that probabilities are sigmoids,
+            each label's own. None: as the teachers' configs say by ``problem_type``.
 
     Raises:
         ValueError: If there are no teachers, an argument is out of its range, or the teachers' configs name other
@@ -49,17 +51,24 @@ class TeacherEnsemble(nn.Module):
         *,
         weights: list[float] | None = None,
         temperature: float = 1.0,
+        multi_label: bool | None = None,
     ) -> None:
         super().__init__()
         if how not in get_args(How):
             raise ValueError(f"Expected argument `how` to be one of {get_args(How)}, but got {how!r}.")
         configs = [getattr(teacher, "config", None) for teacher in teachers]
-        values = [getattr(c, "problem_type", None) == "regression" or getattr(c, "num_labels", 2) == 1 for c in configs]
+        problems = [getattr(config, "problem_type", None) for config in configs]
+        # As in transformers: one logit is a value, unless the config says that it classifies.
+        values = [
+            p == "regression" or (p is None and getattr(c, "num_labels", 2) == 1)
+            for p, c in zip(problems, configs, strict=True)
+        ]
         if how == "probabilities" and any(values):
             raise ValueError(
                 "Expected argument `how` to be 'logits' or 'sample' for regression, but got 'probabilities'."
             )
         self.teachers = nn.ModuleList(teachers)
+        self.multi_label = "multi_label_classification" in problems if multi_label is None else multi_label
         self.how, self.weights, self.temperature = how, weights or [1.0] * len(teachers), temperature
         named = {f"teachers[{i}]": class_names(teacher, f"teachers[{i}]") for i, teacher in enumerate(teachers)}
         known = {role: names for role, names in named.items() if names is not None}
@@ -78,7 +87,10 @@ class TeacherEnsemble(nn.Module):
         if self.how == "sample":
             return self._answer(int(torch.multinomial(torch.tensor(self.weights), 1)), args, kwargs)
         logits = [self._answer(index, args, kwargs) for index in range(len(self.teachers))]
-        return combine_teachers(logits, how=self.how, weights=self.weights, temperature=self.temperature)
+        options: dict[str, Any] = {"how": self.how, "weights": self.weights, "temperature": self.temperature}
+        if self.multi_label:  # a single logit is that of two classes: a label that is there or not
+            return combine_teachers([each.unsqueeze(-1) for each in logits], **options).squeeze(-1)
+        return combine_teachers(logits, **options)
 
     def _answer(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         teacher, order = self.teachers[index], self._orders[index]

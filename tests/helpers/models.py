@@ -83,6 +83,8 @@ def batch(task: str, rows: int = 4, length: int = 8, *, classes: int = 2, seed: 
     real = made["attention_mask"].bool()
     if task == "classification":
         labels = torch.randint(0, classes, (rows,), generator=generator)
+    elif task == "multi_label":
+        labels = torch.randint(0, 2, (rows, classes), generator=generator).float()
     elif task == "regression":
         labels = torch.randn(rows, generator=generator)
     elif task == "token_classification":

@@ -64,6 +64,12 @@ ROWS = [
         classes=2,
         told={"task": "classification"},
     ),
+    Row(
+        "several labels",
+        "multi_label",
+        lambda **c: bert(num_labels=3, problem_type="multi_label_classification", **c),
+        "macro_f1",
+    ),
     Row("regression", "regression", lambda **c: bert(num_labels=1, **c), "pearson"),
     Row("several values", "regression", lambda **c: bert(num_labels=3, problem_type="regression", **c), "pearson"),
     Row(

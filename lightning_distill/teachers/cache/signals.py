@@ -172,7 +172,7 @@ class CachedSignals:
             assert of_tokens is not None
             shape = tuple(of_tokens.shape[:2])
         logits, labels, mask = task.align(torch.empty(*shape, 0, device=self._module.device), batch)
-        return Signals(logits, labels, mask, token_mask(batch))
+        return Signals(task.packed(logits), labels, mask, token_mask(batch))
 
     def _keys(self, batch: Any, frame: Signals) -> list[bytes]:
         batch, teacher = batch_of("teacher", batch), inside(self._module.teacher)
@@ -189,6 +189,7 @@ class CachedSignals:
 
     def _fill(self, batch: Any, keys: list[bytes], frame: Signals) -> None:
         answer = self.source(batch)
+        answer = dataclasses.replace(answer, logits=self._task.packed(answer.logits))
         given = answer.logits if answer.deferred is None else answer.deferred.hidden
         if given.shape[:-1] != frame.logits.shape[:-1]:
             raise ValueError(
@@ -260,7 +261,7 @@ class CachedSignals:
             return None
         known = getattr(config, "num_labels", None)
         # One logit of a classifier is kept as two, see `Task.align`.
-        return 2 if known == 1 and self._task.has_classes else known
+        return 2 if known == 1 and self._task.exclusive else known
 
     def _arrays(self, answer: Signals, row: int) -> dict[str, "np.ndarray[Any, Any]"]:
         """What is kept of a row, of its items that count."""
@@ -290,7 +291,7 @@ class CachedSignals:
         arrays = {name: value.to(device) for name, value in store.read(keys, counts).items()}
         found = dataclasses.replace(frame)
         if "logits" in arrays:
-            found.logits = _spread(arrays["logits"].float(), frame.mask, shape)
+            found.logits = self._task.unpacked(_spread(arrays["logits"].float(), frame.mask, shape))
         else:
             log_probs = _spread(arrays["log_probs"].float(), frame.mask, shape)
             classes = arrays["classes"].long()  # in int32 there is no 2**31
