@@ -61,9 +61,9 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
             ``[SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)]``, without a teacher ``[HardLabel()]``.
         task: What the batch asks for; ``"auto"`` reads it off the student's class. A batch is a mapping with the
             models' inputs and ``labels`` (or ``label``, ``label_ids``), or a pair ``(inputs, labels)``. A plain module
-            classifies: one logit is that of two classes, ``"multi_label"`` says that each logit is that of a label of its own,
-            there or not, and ``"regression"`` that logits are real values. A transformers student's config is told, as
-            ``problem_type``.
+            classifies: one logit is that of two classes; ``"multi_label"`` says that each logit is that of a label of
+            its own, there or not, and ``"regression"`` that logits are real values. A transformers student's config is
+            told, as ``problem_type``.
         optimizer: Called with the trainable parameters. Default: AdamW with learning rate 5e-5 for a transformers
             student and 1e-3 for any other.
         lr_scheduler: Called with the optimizer; returns any scheduler of torch, Lightning's dictionary of scheduler,

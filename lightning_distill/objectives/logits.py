@@ -343,7 +343,7 @@ def _are_values(student: Signals) -> bool:
 def labelled(objective: Objective, student: Signals) -> tuple[Tensor, Tensor | None]:
     """The labels, and the mask of the items that count and have one."""
     labels, mask = require_labels(objective, student), student.mask
-    if not _are_values(student):
+    if not _are_values(student) and not student.vectors:
         labelled = has_label(labels, soft=labels.is_floating_point() and labels.shape == student.logits.shape)
         mask = labelled if mask is None else mask & labelled
     return labels, mask

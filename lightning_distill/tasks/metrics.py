@@ -45,7 +45,7 @@ class MacroF1(MultilabelF1Score):
 
     def update(self, preds: Tensor, target: Tensor) -> None:
         """Add probabilities and labels ``[B, L]``."""
-        if preds.shape[1] != self.num_labels and not self.tp.any() | self.fp.any() | self.fn.any() | self.tn.any():
+        if preds.shape[1] != self.num_labels and self.update_count <= 1:
             self.num_labels = preds.shape[1]
             # torchmetrics asks for two labels or more, and computes one as well.
             self.validate_args = self.num_labels > 1

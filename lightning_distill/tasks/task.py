@@ -146,7 +146,7 @@ class Task:
 
     def tell(self, model: nn.Module) -> None:
         """Say in a transformers config what the model answers, so that it does where it is loaded again."""
-        config = getattr(model, "config", None)
+        config: Any = getattr(model, "config", None)
         if self.problem_type is not None and hasattr(config, "problem_type"):
             config.problem_type = self.problem_type
 

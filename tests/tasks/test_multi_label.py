@@ -11,13 +11,15 @@ from torch import Tensor, nn
 from torch.distributions import Bernoulli, kl_divergence
 from torch.utils.data import DataLoader
 from torchmetrics.classification import BinaryAccuracy, MultilabelAUROC, MultilabelF1Score
+from transformers import AutoModelForSequenceClassification
 
-from lightning_distill import DistillationModule
+from lightning_distill import DistillationModule, student_from_teacher
 from lightning_distill.callbacks import EarlyExit, TeacherCache
 from lightning_distill.early_exit import Confidence, EarlyExitModel, LearnedGate, Patience, calibrate, make_ramps
 from lightning_distill.objectives import Decoupled, HardLabel, LogitsCosine, SoftTarget, TopKSoftTarget
 from lightning_distill.signals import Signals
 from lightning_distill.tasks import infer_task
+from lightning_distill.teachers import TeacherEnsemble
 from tests.helpers.models import batch, bert
 from tests.tasks.test_labels import linear, points, trainer
 
@@ -231,7 +233,7 @@ def test_ramps_are_trained_and_calibrated() -> None:
     exits = EarlyExit(layers="0", teacher_weight=0.1, task="multi_label")
     run = trainer(callbacks=[exits], log_every_n_steps=1)
     rows = list(zip(x, y, strict=True))
-    run.fit(module, DataLoader(rows * 5, 20), DataLoader(rows, 50))
+    run.fit(module, DataLoader(rows * 20, 20), DataLoader(rows, 50))
     assert run.callback_metrics["val_exit0_accuracy"] > 0.9
     model = EarlyExitModel(student)
     report = calibrate(model, DataLoader(rows, 50), max_drop=0.2)
@@ -251,3 +253,32 @@ def test_a_step_of_ones_own_gives_plain_logits() -> None:
     own = Own(linear(4, L, 1), linear(4, L, 2), task="multi_label")
     for name, loss in own.losses((x, y)).items():
         torch.testing.assert_close(loss, module_of().losses((x, y))[name])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_mean_of_probabilities_is_that_of_sigmoids(temperature: float) -> None:
+    x, teachers = points(), [linear(4, L, seed) for seed in (1, 2)]
+    plain = TeacherEnsemble(teachers, "probabilities", weights=[1.0, 3.0], temperature=temperature, multi_label=True)
+    p, q = ((teacher(x) / temperature).sigmoid() for teacher in teachers)
+    torch.testing.assert_close((plain(x) / temperature).sigmoid(), (p + 3 * q) / 4)
+    assert TeacherEnsemble([several(), several()], "probabilities").multi_label
+    with pytest.raises(ValueError, match="`multi_label` of the `TeacherEnsemble` to be True for the task multi_label"):
+        DistillationModule(TeacherEnsemble(teachers, "probabilities"), linear(4, L), task="multi_label")
+    with pytest.raises(ValueError, match="to be False for the task classification"):
+        DistillationModule(plain, linear(4, L))
+
+
+def test_what_is_exported_says_that_it_has_several_labels(tmp_path: Path) -> None:
+    student = bert(num_labels=L, id2label=dict(enumerate(["joy", "anger", "fear"])))
+    module = DistillationModule(several(), student, task="multi_label")
+    module.export(tmp_path / "student")
+    again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "student")
+    assert (again.config.problem_type, again.config.id2label[1]) == ("multi_label_classification", "anger")
+    assert infer_task(again) == "multi_label"
+    smaller = student_from_teacher(again, num_layers=1)
+    assert DistillationModule(again, smaller).task == "multi_label"
+
+
+def test_weights_of_classes_are_refused_for_those_of_labels() -> None:
+    with pytest.raises(ValueError, match="`pos_weight` in the place of `class_weights`"):
+        module_of([HardLabel(class_weights=[1.0, 2.0])])

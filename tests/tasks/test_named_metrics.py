@@ -43,6 +43,25 @@ def test_area_under_the_curve() -> None:
     assert metric.compute().item() == pytest.approx(expected, abs=1e-5)
 
 
+LABELS: dict[str, Callable[[Any, Any], float]] = {
+    **{name: ORACLES[name] for name in ("macro_f1", "micro_f1", "macro_precision", "macro_recall")},
+    "exact_match": sk.accuracy_score,  # of rows of labels: those that are right as a whole
+}
+
+
+@pytest.mark.parametrize("name", METRICS["multi_label"])
+def test_of_several_labels(name: str) -> None:
+    (metric,) = named_metrics(name, "multi_label", 3).values()
+    probabilities, labels = LOGITS.sigmoid(), (LOGITS.roll(1, 0) + LOGITS > 0).long()
+    metric.update(probabilities, labels)
+    if name in LABELS:
+        expected = LABELS[name](labels, probabilities > 0.5)
+    else:
+        areas = {"auroc": sk.roc_auc_score, "average_precision": sk.average_precision_score}
+        expected = areas[name](labels, probabilities, average="macro")
+    assert metric.compute().item() == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize("name", METRICS["regression"])
 def test_of_values(name: str) -> None:
     (metric,) = named_metrics(name, "regression").values()
