@@ -332,7 +332,8 @@ def make_ramps(
         task = infer_task(student)
     if task not in _TASKS:
         raise ValueError(
-            f"Expected argument `task` to be one of {_TASKS}, but got {task!r}. Language models do not leave early here."
+            f"Expected argument `task` to be one of {_TASKS}, but got {task!r}. Language models do not leave early "
+            "here."
         )
     if task == "multi_label" and criterion is not None and criterion.needs_gate:
         raise ValueError(
