@@ -61,9 +61,8 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
             ``[SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)]``, without a teacher ``[HardLabel()]``.
         task: What the batch asks for; ``"auto"`` reads it off the student's class. A batch is a mapping with the
             models' inputs and ``labels`` (or ``label``, ``label_ids``), or a pair ``(inputs, labels)``. A plain module
-            classifies: one logit is that of two classes; ``"multi_label"`` says that each logit is that of a label of
-            its own, there or not, and ``"regression"`` that logits are real values. A transformers student's config is
-            told, as ``problem_type``.
+            classifies: one logit is that of two classes; with ``"multi_label"`` each logit is that of a label, there or
+            not, with ``"regression"`` a real value. The config of a student is told, as ``problem_type``.
         optimizer: Called with the trainable parameters. Default: AdamW with learning rate 5e-5 for a transformers
             student and 1e-3 for any other.
         lr_scheduler: Called with the optimizer; returns any scheduler of torch, Lightning's dictionary of scheduler,
@@ -141,7 +140,6 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
         self.teacher_is_given = not isinstance(teacher, str)
         self.teacher = None if teacher is None else load_teacher(teacher, teacher_precision)
         self._task = task_named(task, self.student)
-        self._task.tell(self.student)
         self.task: TaskName = self._task.name
         self.tokenizer = tokenizer
         self._optimizer, self._lr_scheduler = optimizer, lr_scheduler

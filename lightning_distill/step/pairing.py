@@ -51,7 +51,7 @@ def pair(
     own_steps: Collection[str] = (),
     own_teacher_inputs: bool = False,
 ) -> Pairing:
-    """Refuse what does not fit together, and tell the objectives the two models.
+    """Refuse what does not fit together, and tell the objectives the two models, and the student its task.
 
     Args:
         student: The model that learns.
@@ -79,6 +79,7 @@ def pair(
     if teacher is not None:
         pairing = _compare(student, teacher, task, objectives, pairing)
     bind(student, teacher, task, objectives)
+    task.tell(student)
     return pairing
 
 
