@@ -7,9 +7,10 @@ python recipes/distilbert.py
 python recipes/distilbert.py --model.teacher <folder or hub id> --model.num_layers 3 \
     --data.train_file train.tsv --data.val_file dev.tsv --data.test_file test.tsv \
     --data.text_columns sentence --data.label_column label --trainer.max_epochs 1
-    Your own teacher and data. Every --trainer.* flag is the Trainer's. With --gptq.bits 4 the student is quantised
-    in the end, to student-gptq/. Callbacks, optimizer and schedule are flags too: see docs/optimization.md. After a
-    crash, a kill or Ctrl-C: the same command with --resume, see docs/reliability.md.
+    Your own teacher and data; where a row has several labels, --data.label_separator "," too. Every --trainer.* flag is
+    the Trainer's. With --gptq.bits 4 the student is quantised in the end, to student-gptq/. Callbacks, optimizer and
+    schedule are flags too: see docs/optimization.md. After a crash, a kill or Ctrl-C: the same command with --resume,
+    see docs/reliability.md.
 
 Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
 """
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The teacher, where it does not know its task yet. A module without a teacher learns from labels: fine-tuning.
     trainer = L.Trainer(**cli.trainer_arguments(flags, "teacher", monitor=monitor))
-    labels = [HardLabel(class_weights=data.class_weights)]
+    labels = [HardLabel(**data.label_weights)]
     module = DistillationModule(None, teacher, labels, **cli.module_arguments(flags, data, trainer, with_teacher=False))
     if cli.trains_teacher(flags):
         cli.begin_training(flags, "teacher", teacher)

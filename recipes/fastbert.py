@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
                 return cli.named_student(flags, teacher, data)
             return student_from_teacher(teacher, **cli.student_size(flags, teacher))
 
-        student, labels = new_student(), [HardLabel(class_weights=data.class_weights)]
+        student, labels = new_student(), [HardLabel(**data.label_weights)]
         objectives = cli.objectives_of(flags, data, [SoftTarget(temperature=2.0, weight=0.7), HardLabel(weight=0.3)])
         cli.check_ramps(flags, data, teacher, student)
         cli.dry_run(flags, data, teacher, student, objectives)

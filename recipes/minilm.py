@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # The teacher, where it does not know its task yet. A module without a teacher learns from labels: fine-tuning.
     trainer = L.Trainer(**cli.trainer_arguments(flags, "teacher", monitor=monitor))
-    labels = [HardLabel(class_weights=data.class_weights)]
+    labels = [HardLabel(**data.label_weights)]
     module = DistillationModule(None, teacher, labels, **cli.module_arguments(flags, data, trainer, with_teacher=False))
     if cli.trains_teacher(flags):
         cli.begin_training(flags, "teacher", teacher)

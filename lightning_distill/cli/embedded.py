@@ -4,6 +4,7 @@ import transformers
 
 from lightning_distill.cli.parser import Flags
 from lightning_distill.data import RowData, TextClassificationData, TokenClassificationData
+from lightning_distill.tasks import TASKS
 
 _ROWS_PER_CLASS = 700
 _STATEMENTS = 3000
@@ -33,4 +34,5 @@ def _small_bert(data: RowData, max_length: int) -> transformers.BertConfig:
         pad_token_id=data.tokenizer.pad_token_id,
         id2label=data.id2label,
         label2id=data.label2id,
+        problem_type=TASKS[data.task].problem_type,  # type: ignore[arg-type]
     )

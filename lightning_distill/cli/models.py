@@ -12,7 +12,7 @@ from lightning_distill.models.class_names import are_placeholders, class_names, 
 from lightning_distill.models.heads import HEAD_CLASSES
 from lightning_distill.models.pretrained import has_head, load_pretrained, load_with_new_head, read_config
 from lightning_distill.models.tokenizers import check_vocabulary
-from lightning_distill.tasks import TASKS
+from lightning_distill.tasks import TASKS, infer_task
 from lightning_distill.teachers.precision import load_teacher
 
 
@@ -34,8 +34,8 @@ def align(flags: Flags, data: RowData, teacher: nn.Module) -> None:
     """Give the data the teacher's tokenizer, and number their classes, if they have any, as the teacher does.
 
     Raises:
-        ValueError: If the tokenizer is another model's, or nobody can know which class of the data is which of the
-            teacher's.
+        ValueError: If the tokenizer is another model's, the teacher was made for another task, or nobody can know which
+            class of the data is which of the teacher's.
     """
     data.read_as(flags.model.teacher, "--model.teacher", teacher)
     if flags.model.finetune_teacher or data.task not in HEAD_CLASSES:
@@ -61,6 +61,11 @@ def align(flags: Flags, data: RowData, teacher: nn.Module) -> None:
         raise ValueError(
             f"the data have {data.num_labels} classes and the teacher {num_labels}; "
             "--model.finetune_teacher true gives it a new head"
+        )
+    if TASKS[data.task].problem_type is not None and infer_task(teacher) != data.task:
+        raise ValueError(
+            f"the data ask for {data.task}, and the teacher was made for {infer_task(teacher)} (`problem_type` in its "
+            "config.json says so); --model.finetune_teacher true gives it a new head"
         )
 
 

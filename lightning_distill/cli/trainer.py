@@ -186,13 +186,14 @@ def objectives_of(flags: Flags, data: Any, default: list[Objective]) -> list[Obj
         ValueError: If classes are to be weighed, and none of ``--objectives`` learns from labels.
     """
     asked: list[Objective] = flags.parser.instantiate(flags).objectives or default
-    class_weights = getattr(data, "class_weights", None)
+    weights: dict[str, list[float]] = getattr(data, "label_weights", {})
     hard = [objective for objective in asked if isinstance(objective, HardLabel)]
-    if class_weights is not None and asked is not default and not hard:
+    if weights and asked is not default and not hard:
         raise ValueError("--data.class_weights needs the objective HardLabel, which learns from labels")
     for objective in hard:
-        if objective.class_weights is None:
-            objective.class_weights = class_weights
+        for name, values in weights.items():
+            if getattr(objective, name) is None:
+                setattr(objective, name, values)
     return asked
 
 

@@ -11,15 +11,20 @@ from lightning_distill.arguments import finite
 
 def check_class_weights(class_weights: Literal["balanced"] | Sequence[float] | None, balanced: bool, task: str) -> None:
     """Refuse the arguments ``class_weights`` and ``balanced`` of data where they cannot be right."""
-    for name, value in (("class_weights", class_weights), ("balanced", balanced or None)):
-        if value is not None and task == "regression":
-            raise ValueError(f"Expected argument `{name}` to be left out in regression, but got {value!r}")
+    for name, value, wrong in (
+        ("class_weights", class_weights, ("regression",)),
+        ("balanced", balanced or None, ("regression", "multi_label")),
+    ):
+        if value is not None and task in wrong:
+            raise ValueError(f"Expected argument `{name}` to be left out in {task}, but got {value!r}")
     if class_weights is None or class_weights == "balanced":
         return
     if isinstance(class_weights, str):
         raise ValueError(f"Expected argument `class_weights` to be 'balanced' or a list, but got {class_weights!r}")
     for weight in class_weights:
         finite("class_weights", weight)
+    if task == "multi_label" and class_weights and min(class_weights) <= 0:
+        raise ValueError(f"Expected argument `class_weights` to be weights above 0, but got {class_weights}")
     if not class_weights or min(class_weights) < 0 or max(class_weights) == 0:
         raise ValueError(f"Expected argument `class_weights` to be weights of at least 0, but got {class_weights}")
 
@@ -53,6 +58,31 @@ def class_weights_of(
         )
     weights: list[float] = (len(labels) / (len(names) * counts)).tolist()
     return weights
+
+
+def label_weights_of(
+    class_weights: Literal["balanced"] | Sequence[float], counts: Sequence[int], num_rows: int, names: Sequence[str]
+) -> list[float]:
+    """A weight for each of several labels, where it is there: ``pos_weight`` of ``torch.nn.BCEWithLogitsLoss``.
+
+    ``"balanced"`` is the number of rows without a label by those with it, as PyTorch's documentation advises.
+
+    Raises:
+        ValueError: there is not one weight for each label, or a label has no row, or every row, to balance.
+
+    Example:
+        >>> label_weights_of("balanced", [1, 2], 4, ["rare", "common"])
+        [3.0, 1.0]
+    """
+    if class_weights != "balanced":
+        return class_weights_of(class_weights, [], names)
+    for name, count in zip(names, counts, strict=True):
+        if not 0 < count < num_rows:
+            raise ValueError(
+                f"Expected argument `class_weights` to be a list, but got 'balanced', and {count} of {num_rows} "
+                f"training rows have the label {name!r}"
+            )
+    return [(num_rows - count) / count for count in counts]
 
 
 def equal_draws(classes: NDArray[np.int64], random: np.random.Generator) -> NDArray[np.int64]:

@@ -82,6 +82,8 @@ def label_names(table: Table, column: str) -> list[str]:
     """
     labels = _labels(table, column)
     names = sorted(set(labels))
+    if not names:
+        raise ValueError(one_line(f"{table.name}: no row has a label in column {column!r}"))
     if len(names) == 1:
         problem = f"every row has the label {names[0]!r} in column {column!r}; expected two labels"
         raise ValueError(one_line(f"{table.name}: {problem}"))

@@ -1,6 +1,7 @@
 """Rows with named columns, from files, from the hub or from memory: what data modules of rows have in common."""
 
 import random
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import integer, typed
 from lightning_distill.data import columns
-from lightning_distill.data.classes import class_weights_of
+from lightning_distill.data.classes import class_weights_of, label_weights_of
 from lightning_distill.data.hub import read_hub_dataset
 from lightning_distill.data.module import ResumableData, Split, check_sources, hold_out
 from lightning_distill.data.readers import read_table
@@ -264,10 +265,21 @@ class RowData(ResumableData):
 
     @property
     def class_weights(self) -> list[float] | None:
-        """The weight of each class, in the order of their ids; None where none were asked for."""
+        """The weight of each class, or label, in the order of their ids; None where none were asked for."""
         if self._class_weights is None:
             return None
-        return class_weights_of(self._class_weights, self.label_ids(self._tables["train"]), self.label_names)
+        table, names = self._tables["train"], self.label_names
+        ids = self.label_ids(table)
+        if TASKS[self.task].exclusive:
+            return class_weights_of(self._class_weights, ids, names)
+        counts = Counter(ids)
+        return label_weights_of(self._class_weights, [counts[i] for i in range(len(names))], len(table), names)
+
+    @property
+    def label_weights(self) -> dict[str, list[float]]:
+        """What :class:`lightning_distill.objectives.HardLabel` takes of them, by the name of its argument."""
+        weights = self.class_weights
+        return {} if weights is None else {"class_weights" if TASKS[self.task].exclusive else "pos_weight": weights}
 
 
 def _checked_names(names: list[str] | None) -> list[str] | None:

@@ -1,20 +1,25 @@
 """Labelled text for training and evaluation, from files, from the hub or from rows in memory."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lightning_distill.arguments import integer, one_of, typed
 from lightning_distill.data import columns
 from lightning_distill.data.classes import check_class_weights
 from lightning_distill.data.embedded import embedded_corpus, train_tokenizer
+from lightning_distill.data.label_lists import joined_labels, label_lists, one_hot_rows
 from lightning_distill.data.module import Split
 from lightning_distill.data.rows import RowData
-from lightning_distill.data.table import Table
+from lightning_distill.data.table import Table, one_line, shown
 from lightning_distill.data.tokenized import TokenizedText
+from lightning_distill.models.heads import TaskName
 
 
 @typed
@@ -27,7 +32,8 @@ class TextClassificationData(RowData):
     order of the file.
 
     A batch is a dict of ``input_ids``, ``attention_mask`` and, where the tokenizer makes them, ``token_type_ids``, each
-    ``[B, T]`` int64, and ``labels`` ``[B]``, int64 for classification, float32 for regression.
+    ``[B, T]`` int64, and ``labels``: ``[B]`` int64 for classification, ``[B]`` float32 for regression, and where a row
+    has several labels ``[B, L]`` float32, a 0 or 1 for each, all 0 in a row that has none.
 
     Args:
         train_file: a tsv, csv, json, jsonl (ndjson) or parquet file; tsv and csv with a header. All but parquet may be
@@ -35,7 +41,8 @@ class TextClassificationData(RowData):
         val_file: the validation file; default: a part of the training file, see ``val_split``.
         test_file: the test file; default: the validation rows are the test rows too.
         text_columns: the column of the text, or the two columns of a sentence pair, as a list or as ``"first,second"``.
-        label_column: the column of the label. Whole numbers are numbered by size, strings by alphabet.
+        label_column: the column of the label, or of lists of labels. Whole numbers are numbered by size, strings by
+            alphabet.
         hub_dataset: instead of files: ``"name"``, ``"name/configuration"`` such as ``"glue/sst2"``, or a local folder
             that ``datasets.load_dataset`` understands. Needs ``pip install "lightning-distill[hub]"``.
         label_names: names of the classes in the order of their ids, to follow a teacher's order, or to name the
@@ -45,14 +52,17 @@ class TextClassificationData(RowData):
         max_length: longer texts are cut to this many tokens.
         val_split: the share of the training rows held out when there is no validation file.
         max_train_rows: train on at most this many rows, drawn at random.
-        task: ``"classification"``, or ``"regression"`` on a column of numbers.
+        task: ``"classification"``, ``"multi_label"`` for several labels a row, or ``"regression"`` on a column of
+            numbers. None: multi_label where there is a ``label_separator``, else classification.
         class_weights: a weight for each class, in the order of ``label_names``, or ``"balanced"``: N / (C n_c) for a
-            class of n_c of the N training rows, C being the number of classes. Hand ``data.class_weights`` to
+            class of n_c of the N training rows, C being the number of classes. Of several labels a row it is the weight
+            where a label is there, ``"balanced"`` the rows without it by those with it. Hand ``data.label_weights`` to
             :class:`lightning_distill.objectives.HardLabel`, as the recipes do.
         balanced: whether an epoch draws all classes equally often; rows of small classes are then repeated and some of
             large ones left out.
         seed: seed of the validation split, of ``max_train_rows`` and of the order of the batches.
         num_workers: worker processes of each dataloader.
+        label_separator: what is between the labels of a field that holds several, such as ``","``.
 
     Raises:
         ValueError: an argument is out of range, or a file is wrong; errors about files name file and line.
@@ -66,6 +76,7 @@ class TextClassificationData(RowData):
         (['neg', 'pos'], [6, 6, 6])
     """
 
+    task: TaskName = "classification"
     label_column: str
 
     def __init__(
@@ -82,11 +93,12 @@ class TextClassificationData(RowData):
         max_length: int = 128,
         val_split: float = 0.1,
         max_train_rows: int | None = None,
-        task: Literal["classification", "regression"] = "classification",
+        task: Literal["classification", "multi_label", "regression"] | None = None,
         seed: int = 0,
         num_workers: int = 0,
         class_weights: Literal["balanced"] | list[float] | None = None,
         balanced: bool = False,
+        label_separator: str | None = None,
     ) -> None:
         super().__init__(
             train_file, val_file, test_file, hub_dataset, label_names, tokenizer, batch_size, val_split, max_train_rows,
@@ -94,12 +106,18 @@ class TextClassificationData(RowData):
         )  # fmt: skip
         self.text_columns = _text_columns(text_columns, label_column)
         integer("max_length", max_length, 1)
-        one_of("task", task, ("classification", "regression"))
-        check_class_weights(class_weights, balanced, task)
+        self.task = task or ("classification" if label_separator is None else "multi_label")
+        one_of("task", self.task, ("classification", "multi_label", "regression"))
+        check_class_weights(class_weights, balanced, self.task)
+        if label_separator is not None and (not label_separator or self.task != "multi_label"):
+            raise ValueError(
+                "Expected argument `label_separator` to be text, beside task='multi_label', but got "
+                f"{label_separator!r} beside {self.task!r}"
+            )
         self.columns = [*self.text_columns, label_column]
         self.label_column = label_column
         self.max_length = max_length
-        self.task = task
+        self.label_separator = label_separator
         self.balanced = balanced
         self._class_weights = class_weights
 
@@ -124,22 +142,59 @@ class TextClassificationData(RowData):
 
     @property
     def num_labels(self) -> int:
-        """Number of classes; 1 for regression."""
+        """Number of classes or labels; 1 for regression."""
         return len(self.label_names) or 1
 
-    def rows(self, split: Split) -> list[tuple[tuple[str, ...], float]]:
-        """The texts of each row of a split, one or two, and its class id or number, in the order of its file."""
-        table = self._tables[split]
-        return list(zip(columns.texts(table, self.text_columns), self._labels(table), strict=True))
+    def rows(self, split: Split) -> list[tuple[tuple[str, ...], Any]]:
+        """The texts of each row of a split, one or two, and its label, in the order of its file.
 
-    def _labels(self, table: Table) -> Sequence[float]:
-        return self.label_ids(table) if self.names_classes else columns.scores(table, self.label_column)
+        A label is the id of its class, a number, or, of several labels a row, the ids of all that it has.
+        """
+        table = self._tables[split]
+        labels: Sequence[Any] = self._labels(table).tolist()
+        if self.task == "multi_label":
+            labels = [tuple(label for label, there in enumerate(row) if there) for row in labels]
+        return list(zip(columns.texts(table, self.text_columns), labels, strict=True))
+
+    def label_table(self, table: Table) -> Table:
+        """The labels of each row, one or several, each in its line."""
+        if self.task == "multi_label":
+            lists = label_lists(table, self.label_column, self.label_separator)
+            return replace(table, columns={self.label_column: lists}).explode(self.label_column)
+        for row, value in enumerate(table.columns[self.label_column]):
+            if isinstance(value, list | tuple):
+                problem = f"column {self.label_column!r} holds {shown(value)}, a list, where one label is expected"
+                raise table.error(row, f"{problem}; set task to 'multi_label' for several (--data.task multi_label)")
+        return table
+
+    def _read_tables(self) -> dict[str, Table]:
+        tables = super()._read_tables()
+        if self.names_classes and self.label_separator is None:
+            _warn_of_joined(tables["train"], self.label_column)
+        return tables
+
+    def _labels(self, table: Table) -> Tensor:
+        if self.task == "regression":
+            return torch.tensor(columns.scores(table, self.label_column))
+        ids = self.label_ids(table)
+        if self.task == "classification":
+            return torch.tensor(ids)
+        sizes = map(len, label_lists(table, self.label_column, self.label_separator))
+        return one_hot_rows(ids, list(sizes), self.num_labels)
 
     def dataset_of(self, table: Table) -> TokenizedText:
         """The texts of a table, tokenised, and their labels."""
         tokenizer, texts = self._load_tokenizer(), columns.texts(table, self.text_columns)
-        labels = torch.tensor(self._labels(table), dtype=torch.int64 if self.names_classes else torch.float32)
-        return TokenizedText(texts, labels, tokenizer, self.max_length, table.name)
+        return TokenizedText(texts, self._labels(table), tokenizer, self.max_length, table.name)
+
+
+def _warn_of_joined(table: Table, column: str) -> None:
+    names = {value for value in table.columns[column] if isinstance(value, str)}
+    if found := joined_labels(sorted(names)):
+        separator, name = found
+        said = f"{table.name}: the label {shown(name)} in column {column!r} is made of others"
+        advice = f"for several labels a row set label_separator (--data.label_separator {separator!r})"
+        rank_zero_warn(one_line(f"{said}; {advice}"), stacklevel=2)
 
 
 def _text_columns(text_columns: list[str] | str, label_column: str) -> list[str]:

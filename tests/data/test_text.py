@@ -331,7 +331,7 @@ def test_bad_data_sets_of_the_hub_are_one_line(hub: Any, tmp_path: Path) -> None
     for splits, problem in (
         ({"validation": split("val", [0, 1])}, "there is no training split"),
         ({"train": {"text": ["a"], "label": [0]}}, r"\(train\): no column 'sentence'"),
-        ({"train": split("train", [[0], [1]])}, r"\(train\):1: column 'label' holds \[0\], which is neither"),
+        ({"train": split("train", [[0], [1]])}, r"\(train\):1: column 'label' holds \[0\], a list, where one"),
         ({"train": split("train", [b"0", b"1"])}, "'label' is of type binary"),
     ):
         with pytest.raises(ValueError, match=problem) as caught:
