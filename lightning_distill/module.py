@@ -73,7 +73,7 @@ class DistillationModule(AdapterCheckpoints, CheckedRun, AccumulatingModule, Sca
             probability of class 1): one, logged by its class in short (``val_f1`` of ``MulticlassF1Score``), or a
             dictionary or collection, by the names in it. Default: accuracy, perplexity for language models, macro F1
             for several labels, Pearson correlation for regression.
-        tokenizer: Saved beside the student by :meth:`export`.
+        tokenizer: Saved beside the student by :meth:`export`: a tokenizer or an image processor.
         teacher_precision: What the teacher computes in, whatever the Trainer's ``precision`` is: ``"32"``, ``"bf16"``,
             ``"16"`` (a module is cast in place), or ``"int8"``, ``"nf4"``, ``"fp4"`` (transformers models, by
             bitsandbytes, all but the classifier). None: what the Trainer says.

@@ -14,7 +14,7 @@ from lightning_distill.cli.trainer import build_callbacks
 from lightning_distill.data import LanguageModelData, RowData, TextClassificationData
 from lightning_distill.models.folders import check_folder
 from lightning_distill.models.heads import HEAD_CLASSES
-from lightning_distill.models.pretrained import has_head, read_config
+from lightning_distill.models.pretrained import has_head, is_of_module, read_config
 from lightning_distill.objectives import Objective
 from lightning_distill.optim import build_lr_scheduler, build_optimizer, recommended_lr
 from lightning_distill.tasks import TASKS
@@ -251,7 +251,7 @@ def _check_named(flags: Flags) -> None:
         )
     parser: Any = flags.parser
     task = flags.data.get("task") or parser.data.task
-    needs_head = task in HEAD_CLASSES and not flags.model.finetune_teacher
+    needs_head = task in HEAD_CLASSES and not flags.model.finetune_teacher and not is_of_module(path)
     if needs_head and not has_head(read_config(path, "--model.teacher")):
         raise ValueError(
             f"{path}: the teacher has no fine-tuned head; --model.finetune_teacher true fine-tunes it on the data first"

@@ -51,13 +51,13 @@ def align(flags: Flags, data: RowData, teacher: nn.Module) -> None:
         found = data.label_names
         if are_placeholders(found):
             data.label_names = [*own, *found[len(own) :]]  # a class of the teacher may have no row
-        elif data.hub_dataset is None and not _are_numbers(found):
+        elif data.hub_dataset is None and not data.labels_are_ids:
             raise ValueError(
                 f"the config of {path} does not name the teacher's classes, so the labels {found} of the "
                 "data could mean any of them; name them in the teacher's order with --data.label_names"
             )
-    num_labels = teacher.config.num_labels  # type: ignore[union-attr]
-    if data.num_labels is not None and data.num_labels != num_labels:
+    num_labels = getattr(getattr(teacher, "config", teacher), "num_labels", None)
+    if None not in (data.num_labels, num_labels) and data.num_labels != num_labels:
         raise ValueError(
             f"the data have {data.num_labels} classes and the teacher {num_labels}; "
             "--model.finetune_teacher true gives it a new head"

@@ -233,7 +233,7 @@ def _contents_of_no_file(flags: Flags, data: Any, teacher: Any) -> dict[str, str
     found = {}
     if data is not None and not (flags.data.get("train_file") or flags.data.get("text_files")):
         rows = (tree_leaves(split[index]) for split in data._datasets.values() for index in range(len(split)))
-        found["the rows of the data"] = _digest(bytes(str(leaf.tolist()), "utf-8") for row in rows for leaf in row)
+        found["the rows of the data"] = _digest(leaf.numpy().tobytes() for row in rows for leaf in row)
     commit = getattr(getattr(teacher, "config", None), "_commit_hash", None)
     return found | ({"--model.teacher": commit} if commit else {})
 

@@ -173,7 +173,7 @@ def module_arguments(flags: Flags, data: Any, trainer: L.Trainer, *, with_teache
     return {
         "optimizer": optimizer,
         "lr_scheduler": schedule,
-        "tokenizer": data.tokenizer,
+        "tokenizer": getattr(data, "processor", None) or data.tokenizer,  # pictures have an image processor
         "metrics": metrics_of(flags, data),
         **{name: flags.model[name] for name in saves_memory},
     }

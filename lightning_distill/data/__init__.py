@@ -6,6 +6,7 @@ which columns it reads and makes a dataset of a table; files, hub, splits, class
 """
 
 from lightning_distill.data.embedded import embedded_corpus, train_causal_tokenizer, train_tokenizer
+from lightning_distill.data.image import ImageData
 from lightning_distill.data.language import LanguageModelData
 from lightning_distill.data.packing import Document, PackedText
 from lightning_distill.data.rows import RowData
@@ -16,6 +17,7 @@ from lightning_distill.data.token_classification import TokenClassificationData
 __all__ = [
     "BucketBatchSampler",
     "Document",
+    "ImageData",
     "LanguageModelData",
     "PackedText",
     "ResumableDataLoader",

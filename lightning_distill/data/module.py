@@ -60,6 +60,8 @@ class ResumableData(L.LightningDataModule):
     collate: Callable[[list[Any]], Any] | None = None
     #: Whether training draws all classes equally often; datasets then have ``labels``.
     balanced = False
+    #: Makes the batches of training; one of its own may say more of each sample than its number.
+    train_sampler: type[BucketBatchSampler] = BucketBatchSampler
 
     def __init__(
         self, tokenizer: str | Path | PreTrainedTokenizerBase | None, batch_size: int, seed: int, num_workers: int
@@ -90,7 +92,8 @@ class ResumableData(L.LightningDataModule):
         # Under tensor parallelism several processes read the same batches, which only the strategy knows.
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         classes = dataset.labels if shuffle and self.balanced else None
-        sampler = BucketBatchSampler(
+        kind = self.train_sampler if shuffle else BucketBatchSampler
+        sampler = kind(
             dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle, classes=classes, **share
         )
         return ResumableDataLoader(dataset, sampler, **self._loader_options())

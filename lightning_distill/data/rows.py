@@ -107,6 +107,7 @@ class RowData(ResumableData):
         self.max_train_rows = max_train_rows
         self._given_label_names = _checked_names(label_names)
         self._found_label_names: list[str] = []
+        self._said_label_names: list[str] | None = None
         self._rows: dict[str, Sequence[Row]] = {}
 
     @classmethod
@@ -167,6 +168,7 @@ class RowData(ResumableData):
         if self.names_classes:
             assert self.label_column is not None
             said = tables["train"].class_names.get(self.label_column)
+            self._said_label_names = said
             self._given_label_names = self._given_label_names or said
             self._found_label_names = columns.label_names(self.label_table(tables["train"]), self.label_column)
         if "val" not in tables:
@@ -238,6 +240,12 @@ class RowData(ResumableData):
         self._given_label_names = _checked_names(names)
 
     @property
+    def labels_are_ids(self) -> bool:
+        """Whether the label column holds numbers, which are ids of classes whatever these are called."""
+        _ = self._tables
+        return bool(self._found_label_names) and all(map(columns.is_whole, self._found_label_names))
+
+    @property
     def num_labels(self) -> int | None:
         """Number of outputs of a model's head; None where that does not depend on the data."""
         return len(self.label_names) or None
@@ -257,7 +265,9 @@ class RowData(ResumableData):
         assert self.label_column is not None
         names, found = self.label_names, self._found_label_names
         if all(map(columns.is_whole, found)) and not set(found) <= set(map(columns.whole_number, names)):
-            names = [str(index) for index in range(len(names))]  # the column holds ids, the names were given
+            said = self._said_label_names or names
+            order = said if set(said) == set(names) else names
+            names = [str(order.index(name)) for name in names]  # the column holds ids, the names were given
         elif are_placeholders(found) and not set(found) <= set(names):
             names = found[: len(names)]  # they are ids too
         source = "`label_names`" if self._given_label_names else self._tables["train"].name

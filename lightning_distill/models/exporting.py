@@ -29,7 +29,8 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
 
     A transformers model becomes a folder for ``from_pretrained``, and so does a peft model, whose adapter is merged
     into a copy of its base. Any other module becomes ``model.safetensors`` and ``config.json``, which holds its class
-    and its hyper-parameters (``model.hparams``, where it has them). What is around a model to compile it, to share it
+    and its hyper-parameters (``model.hparams``, where it has them);
+    :func:`~lightning_distill.models.pretrained.load_module` reads it again. What is around a model to compile it, to share it
     among processes or to average its weights stays out. Ramps for early exit go beside them, into ``ramps.safetensors``
     and ``early_exit.json``. A model with GPTQ layers is written as :func:`lightning_distill.quantization.save` does.
 
@@ -37,7 +38,7 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
         model: The model.
         folder: Where to write: a new folder, or one that was written here; see
             :func:`lightning_distill.models.folders.writing`.
-        tokenizer: A transformers tokenizer to save beside the model.
+        tokenizer: A transformers tokenizer or image processor to save beside the model.
 
     Returns:
         The folder.

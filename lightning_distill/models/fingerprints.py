@@ -95,8 +95,8 @@ def _of_config(values: Any) -> Any:
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str | None:
-    """A hash of a tokenizer's words; None without one."""
-    if tokenizer is None:
+    """A hash of a tokenizer's words; None without one, and of an image processor, whose work is in the pixels."""
+    if not hasattr(tokenizer, "get_vocab"):
         return None
     words = json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.blake2b(words.encode(), digest_size=_BYTES).hexdigest()

@@ -4,8 +4,9 @@ import os
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import safetensors.torch
 import transformers
 from torch import nn
 
@@ -28,7 +29,17 @@ from lightning_distill.models.files import (
 from lightning_distill.models.heads import HEAD_CLASSES
 from lightning_distill.models.wrapped import compiled_in_place
 
-__all__ = ["architecture_of", "export", "load_pretrained", "load_tokenizer", "load_with_new_head", "read_config"]
+__all__ = [
+    "architecture_of",
+    "export",
+    "load_module",
+    "load_pretrained",
+    "load_tokenizer",
+    "load_with_new_head",
+    "read_config",
+]
+
+Module = TypeVar("Module", bound=nn.Module)
 
 #: Names of what a model has for its task alone: a file may hold more of it than the model that is loaded.
 HEADS = (
@@ -70,6 +81,58 @@ def load_pretrained(model: nn.Module | str | os.PathLike[str], name: str = "mode
         setattr(config, FIELD, settings)
         return without_pooler(load_whole(embedding_class(config), path, name, config=config))
     return load_whole(architecture_of(path, name), path, name)
+
+
+def load_module(kind: type[Module], folder: str | os.PathLike[str], name: str = "folder") -> Module:
+    """Make a module again that :func:`export` wrote and that is not of transformers.
+
+    Its class is given and not read off the folder: code that a folder names is never run.
+
+    Args:
+        kind: The module's class.
+        folder: Where it was written.
+        name: What the argument is called where the user gave it, for the error.
+
+    Returns:
+        The module, made with the hyper-parameters of the folder, with its weights.
+
+    Raises:
+        ValueError: If the folder holds another class, or is not whole.
+
+    Example:
+        >>> import tempfile
+        >>> from lightning_distill.models.cifar_resnet import CifarResNet
+        >>> from lightning_distill.models.pretrained import export, load_module
+        >>> folder = export(CifarResNet(8, num_labels=3), tempfile.mkdtemp())
+        >>> load_module(CifarResNet, folder).hparams["num_labels"]
+        3
+    """
+    path = Path(folder)
+    try:
+        described = read_json(path / "config.json")
+        written = str(described["class_path"]).rpartition(".")[2]
+        if written != kind.__name__:
+            raise ValueError(f"it holds a {written}")
+        module = kind(**described["init_args"])
+        safetensors.torch.load_model(module, path / WEIGHTS)
+    except BROKEN as error:
+        what = f"a folder that `export` wrote of a {kind.__name__}"
+        raise ValueError(_refusal(os.fspath(folder), name, one_line(error), what)) from None
+    return module
+
+
+def is_of_module(path: str | os.PathLike[str]) -> bool:
+    """Whether a path has weights of a module that is not of transformers.
+
+    That is a ``.safetensors`` file, a folder of them without a ``config.json``, or what :func:`export` wrote of one.
+    """
+    path = Path(path)
+    if not (path / "config.json").is_file():
+        return path.suffix == ".safetensors" or any(path.glob("*.safetensors"))
+    try:
+        return "class_path" in read_json(path / "config.json")
+    except BROKEN:
+        return False
 
 
 def load_whole(architecture: Any, path: str, name: str, **options: Any) -> nn.Module:
