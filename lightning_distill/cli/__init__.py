@@ -6,7 +6,7 @@ task takes :func:`task_parser` with its data module: metric, head, report and ch
 """
 
 from lightning_distill.cli.dry_run import dry_run
-from lightning_distill.cli.embedded import embedded_names, embedded_text
+from lightning_distill.cli.embedded import embedded_digits, embedded_names, embedded_text
 from lightning_distill.cli.flags import (
     BASELINE,
     check_flags,
@@ -52,6 +52,7 @@ __all__ = [
     "check_ramps",
     "command",
     "dry_run",
+    "embedded_digits",
     "embedded_documents",
     "embedded_names",
     "embedded_text",

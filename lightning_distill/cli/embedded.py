@@ -3,8 +3,9 @@
 import transformers
 
 from lightning_distill.cli.parser import Flags
-from lightning_distill.data import RowData, TextClassificationData, TokenClassificationData
+from lightning_distill.data import ImageData, RowData, TextClassificationData, TokenClassificationData
 from lightning_distill.tasks import TASKS
+from lightning_distill.models.cifar_resnet import CifarResNet
 
 _ROWS_PER_CLASS = 700
 _STATEMENTS = 3000
@@ -20,6 +21,12 @@ def embedded_names(flags: Flags) -> tuple[TokenClassificationData, transformers.
     """Statements of the installed packages, their names tagged by role, and an untrained small BERT for them."""
     data = TokenClassificationData.embedded(max_rows=_STATEMENTS, seed=flags.seed, **flags.data.as_dict())
     return data, transformers.BertForTokenClassification(_small_bert(data, data.max_length))
+
+
+def embedded_digits(flags: Flags) -> tuple[ImageData, CifarResNet]:
+    """Handwritten digits of scikit-learn, and an untrained ResNet-20 for them."""
+    data = ImageData.embedded(seed=flags.seed, **flags.data.as_dict())
+    return data, CifarResNet(20, len(data.label_names), data.channels, data.label_names)
 
 
 def _small_bert(data: RowData, max_length: int) -> transformers.BertConfig:

@@ -225,7 +225,11 @@ def _contents(flags: Mapping[str, Any]) -> dict[str, str]:
         for path in (value if isinstance(value, list) else [value])
         if isinstance(path, str) and path
     ]
-    return {f"--{name} {file}": _digest_of(file) for name, path in named for file in _files(path)}
+    folders = [(name, path) for name, path in named if name.endswith("_file") and path.is_dir()]  # of pictures
+    return {
+        **{f"--{name} {file}": _digest_of(file) for name, path in named for file in _files(path)},
+        **{f"--{name} {path}": _digest(_parts_of(path)) for name, path in folders},
+    }
 
 
 def _contents_of_no_file(flags: Flags, data: Any, teacher: Any) -> dict[str, str]:
@@ -250,6 +254,11 @@ def _files(path: Path) -> list[Path]:
     if path.is_dir():
         return sorted(file for file in path.iterdir() if file.suffix in _READ and file.is_file())
     return [path] if path.is_file() else []
+
+
+def _parts_of(folder: Path) -> Iterator[bytes]:
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        yield f"{file.relative_to(folder).as_posix()} {_digest_of(file)}\n".encode()
 
 
 def _digest_of(file: Path) -> str:

@@ -18,7 +18,7 @@ from lightning_distill.data.table import Table
 #: Mean and deviation of ImageNet's pictures, channel by channel, which most networks for pictures are trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # By Pillow, whether torchvision is installed or not: pictures are the same everywhere.
-_PROCESSOR = getattr(transformers, "ViTImageProcessorPil", transformers.ViTImageProcessor)
+_PROCESSOR = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
 # Where the schema of a parquet file says the names of the classes, joined by commas.
 _NAMES = b"label_names"
 
