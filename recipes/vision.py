@@ -7,15 +7,14 @@ python recipes/vision.py --model.teacher ../shared/models/cifar10-resnet56 --mod
     --data.flip true --data.train_file ../shared/data/cifar10/train.parquet \
     --data.test_file ../shared/data/cifar10/test.parquet --data.batch_size 128 --trainer.max_epochs 15
     A CIFAR ResNet (models/cifar_resnet.py: the place to change it, or to put another network beside it) teaches one
-    of --model.depth layers. Pictures are cut out and mirrored at random. Each file may also be a folder of pictures
-    with a folder for each class.
+    of --model.depth layers. Pictures are cut and mirrored at random. A file may be a folder with one for each class.
 
 python recipes/vision.py --model.teacher <folder or hub id> --model.num_layers 6 --data.train_file <...>
     An image classifier of transformers (ViT, DeiT, Swin ...); its student has fewer layers, or with --model.width
     narrower ones; with --model.depth it is a ResNet. --model.finetune_teacher true trains the teacher first.
     `--help data` says more. All other flags are those of recipes/distilbert.py, without --gptq.
 
-Writes to --output_dir: student/ (for from_pretrained), summary.json, curves.png, checkpoints/, logs/.
+Writes to --output_dir: student/ (for from_pretrained, or load_module), summary.json, curves.png, checkpoints/, logs/.
 """
 
 import time
@@ -35,7 +34,7 @@ from lightning_distill.objectives import HardLabel, SoftTarget
 def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     parser = cli.task_parser(__doc__, output_dir="runs/vision", data=ImageData, quantises=False)
-    parser.add_argument("--model.depth", type=int | None, help="layers of a student that is a CIFAR ResNet: 8, 14, 20 ...")
+    parser.add_argument("--model.depth", type=int | None, help="layers of a CIFAR ResNet as student: 8, 14, 20 ...")
     flags = parser.parse_args(argv)
 
     with cli.one_line_errors():  # what is wrong is said in one line, before anything is written

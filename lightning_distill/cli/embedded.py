@@ -4,8 +4,8 @@ import transformers
 
 from lightning_distill.cli.parser import Flags
 from lightning_distill.data import ImageData, RowData, TextClassificationData, TokenClassificationData
-from lightning_distill.tasks import TASKS
 from lightning_distill.models.cifar_resnet import CifarResNet
+from lightning_distill.tasks import TASKS
 
 _ROWS_PER_CLASS = 700
 _STATEMENTS = 3000

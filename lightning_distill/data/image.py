@@ -96,13 +96,19 @@ class ImageData(RowData):
             )
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) != channels:
-                raise ValueError(f"Expected argument `{name}` to have {channels} values, one a channel, but got {values}")
+                raise ValueError(
+                    f"Expected argument `{name}` to have {channels} values, one a channel, but got {values}"
+                )
             for value in values or ():
                 finite(name, value)
         if std is not None and min(std) <= 0:
             raise ValueError(f"Expected argument `std` to be above 0, but got {std}")
         check_class_weights(class_weights, balanced, self.task)
-        self.columns, self.label_column, self.binary_columns = [image_column, label_column], label_column, [image_column]
+        self.columns, self.label_column, self.binary_columns = (
+            [image_column, label_column],
+            label_column,
+            [image_column],
+        )
         self.image_column, self.image_size, self.channels = image_column, image_size, channels
         self.mean, self.std, self.padding, self.flip = mean, std, padding, flip
         self._class_weights, self.balanced = class_weights, balanced
@@ -110,7 +116,7 @@ class ImageData(RowData):
 
     @classmethod
     def embedded(cls, *, seed: int = 0, **kwargs: Any) -> "ImageData":
-        """Make it of scikit-learn's digits: 1,797 grey pictures of 8 x 8 pixels, a tenth for validation, a fifth for test.
+        """Make it of scikit-learn's digits: 1,797 grey pictures of 8 x 8 pixels; a tenth validates, a fifth tests.
 
         Args:
             seed: seed of the split and of the order of the batches.
@@ -151,7 +157,7 @@ class ImageData(RowData):
         return replace(table, class_names={**table.class_names, str(self.label_column): names.decode().split(",")})
 
     def read_as(self, path: str, name: str, model: Any) -> None:
-        """Read pictures as a model does: take the image processor of its folder; where it has none, a warning says so."""
+        """Read pictures as a model does: by the image processor of its folder; where it has none, a warning says so."""
         config = getattr(model, "config", None)
         self.channels = getattr(config, "num_channels", None) or self.channels
         size = {"height": self.image_size, "width": self.image_size}

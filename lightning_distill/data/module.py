@@ -93,9 +93,7 @@ class ResumableData(L.LightningDataModule):
         share = (self.trainer and self.trainer.distributed_sampler_kwargs) or {}
         classes = dataset.labels if shuffle and self.balanced else None
         kind = self.train_sampler if shuffle else BucketBatchSampler
-        sampler = kind(
-            dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle, classes=classes, **share
-        )
+        sampler = kind(dataset.lengths, self.batch_size, seed=self.seed, shuffle=shuffle, classes=classes, **share)
         return ResumableDataLoader(dataset, sampler, **self._loader_options())
 
     def _loader_in_file_order(self, split: Split) -> DataLoader:

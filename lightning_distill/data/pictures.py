@@ -211,9 +211,7 @@ class Pictures(Dataset):
         row, epoch = key if isinstance(key, tuple) else (key, None)
         pixels: Tensor = self.processor(self._picture(row), return_tensors="pt")["pixel_values"][0]
         if epoch is not None:
-            pixels = random_view(
-                pixels, padding=self.padding, flip=self.flip, seed=self.seed, epoch=epoch, row=row
-            )
+            pixels = random_view(pixels, padding=self.padding, flip=self.flip, seed=self.seed, epoch=epoch, row=row)
         return {"pixel_values": pixels, "labels": torch.tensor(self.labels[row])}
 
     def _picture(self, row: int) -> Image.Image:

@@ -76,7 +76,9 @@ class CifarResNet(nn.Module):
         integer("num_labels", num_labels, 1)
         if depth < 8 or depth % 6 != 2:
             near = 6 * max(1, round((depth - 2) / 6)) + 2
-            raise ValueError(f"Expected argument `depth` to be 6 n + 2 (8, 14, 20 ...), but got {depth}; {near} is near")
+            raise ValueError(
+                f"Expected argument `depth` to be 6 n + 2 (8, 14, 20 ...), but got {depth}; {near} is near"
+            )
         names = None if class_names is None else list(class_names)
         #: What makes it again; :func:`lightning_distill.models.pretrained.export` writes it into ``config.json``.
         self.hparams = {"depth": depth, "num_labels": num_labels, "channels": channels, "class_names": names}
@@ -114,13 +116,12 @@ class CifarResNet(nn.Module):
         try:
             weights = safetensors.torch.load_file(files[-1])
             blocks = sum(key.startswith("layer1.") and key.endswith(".conv1.weight") for key in weights)
-            sizes = {"num_labels": len(weights["linear.weight"]), "channels": weights["conv1.weight"].shape[1]}
-            model = cls(6 * blocks + 2, **sizes)
+            model = cls(6 * blocks + 2, len(weights["linear.weight"]), weights["conv1.weight"].shape[1])
             model.load_state_dict(weights)
         except (*BROKEN, LookupError) as error:
             raise ValueError(
-                f"Expected argument `{name}` to hold weights of a CifarResNet in safetensors, but got {os.fspath(path)}: "
-                f"{one_line(error)}"
+                f"Expected argument `{name}` to hold weights of a CifarResNet in safetensors, but got "
+                f"{os.fspath(path)}: {one_line(error)}"
             ) from None
         return model
 

@@ -30,9 +30,10 @@ def export(model: nn.Module, folder: str | os.PathLike[str], tokenizer: Any = No
     A transformers model becomes a folder for ``from_pretrained``, and so does a peft model, whose adapter is merged
     into a copy of its base. Any other module becomes ``model.safetensors`` and ``config.json``, which holds its class
     and its hyper-parameters (``model.hparams``, where it has them);
-    :func:`~lightning_distill.models.pretrained.load_module` reads it again. What is around a model to compile it, to share it
-    among processes or to average its weights stays out. Ramps for early exit go beside them, into ``ramps.safetensors``
-    and ``early_exit.json``. A model with GPTQ layers is written as :func:`lightning_distill.quantization.save` does.
+    :func:`~lightning_distill.models.pretrained.load_module` reads it again. What is around a model to compile it, to
+    share it among processes or to average its weights stays out. Ramps for early exit go beside them, into
+    ``ramps.safetensors`` and ``early_exit.json``. A model with GPTQ layers is written as
+    :func:`lightning_distill.quantization.save` does.
 
     Args:
         model: The model.

@@ -1,6 +1,7 @@
 """Pictures: what is read, how it is normalised, views that are the same whoever reads them, what is refused."""
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from lightning_distill import DistillationModule
 from lightning_distill.callbacks import TeacherCache
 from lightning_distill.data import ImageData
+from lightning_distill.data.pictures import random_view
 from lightning_distill.models.cifar_resnet import CifarResNet
 
 CIFAR = Path(__file__).parents[3] / "shared" / "data" / "cifar10"
@@ -66,12 +68,12 @@ def test_the_same_pictures_from_a_folder_a_table_and_memory(folder: Path, tmp_pa
         "".join(f'{{"image": "pictures/{f.parent.name}/{f.name}", "label": "{f.parent.name}"}}\n' for f in files)
     )
     sources = [
-        ImageData(folder),
-        ImageData(write_parquet(tmp_path / "bytes.parquet", {"image": images, "label": labels})),
-        ImageData(write_parquet(
+        ImageData(train_file=folder),
+        ImageData(train_file=write_parquet(tmp_path / "bytes.parquet", {"image": images, "label": labels})),
+        ImageData(train_file=write_parquet(
             tmp_path / "p.parquet", {"image": [{"bytes": b, "path": None} for b in images], "label": labels}
         )),
-        ImageData(tmp_path / "p.jsonl"),
+        ImageData(train_file=tmp_path / "p.jsonl"),
         ImageData.from_rows([(Image.open(file), file.parent.name) for file in files]),
     ]  # fmt: skip
     for data in sources:
@@ -84,15 +86,13 @@ def test_the_same_pictures_from_a_folder_a_table_and_memory(folder: Path, tmp_pa
 
 def test_names_in_the_metadata_of_a_schema_are_those_of_the_numbers(tmp_path: Path) -> None:
     columns = {"image": [encoded(picture) for picture, _ in ROWS], "label": [label for _, label in ROWS]}
-    data = ImageData(write_parquet(tmp_path / "p.parquet", columns, {"label_names": "red,green,blue"}))
+    data = ImageData(train_file=write_parquet(tmp_path / "p.parquet", columns, {"label_names": "red,green,blue"}))
     data.setup()
     assert data.label_names == ["red", "green", "blue"]
     # In a teacher's order the numbers are other classes.
-    data = ImageData(tmp_path / "p.parquet", label_names=["blue", "red", "green"])
+    data = ImageData(train_file=tmp_path / "p.parquet", label_names=["blue", "red", "green"])
     data.setup()
-    assert data.label_ids(data._tables["test"]) == [
-        (label + 1) % 3 for label in data._tables["test"].columns["label"]
-    ]
+    assert data.label_ids(data._tables["test"]) == [(label + 1) % 3 for label in data._tables["test"].columns["label"]]
 
 
 @pytest.mark.parametrize(
@@ -132,13 +132,13 @@ def test_grey() -> None:
     torch.testing.assert_close(data._datasets["train"][0]["pixel_values"], expected)
 
 
-def epoch(data: ImageData, number: int, skip: int = 0) -> dict[str, torch.Tensor]:
-    """The views of an epoch by the label, of which each row has its own."""
+def epoch(data: ImageData, number: int, skip: int = 0) -> list[torch.Tensor]:
+    """The batches of an epoch, without the first of them."""
     loader: Any = data.train_dataloader()
     loader.sampler.set_epoch(number)
     if skip:
         loader.load_state_dict({"epoch": number, "position": skip, "global_batch_size": data.batch_size})
-    return [batch["pixel_values"] for batch in loader]  # type: ignore[return-value]
+    return [batch["pixel_values"] for batch in loader]
 
 
 def test_views_depend_on_seed_epoch_and_row_alone() -> None:
@@ -160,18 +160,11 @@ def test_views_depend_on_seed_epoch_and_row_alone() -> None:
     assert not torch.equal(other._datasets["train"][0, 0]["pixel_values"], dataset[0, 0]["pixel_values"])
     plain = ImageData.from_rows(ROWS, ROWS, seed=1)
     plain.setup()
-    torch.testing.assert_close(next(iter(data.val_dataloader()))["pixel_values"],
-                               next(iter(ImageDataLoaded(plain, 3)))["pixel_values"])  # fmt: skip
-
-
-def ImageDataLoaded(data: ImageData, batch_size: int) -> Any:  # noqa: N802
-    data.batch_size = batch_size
-    return data.val_dataloader()
+    validated, expected = (data._datasets["val"][0]["pixel_values"] for data in (data, plain))
+    torch.testing.assert_close(validated, expected)  # no view
 
 
 def test_a_view_is_a_window_of_the_picture_with_a_border() -> None:
-    from lightning_distill.data.pictures import random_view
-
     picture = torch.randn(3, 5, 7)
     padded = nn.functional.pad(picture, [2] * 4)
     windows = [padded[:, y : y + 5, x : x + 7] for y in range(5) for x in range(5)]
@@ -240,14 +233,14 @@ def test_what_does_not_decode_is_one_line_with_its_row(picture: Any, message: st
 
 def test_folders_that_are_wrong(folder: Path, tmp_path: Path) -> None:
     (folder / "dog" / "9.png").write_bytes(b"\x89PNG")
-    assert "pictures:8: the picture cannot be read" in refused(ImageData(folder))
-    assert "9.png" in refused(ImageData(folder))
+    assert "pictures:9: the picture cannot be read" in refused(ImageData(train_file=folder))
+    assert "9.png" in refused(ImageData(train_file=folder))
     (tmp_path / "flat").mkdir()
-    assert "expected one for each class" in refused(ImageData(tmp_path / "flat"))
+    assert "expected one for each class" in refused(ImageData(train_file=tmp_path / "flat"))
     (tmp_path / "flat" / "train").mkdir()
-    assert "its folders are splits, train" in refused(ImageData(tmp_path / "flat"))
+    assert "its folders are splits, train" in refused(ImageData(train_file=tmp_path / "flat"))
     (folder / "bird").mkdir()
-    assert "bird: there are no pictures in it" in refused(ImageData(folder))
+    assert "bird: there are no pictures in it" in refused(ImageData(train_file=folder))
 
 
 @pytest.mark.parametrize(
@@ -265,11 +258,27 @@ def test_arguments_out_of_range(options: dict[str, Any], message: str) -> None:
         ImageData.from_rows(ROWS, **options)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:The .*_dataloader' does not have many workers", "ignore:The number of training batches"
+)
+def test_the_guide_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    guide = Path(__file__).resolve().parents[2] / "docs" / "vision.md"
+    snippets = re.findall(r"^```python\n(.*?)^```", guide.read_text(), flags=re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"__name__": "guide"}
+    for snippet in snippets:
+        exec(compile(snippet, guide.name, "exec"), names)
+    assert len(snippets) == 2
+    pixel_values = names["batch"]["pixel_values"]
+    torch.testing.assert_close(names["again"].eval()(pixel_values), names["student"].eval()(pixel_values))
+
+
 @pytest.mark.skipif(not CIFAR.is_dir(), reason="the real pictures are not here")
 def test_a_published_network_reads_real_pictures() -> None:
     pytest.importorskip("pyarrow")
     weights = CIFAR.parents[1] / "models" / "cifar10-resnet56" / "resnet20.safetensors"
-    data = ImageData(CIFAR / "test.parquet", max_train_rows=200)
+    data = ImageData(train_file=CIFAR / "test.parquet", max_train_rows=200)
     data.setup()
     model = CifarResNet.from_pretrained(weights).eval()
     assert data.label_names[:2] == ["airplane", "automobile"]

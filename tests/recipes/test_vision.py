@@ -46,14 +46,20 @@ def resnet(tmp_path: Path) -> str:
 
 
 def test_a_resnet_teaches_a_smaller_one(main: Any, pictures: list[str], resnet: str, tmp_path: Path) -> None:
-    flags = [*pictures, f"--model.teacher={resnet}", "--data.padding=2", "--data.flip=true", "--metric=macro_f1,accuracy"]
+    flags = [
+        *pictures,
+        f"--model.teacher={resnet}",
+        "--data.padding=2",
+        "--data.flip=true",
+        "--metric=macro_f1,accuracy",
+    ]
     main([*flags, f"--teacher_cache.path={tmp_path / 'cache'}", "--teacher_cache.top_k=null"])
     assert summary(tmp_path)["student"]["metric_name"] == "macro_f1"
     assert (tmp_path / "out" / "curves.png").read_bytes()[:4] == b"\x89PNG"
     student = load_module(CifarResNet, tmp_path / "out" / "student")
     assert student.hparams == {"depth": 8, "num_labels": 2, "channels": 3, "class_names": ["dark", "light"]}
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "out" / "student")
-    assert processor.image_std == [0.25] * 3
+    assert list(processor.image_std) == [0.25] * 3
     # What was written is a teacher.
     main([*pictures, f"--model.teacher={tmp_path / 'out' / 'student'}", f"--output_dir={tmp_path / 'second'}"])
 
