@@ -112,6 +112,8 @@ class Task:
                 "are the last dimension of the logits."
             )
         if labels.is_floating_point():
+            if not logits.shape[-1] and not bool((labels == labels.round()).all()):
+                return labels.float()  # counted before a model has answered: of one logit they are probabilities
             labels = self._whole_numbers(labels, logits.shape[-1])
         labels = labels.long()
         if labels.is_cpu and not self.of_words and logits.shape[-1]:
@@ -147,7 +149,9 @@ class Task:
     def tell(self, model: nn.Module) -> None:
         """Say in a transformers config what the model answers, so that it does where it is loaded again."""
         config: Any = getattr(model, "config", None)
-        if self.problem_type is not None and hasattr(config, "problem_type"):
+        # transformers refuses to load one logit as that of classes.
+        one = self.exclusive and getattr(config, "num_labels", 2) == 1
+        if self.problem_type is not None and hasattr(config, "problem_type") and not one:
             config.problem_type = self.problem_type
 
     def has_label(self, batch: Any) -> bool:
