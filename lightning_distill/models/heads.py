@@ -11,6 +11,7 @@ TaskName = Literal[
     "multi_label",
     "regression",
     "token_classification",
+    "segmentation",
     "masked_lm",
     "causal_lm",
     "seq2seq_lm",
@@ -23,6 +24,7 @@ HEAD_CLASSES: dict[str, tuple[str, ...]] = {
     "multi_label": ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION"),
     "regression": ("SEQUENCE_CLASSIFICATION", "IMAGE_CLASSIFICATION"),
     "token_classification": ("TOKEN_CLASSIFICATION",),
+    "segmentation": ("SEMANTIC_SEGMENTATION",),
     "question_answering": ("QUESTION_ANSWERING",),
 }
 #: Token tasks whose classes are the words of a vocabulary.
@@ -32,6 +34,7 @@ _SUFFIXES: tuple[tuple[str, TaskName], ...] = (
     ("ForSequenceClassification", "classification"),
     ("ForImageClassification", "classification"),
     ("ForTokenClassification", "token_classification"),
+    ("ForSemanticSegmentation", "segmentation"),
     ("ForMaskedLM", "masked_lm"),
     ("ForCausalLM", "causal_lm"),
     ("LMHeadModel", "causal_lm"),

@@ -15,6 +15,7 @@ from lightning_distill.tasks.classification import Classification
 from lightning_distill.tasks.language_models import CausalLM, MaskedLM
 from lightning_distill.tasks.multi_label import MultiLabel
 from lightning_distill.tasks.regression import Regression
+from lightning_distill.tasks.segmentation import Segmentation
 from lightning_distill.tasks.sentence_embedding import SentenceEmbedding
 from lightning_distill.tasks.seq2seq_lm import Seq2SeqLM
 from lightning_distill.tasks.task import Task
@@ -30,6 +31,7 @@ TASKS: dict[TaskName, Task] = {
         MultiLabel(),
         Regression(),
         TokenClassification(),
+        Segmentation(),
         MaskedLM(),
         CausalLM(),
         Seq2SeqLM(),

@@ -14,7 +14,7 @@ from lightning_distill.tasks.metrics import Pearson
 
 #: A class of torchmetrics, and what it takes beside the number of classes.
 Rows = Mapping[str, tuple[Callable[..., Metric], dict[str, Any]]]
-_CLASSES: Rows = {
+_CLASSES: dict[str, tuple[Callable[..., Metric], dict[str, Any]]] = {
     "accuracy": (c.MulticlassAccuracy, {"average": "micro"}),
     "balanced_accuracy": (c.MulticlassAccuracy, {"average": "macro"}),
     "macro_f1": (c.MulticlassF1Score, {"average": "macro"}),
@@ -46,6 +46,7 @@ METRICS: dict[str, Rows] = {
     "classification": _CLASSES,
     "multi_label": _LABELS,
     "token_classification": _CLASSES,
+    "segmentation": _CLASSES | {"mean_iou": (c.MulticlassJaccardIndex, {})},
     "regression": _VALUES,
 }
 

@@ -109,7 +109,7 @@ class Task:
             raise ValueError(
                 f"Expected the labels of {self.name} to have the shape {list(logits.shape[:-1])}, one class for each "
                 f"row of logits {list(logits.shape)}, but got {labels.dtype} of shape {list(labels.shape)}. Classes "
-                "are the last dimension of the logits."
+                "are the last dimension of the logits; with `task='segmentation'` they are dimension 1."
             )
         if labels.is_floating_point():
             if not logits.shape[-1] and not bool((labels == labels.round()).all()):
@@ -272,8 +272,8 @@ def row_logits(task: Task, logits: Tensor, form: str) -> Tensor:
     if logits.ndim != 2:
         raise ValueError(
             f"Expected the logits of {task.name} to have the shape [{form}], but got {list(logits.shape)}. For an "
-            "answer per token, step or pixel, move the classes to the last dimension in the model's forward and pass "
-            "`task='token_classification'`."
+            "answer per token, step or pixel, pass `task='token_classification'` where the classes are the last "
+            "dimension, and `task='segmentation'` where they are dimension 1."
         )
     return logits
 

@@ -21,10 +21,7 @@ class TokenClassification(Task):
         logits, labels, real = labelled_tokens(self, logits, batch)
         if labels is None or labels.is_floating_point():
             return logits, labels, real
-        mask = labels != IGNORE_INDEX
-        # Row by row, so that a mean does not change with how rows are put into batches.
-        unlabelled = ~mask.flatten(1).any(1).view(-1, *[1] * (mask.ndim - 1))
-        return logits, labels, mask | (unlabelled if real is None else unlabelled & real)
+        return logits, labels, counted(labels, real)
 
     def answers(self, logits: Tensor) -> Tensor:
         """Logits ``[B, T, C]`` of at least two classes."""
@@ -32,3 +29,16 @@ class TokenClassification(Task):
 
     def _settled(self, logits: Tensor) -> Tensor:
         return two_logits(logits)
+
+
+def counted(labels: Tensor, real: Tensor | None = None) -> Tensor:
+    """Which items count: those with a label, and all that are real of rows that have none.
+
+    Args:
+        labels: Classes ``[B, ...]``, -100 where there is none.
+        real: Bool, of the same shape; None where all are real.
+    """
+    mask = labels != IGNORE_INDEX
+    # Row by row, so that a mean does not change with how rows are put into batches.
+    unlabelled = ~mask.flatten(1).any(1).view(-1, *[1] * (mask.ndim - 1))
+    return mask | (unlabelled if real is None else unlabelled & real)

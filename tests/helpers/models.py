@@ -76,6 +76,23 @@ def texts(rows: int = 4, several: int = 2, length: int = 8, *, seed: int = 0) ->
     return {**made, "labels": labels.squeeze(1) if several == 2 else labels}
 
 
+def segformer(*, layers: int = 2, **config: Any) -> transformers.SegformerForSemanticSegmentation:
+    """A tiny SegFormer, whose logits are a quarter as wide and high as the picture."""
+    sizes = {"num_encoder_blocks": 2, "depths": [1, layers - 1], "sr_ratios": [2, 1], "hidden_sizes": [8, 16]}
+    sizes |= {"num_attention_heads": [1, 2], "mlp_ratios": [2, 2], "decoder_hidden_size": 16}
+    sizes |= {"patch_sizes": [7, 3], "strides": [4, 2]}
+    drawn = dict.fromkeys(("drop_path_rate", "classifier_dropout_prob", "hidden_dropout_prob"), 0.0)
+    return transformers.SegformerForSemanticSegmentation(transformers.SegformerConfig(**{**sizes, **drawn, **config}))
+
+
+def pictures(rows: int = 4, *, classes: int = 3, seed: int = 0) -> dict[str, Tensor]:
+    """``pixel_values`` and a class for each pixel, 255 where it does not count."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (rows, 16, 24), generator=generator)
+    void = torch.rand(labels.shape, generator=generator) < 0.1
+    return {"pixel_values": torch.randn(rows, 3, 16, 24, generator=generator), "labels": labels.masked_fill(void, 255)}
+
+
 def batch(task: str, rows: int = 4, length: int = 8, *, classes: int = 2, seed: int = 0) -> dict[str, Tensor]:
     """A batch of a task, with labels."""
     made = tokens(rows, length, seed=seed)

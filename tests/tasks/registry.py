@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.helpers.models import batch, bert, embedder, llama, seq2seq, texts
+from tests.helpers.models import batch, bert, embedder, llama, pictures, segformer, seq2seq, texts
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Row:
     def batch(self, seed: int = 0, **sizes: int) -> dict[str, Tensor]:
         if self.task == "sentence_embedding":
             return texts(several=self.classes, seed=seed, **sizes)
+        if self.task == "segmentation":
+            return pictures(classes=self.classes, seed=seed, **sizes)
         made = batch(self.task, classes=self.classes, seed=seed, **sizes)
         if self.name == "several values":
             labels = torch.randn(len(made["labels"]), 3, generator=torch.Generator().manual_seed(seed))
@@ -78,6 +80,7 @@ ROWS = [
         lambda **c: bert("TokenClassification", num_labels=3, **c),
         "accuracy",
     ),
+    Row("pixels", "segmentation", lambda **c: segformer(num_labels=3, **c), "accuracy"),
     Row("masked language model", "masked_lm", lambda **c: bert("MaskedLM", **c), "perplexity"),
     Row("pairs of texts", "sentence_embedding", embedder, "spearman", _of_cosines, classes=2),
     Row("queries and candidates", "sentence_embedding", embedder, "spearman", _of_cosines, classes=4),

@@ -233,7 +233,7 @@ def test_classes_in_another_dimension_than_the_last_are_refused(shape: tuple[int
     x = torch.randn(2, *shape)
     for labels in (None, torch.zeros(2, *shape[1:], dtype=torch.long)):
         module = DistillationModule(kind(3, 7, 1), kind(3, 7, 1), [SoftTarget()] if labels is None else None)
-        with pytest.raises(ValueError, match=r"shape \[rows, classes\], but got .*task='token_classification'"):
+        with pytest.raises(ValueError, match=r"shape \[rows, classes\], but got .*task='segmentation'"):
             module.losses((x, labels))
     with pytest.raises(ValueError, match="shape"):
         trainer().validate(module, DataLoader([(x, labels)], batch_size=None), verbose=False)

@@ -283,7 +283,7 @@ class CachedSignals:
     def _read(self, keys: list[bytes], frame: Signals) -> Signals:
         store = self._store
         assert store is not None
-        of_answers = [1] * len(keys) if frame.mask is None else frame.mask.sum(1).tolist()
+        of_answers = [1] * len(keys) if frame.mask is None else frame.mask.flatten(1).sum(1).tolist()
         counts = dict.fromkeys(("logits", "log_probs", "classes"), of_answers)
         if frame.token_mask is not None:
             counts |= {f"hidden_{layer}": frame.token_mask.sum(1).tolist() for layer in self.kept.layers}
