@@ -8,9 +8,11 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.data import default_collate
 
 from lightning_distill import student_from_teacher
-from lightning_distill.data import BucketBatchSampler, TextClassificationData
+from lightning_distill.data import BucketBatchSampler, ImageData, TextClassificationData
+from lightning_distill.models.cifar_resnet import CifarResNet
 from lightning_distill.models.pretrained import load_pretrained
 from lightning_distill.objectives import (
     AttentionMap,
@@ -38,6 +40,8 @@ from lightning_distill.objectives import (
 )
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+# The order in memory that convolutions are fastest in on a CPU.
+CHANNELS_LAST: dict[str, Any] = {"memory_format": torch.channels_last}
 #: By name: makes a list of objectives a stage; stages share the steps evenly.
 Combinations = dict[str, Callable[[], list[list[Objective]]]]
 
@@ -55,7 +59,7 @@ class Job:
         teacher_lr: Learning rate of the teacher's fine-tuning; None for a teacher that has its head.
     """
 
-    data: "TextData"
+    data: "TextData | ImageBatches"
     teacher: Callable[[], nn.Module]
     students: dict[str, tuple[Callable[[nn.Module], nn.Module], float]]
     combinations: Combinations
@@ -88,6 +92,48 @@ class TextData:
     def test(self) -> Iterator[dict[str, Tensor]]:
         """The batches of the test rows."""
         return iter(self.module.test_dataloader())
+
+
+class ImageBatches:
+    """Batches of pictures, their views drawn by the seed of the training; each is made when it is asked for.
+
+    Args:
+        **options: Of :class:`ImageData`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self.module = ImageData(**options)
+        self.module.setup()
+
+    def training(self, rows: int | None, epochs: int, seed: int) -> "Views":
+        """All batches of a training on some rows, in order."""
+        dataset: Any = self.module.train_dataloader().dataset
+        dataset.seed = seed
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:rows].tolist()
+        sampler = BucketBatchSampler([1] * len(chosen), self.module.batch_size, seed=seed)
+        keys = []
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            keys += [[(chosen[index], epoch) for index in group] for group in sampler]
+        return Views(dataset, keys)
+
+    def test(self) -> Iterator[dict[str, Tensor]]:
+        """The batches of the test rows."""
+        return iter(self.module.test_dataloader())
+
+
+@dataclass
+class Views:
+    """Batches of a dataset by the rows and epochs of each."""
+
+    dataset: Any
+    keys: list[list[tuple[int, int]]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        return (default_collate([self.dataset[key] for key in keys]) for keys in self.keys)
 
 
 def predictions() -> list[Objective]:
@@ -152,6 +198,20 @@ ON_LAYERS: Combinations = {
     "Contrastive": _beside(Contrastive),
 }
 
+# Of convolutions. The weights of HiddenState (FitNets) and AttentionTransfer are those of RepDistiller, whose formulas
+# are the same.
+_STAGES = [("layer2", "layer2"), ("layer3", "layer3")]
+_LAST = _STAGES[-1:]
+ON_MAPS: Combinations = {
+    "HiddenState": _beside(lambda: HiddenState(_LAST, weight=100.0)),
+    "HiddenStateCosine": _beside(lambda: HiddenStateCosine(_LAST)),
+    "AttentionTransfer": _beside(lambda: AttentionTransfer(_STAGES, weight=1000.0)),
+    "NeuronSelectivity": _beside(lambda: NeuronSelectivity(_LAST)),
+    "SimilarityPreserving": _beside(lambda: SimilarityPreserving(_LAST)),
+    "RelationalDistance": _beside(lambda: RelationalDistance(_LAST)),
+    "Contrastive": _beside(lambda: Contrastive(_LAST)),
+}
+
 
 def _cut(**options: Any) -> Callable[[nn.Module], nn.Module]:
     return lambda teacher: student_from_teacher(teacher, layers="uniform", **options)
@@ -190,4 +250,16 @@ def trec(batch_size: int) -> Job:
     )
 
 
-JOBS: dict[str, Callable[[int], Job]] = {"sst2": sst2, "trec": trec}
+def cifar10(batch_size: int) -> Job:
+    path = SHARED / "models" / "cifar10-resnet56" / "resnet56.safetensors"
+    files = {f"{split}_file": SHARED / "data" / "cifar10" / f"{split}.parquet" for split in ("train", "test")}
+    return Job(
+        ImageBatches(**files, batch_size=batch_size, padding=4, flip=True),
+        lambda: CifarResNet.from_pretrained(path).to(**CHANNELS_LAST),
+        {"ResNet-8": (lambda _: CifarResNet(8).to(**CHANNELS_LAST), 3e-3)},
+        BASE | ON_LOGITS | ON_MAPS,
+        "5,000 pictures of CIFAR-10",
+    )
+
+
+JOBS: dict[str, Callable[[int], Job]] = {"sst2": sst2, "trec": trec, "cifar10": cifar10}

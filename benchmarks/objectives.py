@@ -2,6 +2,7 @@
 
 python benchmarks/objectives.py                              # SST-2, two students; also the picture
 python benchmarks/objectives.py --job trec --rows 3000       # every objective, one student; 40 minutes on 2 cores
+python benchmarks/objectives.py --job cifar10 --batch_size 128 --epochs 5    # on pictures; an hour on 2 cores
 python benchmarks/objectives.py --job trec --dry --rows 64 --epochs 1 --seeds 0 1 --only SoftTarget Correlation
 python benchmarks/objectives.py --job trec --write_only     # the tables again, from the results that are there
 
