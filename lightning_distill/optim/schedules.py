@@ -4,18 +4,21 @@ from functools import partial
 from typing import Any, Literal
 
 import lightning as L
+import transformers
 from torch.optim import Optimizer, lr_scheduler
-from transformers import SchedulerType, get_scheduler
 
 from lightning_distill.arguments import between, one_of, typed
 
+# `transformers.X` here, and no import of X: its schedules load peft and bitsandbytes, seconds of every start.
 _TORCH = ("step", "reduce_on_plateau", "one_cycle", "cyclic", "wsd")
 _PLATEAU = ("reduce_on_plateau", "reduce_lr_on_plateau", "ReduceLROnPlateau", "greedy")
 _NO_LENGTH: dict[str, Any] = {
     "step": lr_scheduler.StepLR,
     "reduce_on_plateau": lr_scheduler.ReduceLROnPlateau,
     "reduce_lr_on_plateau": lr_scheduler.ReduceLROnPlateau,
-    "greedy": lambda optimizer, **options: get_scheduler("greedy", optimizer, scheduler_specific_kwargs=options),
+    "greedy": lambda optimizer, **options: transformers.get_scheduler(
+        "greedy", optimizer, scheduler_specific_kwargs=options
+    ),
 }
 
 
@@ -66,7 +69,7 @@ def build_lr_scheduler(
     own = getattr(lr_scheduler, name, None)
     by_class = isinstance(own, type) and issubclass(own, lr_scheduler.LRScheduler) and name[0] != "_"
     if not by_class:
-        one_of("name", name, [*_TORCH, *(kind.value for kind in SchedulerType)])
+        one_of("name", name, [*_TORCH, *(kind.value for kind in transformers.SchedulerType)])
     one_of("interval", interval, ("step", "epoch"))
     between("warmup", warmup, 0, closed=True)
     between("min_lr_ratio", min_lr_ratio, 0, 1, closed=True)
@@ -114,7 +117,7 @@ def _of_length(
         options["min_lr_ratio"] = min_lr_ratio
     elif min_lr_ratio:
         name, options = "cosine_with_min_lr", {**options, "min_lr_rate": min_lr_ratio}
-    return get_scheduler(name, optimizer, warmup, total, options)
+    return transformers.get_scheduler(name, optimizer, warmup, total, options)
 
 
 def _total(module: L.LightningModule, interval: str) -> int:

@@ -88,6 +88,7 @@ def test_two_processes_equal_one(row: Row, tmp_path: Path) -> None:
     trainer(tmp_path / "two", row.build(tmp_path), strategy="ddp_fork", devices=2).fit(row.module())
     one, two = checkpoint(tmp_path / "one", 5), checkpoint(tmp_path / "two", 5)
     assert same(two["state_dict"], one["state_dict"], rtol=1e-4)
+    assert all((two["state_dict"][name] - weight).abs().max() < 1e-6 for name, weight in one["state_dict"].items())
     assert same(without_folders(two["callbacks"]), without_folders(one["callbacks"]), rtol=1e-4)
 
 

@@ -10,6 +10,13 @@ from typing import Any
 import lightning as L
 import pytest
 
+#: What a recipe does without files, in seconds: two short batches of each kind, of few rows.
+TRIAL = [
+    *(f"--trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")),
+    *("--model.teacher_epochs=1", "--trainer.max_epochs=1", "--data.batch_size=8"),
+    *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"),
+]
+
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 # A recipe says what is expected by name; these are about data of a few rows.

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import lightning_distill.cli.embedded
+import lightning_distill.cli.language
 from lightning_distill import measure
 from lightning_distill.data import embedded, language, text
 from tests.helpers.models import bert
@@ -15,10 +17,12 @@ _times, _corpus = measure._times, functools.cache(embedded.embedded_corpus)
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time each batch once, and read the embedded corpus once for all recipes: both have tests of their own."""
+    """Time each batch once, and read an embedded corpus of few rows once for all: these have tests of their own."""
     monkeypatch.setattr(measure, "_times", lambda models, batches, repeats, *rest: _times(models, batches, 1, *rest))
     for module in (language, text):
         monkeypatch.setattr(module, "embedded_corpus", _corpus)
+    for command in (lightning_distill.cli.embedded, lightning_distill.cli.language):
+        monkeypatch.setattr(command, "_ROWS_PER_CLASS", 60)
 
 
 @pytest.fixture

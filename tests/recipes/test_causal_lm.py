@@ -12,7 +12,7 @@ from lightning_distill.__main__ import main as command
 from lightning_distill.cli.report import read_curves
 from lightning_distill.data import LanguageModelData, train_causal_tokenizer
 from tests.helpers.models import llama
-from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, refusal, summary
+from tests.helpers.recipes import OF_A_FEW_ROWS, TRIAL, load_recipe, refusal, summary
 from tests.helpers.text import sentiment
 
 pytestmark = OF_A_FEW_ROWS
@@ -164,10 +164,7 @@ def test_a_cache_filled_beforehand(main: Any, flags: list[str], tmp_path: Path, 
 
 
 def test_embedded_default(main: Any, tmp_path: Path) -> None:
-    flags = [f"--output_dir={tmp_path / 'out'}", "--model.teacher_epochs=1", "--trainer.max_epochs=1"]
-    flags += [f"--trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
-    flags += ["--generation.num_prompts=1", "--generation.max_new_tokens=4"]
-    main([*flags, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    main([f"--output_dir={tmp_path / 'out'}", *TRIAL, "--generation.num_prompts=1", "--generation.max_new_tokens=4"])
     found = summary(tmp_path)
     assert found["ratios"]["parameters"] < 1
     assert set(MODELS) < set(found)

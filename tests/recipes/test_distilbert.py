@@ -16,7 +16,7 @@ from lightning_distill import student_from_teacher
 from lightning_distill.cli.report import read_curves
 from lightning_distill.quantization import QuantLinear, load
 from tests.helpers.models import bert
-from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, refusal, summary
+from tests.helpers.recipes import OF_A_FEW_ROWS, TRIAL, load_recipe, refusal, summary
 
 pytestmark = OF_A_FEW_ROWS
 
@@ -92,9 +92,7 @@ def test_the_same_seed_gives_the_same_student(main: Any, files: list[str], tmp_p
 
 
 def test_embedded_default_runs_without_any_file(main: Any, tmp_path: Path, capsys: Any) -> None:
-    flags = [f"--output_dir={tmp_path / 'out'}", "--model.teacher_epochs=1", "--trainer.max_epochs=1"]
-    flags += [f"--trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
-    main([*flags, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    main([f"--output_dir={tmp_path / 'out'}", *TRIAL])
     found = summary(tmp_path)
     assert found["student"]["parameters"] < found["teacher"]["parameters"]
     assert "Training the teacher first" in capsys.readouterr().out

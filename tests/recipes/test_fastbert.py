@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from lightning_distill.early_exit import EarlyExitModel
-from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
+from tests.helpers.recipes import OF_A_FEW_ROWS, TRIAL, load_recipe, summary
 
 pytestmark = [
     *OF_A_FEW_ROWS,
@@ -47,9 +47,7 @@ def test_both_models_get_ramps_that_load(files: list[str], tmp_path: Path, capsy
 
 
 def test_embedded_default(tmp_path: Path) -> None:
-    flags = [f"--output_dir={tmp_path / 'out'}", "--model.teacher_epochs=1", "--trainer.max_epochs=1"]
-    flags += [f"--trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
-    load_recipe("fastbert")([*flags, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    load_recipe("fastbert")([f"--output_dir={tmp_path / 'out'}", *TRIAL])
     assert set(summary(tmp_path)["early_exit"]) == KEYS
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import transformers
 
-from tests.helpers.recipes import OF_A_FEW_ROWS, load_recipe, summary
+from tests.helpers.recipes import OF_A_FEW_ROWS, TRIAL, load_recipe, summary
 
 pytestmark = OF_A_FEW_ROWS
 
@@ -57,9 +57,7 @@ def test_stage_1_learns_the_layers_and_stage_2_goes_on(
 
 @pytest.mark.parametrize("name", STAGE_1)
 def test_embedded_default(name: str, tmp_path: Path) -> None:
-    flags = [f"--output_dir={tmp_path / 'out'}", "--model.teacher_epochs=1", "--trainer.max_epochs=1"]
-    flags += [f"--trainer.limit_{stage}_batches=2" for stage in ("train", "val", "test")]
-    load_recipe(name)([*flags, "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"])
+    load_recipe(name)([f"--output_dir={tmp_path / 'out'}", *TRIAL])
     assert summary(tmp_path)["ratios"]["parameters"] < 1
 
 

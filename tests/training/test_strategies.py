@@ -1,4 +1,4 @@
-"""Two processes give the weights of one after six steps, under each strategy, for each objective and each callback."""
+"""Two processes give the weights of one, under each strategy and precision and for each objective."""
 
 import functools
 from collections.abc import Callable
@@ -19,8 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_distill import DistillationModule
 from lightning_distill.data import BucketBatchSampler, ResumableDataLoader
 from lightning_distill.objectives import AttentionRelation, HardLabel, HiddenState, Objective, SoftTarget
-from tests.callbacks.registry import ROWS
-from tests.callbacks.registry import trainer as callback_trainer
 from tests.helpers.models import batch, bert, llama
 from tests.helpers.processes import run_pair
 from tests.objectives.registry import CASES
@@ -30,6 +28,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Expected at least as many calibration tokens"),
 ]
 STEPS = 6  # two epochs
+FEW = 2  # where what happens in a step is the claim, and no epoch's end
 Weights = dict[str, Tensor]
 
 
@@ -73,17 +72,7 @@ def still(layers: int, **config: Any) -> nn.Module:
 def fit_objective(objective: Objective, strategy: Any) -> Weights:
     torch.manual_seed(0)
     module = DistillationModule(still(3), still(2), [objective], optimizer=lambda p: torch.optim.SGD(p, lr=0.05))
-    trainer(strategy).fit(module, datamodule=Rows("token_classification", 7))
-    return weights(module)
-
-
-def fit_callback(row: Any, folder: Path, strategy: Any) -> Weights:
-    torch.manual_seed(0)
-    module = row.module()
-    run = callback_trainer(
-        folder, row.build(folder), max_steps=STEPS, strategy=strategy, devices=2 if strategy != "auto" else 1
-    )
-    run.fit(module)
+    trainer(strategy, max_steps=FEW).fit(module, datamodule=Rows("token_classification", 7))
     return weights(module)
 
 
@@ -165,7 +154,7 @@ PRECISIONS = [
 
 
 def fit_precision(strategy: Any, precision: str, **settings: Any) -> DistillationModule:
-    given: dict[str, Any] = {"precision": precision, **settings}
+    given: dict[str, Any] = {"precision": precision, "max_steps": FEW, **settings}
     if precision == "16-mixed":
         # As a plugin, because the Trainer turns the flag into bf16-mixed on a CPU.
         del given["precision"]
@@ -178,8 +167,6 @@ def work(folder: Path) -> None:
     results: dict[str, Any] = {
         case.name: fit_objective(case.make(), "ddp_find_unused_parameters_true") for case in OBJECTIVES
     }
-    for index, row in enumerate(ROWS):
-        results[f"{index} {row}"] = fit_callback(row, folder / f"two {index}", "ddp")
     for name, model, accumulate in RUNS:
         module = fit_strategy(model, STRATEGIES[name](), accumulate)
         results[f"{name} {model} {accumulate}"] = weights(module)
@@ -313,13 +300,6 @@ def test_each_objective_trains_in_two_processes_as_in_one(case: Any, two: dict[s
         assert difference > 1e-5
     else:
         assert difference < 1e-6
-
-
-@pytest.mark.forks
-@pytest.mark.parametrize("index", range(len(ROWS)), ids=[f"{index} {row}" for index, row in enumerate(ROWS)])
-def test_each_callback_trains_in_two_processes_as_in_one(index: int, two: dict[str, Any], tmp_path: Path) -> None:
-    difference = largest_difference(two[f"{index} {ROWS[index]}"], fit_callback(ROWS[index], tmp_path, "auto"))
-    assert difference < 1e-6
 
 
 @pytest.mark.forks
