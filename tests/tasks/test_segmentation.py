@@ -1,5 +1,6 @@
 """Classes in dimension 1: pictures, series and volumes, of plain modules and of SegFormer."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -104,3 +105,11 @@ def test_what_does_not_fit_is_refused(student: nn.Module, labels: Tensor, said: 
     x = torch.randn(4, 3) if isinstance(student, nn.Linear) else data(student.weight.ndim - 2)[0]
     with pytest.raises(ValueError, match=said):
         DistillationModule(None, student, task="segmentation").losses((x, labels))
+
+
+def test_the_guide_of_labels_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "labels.md").read_text()
+    scope: dict[str, Any] = {}
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(snippet, scope)
+    assert all(loss.isfinite() for loss in scope["losses"].values())
