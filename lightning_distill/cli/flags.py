@@ -8,6 +8,7 @@ import lightning as L
 
 from lightning_distill.arguments import integer
 from lightning_distill.callbacks import GPTQ, FiniteLoss, GradientClipping, InitPolicy, LRFinder, TeacherCache
+from lightning_distill.cli.models import STUDENT_SIZE
 from lightning_distill.cli.parser import SWITCHES, FlagParser, Flags
 from lightning_distill.cli.run_folder import check_run
 from lightning_distill.cli.trainer import build_callbacks
@@ -143,6 +144,7 @@ def _add_model(parser: FlagParser, *, baseline: bool) -> None:
         ("teacher", str | None, None, "folder or hub id; none: trained on the embedded text"),
         ("student", str | None, None, "folder or hub id; none: made of the teacher"),
         ("num_layers", int | None, None, "layers of the student (default: half of them)"),
+        ("num_decoder_layers", int | None, None, "those of its decoder, where it has one"),
         ("width", float | None, None, "width of the student as a share of the teacher's"),
         ("compression_ratio", float | None, None, "teacher parameters / student parameters"),
         ("layers", str, "uniform", "layers kept: uniform, last, first, skip"),
@@ -232,7 +234,7 @@ def check_flags(flags: Flags, *folders: str) -> None:
     if flags.model.student is not None:
         if flags.model.teacher is None:
             raise ValueError("--model.student goes with --model.teacher, whose text it reads; that is missing")
-        for name in ("num_layers", "width", "compression_ratio", "layers", "init"):
+        for name in STUDENT_SIZE:
             if flags.model[name] != flags.parser.get_default(f"model.{name}"):
                 raise ValueError(f"--model.student is trained as it is; leave --model.{name} out")
     build_callbacks(flags, "student")

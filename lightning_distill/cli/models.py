@@ -12,8 +12,13 @@ from lightning_distill.models.class_names import are_placeholders, class_names, 
 from lightning_distill.models.heads import HEAD_CLASSES
 from lightning_distill.models.pretrained import has_head, load_pretrained, load_with_new_head, read_config
 from lightning_distill.models.tokenizers import check_vocabulary
+from lightning_distill.students.depth import half_depth
+from lightning_distill.students.sizes import depths
 from lightning_distill.tasks import TASKS, infer_task
 from lightning_distill.teachers.precision import load_teacher
+
+#: The flags of ``--model`` that say how large a student is that is made of the teacher.
+STUDENT_SIZE = ("num_layers", "num_decoder_layers", "width", "compression_ratio", "layers", "init")
 
 
 def with_new_head(flags: Flags, data: RowData) -> transformers.PreTrainedModel | None:
@@ -82,9 +87,9 @@ def in_own_precision(flags: Flags, teacher: Any) -> nn.Module:
 
 def student_size(flags: Flags, teacher: Any) -> dict[str, Any]:
     """What :func:`~lightning_distill.student_from_teacher` takes: half of the layers, if no flag says otherwise."""
-    asked = {name: flags.model[name] for name in ("num_layers", "width", "compression_ratio", "layers", "init")}
-    if asked["num_layers"] is asked["width"] is asked["compression_ratio"] is None:
-        asked["num_layers"] = max(1, teacher.config.num_hidden_layers // 2)
+    asked = {name: flags.model[name] for name in STUDENT_SIZE}
+    if all(asked[name] is None for name in ("num_layers", "num_decoder_layers", "width", "compression_ratio")):
+        asked |= half_depth(depths(type(teacher), teacher.config))
     return asked
 
 

@@ -58,7 +58,7 @@ class Carry:
                 for axis in range(weight.ndim):
                     if (name, axis) in kept:
                         weight = weight.index_select(axis, kept[name, axis].to(weight.device))
-                fill_(target, weight * factor if (factor := self._factor(name)) != 1 else weight)
+                fill_(target, weight * factor if (factor := self._factor(name, names[name])) != 1 else weight)
                 # The mark that `from_pretrained` leaves on what it has loaded: this is not new either.
                 target._is_hf_initialized = True
                 filled.append(name)
@@ -90,10 +90,12 @@ class Carry:
                         stacklevel=4,
                     )
 
-    def _factor(self, name: str) -> float:
+    def _factor(self, name: str, source: str) -> float:
         """By what an embedding grows that its class multiplies by a root of the width, where no head shares it."""
-        path, both = name.rpartition(".")[0], (self.teacher, self.student)
-        scales = [float(getattr(model.get_submodule(path), "embed_scale", 1.0)) for model in both]
+        both = (self.teacher, source), (self.student, name)
+        scales = [
+            float(getattr(model.get_submodule(path.rpartition(".")[0]), "embed_scale", 1.0)) for model, path in both
+        ]
         if scales[0] == scales[1] or getattr(self.config.get_text_config(), "tie_word_embeddings", False):
             return 1.0
         return scales[0] / scales[1]

@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,14 +30,16 @@ class Depth:
     Args:
         field: Where it stands.
         layers: What it says.
-        stacks: Paths of each ``ModuleList`` of these layers, one a stage; none where layers share their weights.
+        stacks: Paths of each ``ModuleList`` of these layers, one a stage; none where no stack tells.
         of_decoder: Whether they are those of the decoder of an encoder-decoder.
+        groups: Where layers share their weights (ALBERT): the field that says how many have weights of their own.
     """
 
     field: Field
     layers: Size
     stacks: tuple[str, ...] = ()
     of_decoder: bool = False
+    groups: Field | None = None
 
     @property
     def total(self) -> int:
@@ -87,7 +89,13 @@ def _each(size: Size, change: Any) -> Any:
     return change(size) if isinstance(size, int) else [change(number) for number in size]
 
 
-def _in_list(size: Size) -> list[int]:
+def in_list(size: Size) -> list[int]:
+    """A size by stage; of what has no stages in a list of one.
+
+    Example:
+        >>> in_list(3), in_list([1, 2])
+        ([3], [1, 2])
+    """
     return [size] if isinstance(size, int) else size
 
 
@@ -127,7 +135,7 @@ def _depths(kind: Any, told: _Told) -> list[Depth]:
     all_stacks, decoder = _stacks(model), find_decoder(model)
     found = []
     for where, value in _fields(config):
-        if not set(_in_list(value)) <= set(all_stacks.values()):
+        if not set(in_list(value)) <= set(all_stacks.values()):
             continue
         changed = with_fields(config, {where: _each(value, lambda number: number - 1 or 2)})
         try:
@@ -141,11 +149,49 @@ def _depths(kind: Any, told: _Told) -> list[Depth]:
             found.append(Depth(where, value, other, decoder is not None and other[0].startswith(f"{decoder}.")))
     staged = {depth.field[0] for depth in found if isinstance(depth.layers, list)}
     found = [depth for depth in found if depth.field[0] not in staged or isinstance(depth.layers, list)]
+    found = [_shared(kind, config, depth) or depth for depth in found]
     known = {depth.field[0] for depth in found}
     for tower, part in towers(config).items():
         if tower not in known and isinstance(layers := getattr(part, "num_hidden_layers", None), int):
             found.append(Depth((tower, _own_name(part, "num_hidden_layers")), layers))
     return found
+
+
+def _shared(kind: Any, config: Any, depth: Depth) -> Depth | None:
+    """The number of layers where a stack is of groups of layers that share their weights; None where it is not."""
+    tower, part = depth.field[0], towers(config)[depth.field[0]]
+    field = (tower, _own_name(part, "num_hidden_layers"))
+    layers = getattr(part, field[1], None)
+    if field == depth.field or not isinstance(layers, int) or not isinstance(depth.layers, int):
+        return None
+    for number in (layers, layers + 1):
+        try:
+            run = _run(build(kind, with_fields(config, {field: number})), depth.stacks[0])
+        except Exception:  # whatever a constructor or a forward raises where the field is of something else
+            return None
+        if run != [group_of(layer, number, depth.layers) for layer in range(number)]:
+            return None
+    return replace(depth, field=field, layers=layers, groups=depth.field)
+
+
+def _run(model: nn.Module, stack: str) -> list[int]:
+    """Which layer of a stack a forward runs first, second and so on."""
+    run: list[int] = []
+    for index, layer in enumerate(model.get_submodule(stack).children()):
+        layer.register_forward_hook(lambda *_, index=index: run.append(index))
+    with torch.no_grad():
+        model(**inputs(model))
+    return run
+
+
+def group_of(layer: int, layers: int, groups: int) -> int:
+    """Whose weights a layer has where layers share them in groups, as ALBERT counts.
+
+    Example:
+        >>> [group_of(layer, 5, 2) for layer in range(5)]
+        [0, 0, 0, 1, 1]
+    """
+    return int(layer / (layers / groups))
 
 
 def _stacks(model: nn.Module) -> dict[str, int]:
@@ -188,7 +234,7 @@ def _widths(kind: Any, told: _Told) -> dict[Field, Size]:
         own, part = hidden[where[0]]
         if where[1] == own or _HEADS.search(where[1]):
             found[where] = value
-        elif set(_in_list(value)) & lengths and not where[1].endswith("_id"):
+        elif set(in_list(value)) & lengths and not where[1].endswith("_id"):
             equal = value == getattr(part, "hidden_size", None)
             if _is_inner(
                 kind, with_fields(config, {where: _each(value, lambda number: 2 * number)}), base, value, equal
@@ -217,7 +263,7 @@ def _is_inner(kind: Any, config: Any, base: Mapping[str, Tensor], value: Size, e
     kinds: dict[Any, int] = {}
     for unit in found:
         kinds[kind_of(unit)] = kinds.get(kind_of(unit), 0) + 1
-    doubled = {2 * number for number in _in_list(value)}
+    doubled = {2 * number for number in in_list(value)}
     return any(number in doubled and _is_between(kind, model) for kind, number in kinds.items())
 
 
@@ -268,7 +314,7 @@ def width_steps(sizes: dict[Field, Size]) -> int:
         >>> width_steps({("", "hidden_size"): 768, ("", "num_attention_heads"): 12})
         12
     """
-    return math.gcd(*(number for size in sizes.values() for number in _in_list(size)))
+    return math.gcd(*(number for size in sizes.values() for number in in_list(size)))
 
 
 def inputs(model: Any) -> dict[str, Tensor]:

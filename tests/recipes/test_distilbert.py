@@ -140,6 +140,7 @@ def test_wrong_files_are_one_line_and_exit_code_2(
     ("flags", "message"),
     [
         (["--model.num_layers=9"], "num_layers"),
+        (["--model.num_decoder_layers=1"], "`num_decoder_layers` to be None for a `BertForSequenceClassification`"),
         (["--model.width=0.3"], "width"),
         (["--data.val_file=nowhere.tsv"], "nowhere.tsv"),
         (["--trainer.max_epochs=many"], "max_epochs"),

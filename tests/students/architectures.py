@@ -37,6 +37,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "xlm-roberta": ("XLMRobertaForSequenceClassification", "XLMRoberta", _TEXT),
     "camembert": ("CamembertForSequenceClassification", "Camembert", _TEXT),
     "electra": ("ElectraForSequenceClassification", "Electra", {**_TEXT, "embedding_size": 16}),
+    "albert": (
+        "AlbertForSequenceClassification",
+        "Albert",
+        {**_TEXT, "embedding_size": 16, "num_hidden_groups": 4},
+    ),
     "mpnet": ("MPNetForSequenceClassification", "MPNet", _TEXT),
     "deberta-v2": (
         "DebertaV2ForSequenceClassification",

@@ -80,6 +80,43 @@ def test_layer_types_go_with_their_layers() -> None:
         student_from_teacher(teacher, num_layers=3)
 
 
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("layers", [[0, 3], [1, 3], [0, 3, 1], [2], [3, 2, 1, 0]])
+def test_shared_layers_are_counted_as_they_are_run(groups: int, layers: list[int]) -> None:
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "embedding_size": 8}
+    torch.manual_seed(0)
+    config = transformers.AlbertConfig(vocab_size=64, num_hidden_layers=4, num_hidden_groups=groups, **sizes)
+    teacher = transformers.AlbertModel(config).eval()
+    with torch.no_grad():
+        for parameter in teacher.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    student: Any = student_from_teacher(teacher, num_layers=len(layers), layers=layers).eval()
+    ids, encoder = torch.randint(3, 64, (2, 7)), teacher.encoder
+    with torch.no_grad():
+        hidden = encoder.embedding_hidden_mapping_in(teacher.embeddings(ids))
+        for layer in layers:
+            hidden = encoder.albert_layer_groups[layer * groups // 4](hidden, None)
+        torch.testing.assert_close(student(ids).last_hidden_state, hidden, rtol=0, atol=0)
+    assert student.config.num_hidden_layers == len(layers)
+    assert student.config.num_hidden_groups <= len(layers)
+    with pytest.raises(ValueError, match="from 1 to 4, the teacher's depth, but got 5"):
+        student_from_teacher(teacher, num_layers=5)
+
+
+def test_albert_by_width_names_the_nearest_that_its_embedding_has() -> None:
+    config = transformers.AlbertConfig(
+        vocab_size=64,
+        hidden_size=24,
+        num_attention_heads=3,
+        intermediate_size=48,
+        embedding_size=10,
+        num_hidden_layers=1,
+    )
+    teacher = transformers.AlbertForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"`width`.*'embedding_size': 10.* The nearest is 1/1"):
+        student_from_teacher(teacher, width=0.5)
+
+
 def test_width_keeps_what_weighs_most_by_plain_indexing() -> None:
     teacher = make("Bert", layers=1)
     layer = teacher.bert.encoder.layer[0]
@@ -212,6 +249,7 @@ def test_label_names_are_kept() -> None:
     [
         ({"num_layers": 5}, "`num_layers` to be from 1 to 4, the teacher's depth, but got 5"),
         ({"num_layers": 0}, "`num_layers`"),
+        ({"num_decoder_layers": 1}, "`num_decoder_layers` to be None for a `BertForSequenceClassification`"),
         ({"width": 0.3}, r"`width`.* The nearest is 1/2"),
         ({"width": 0.0}, "`width`"),
         ({"compression_ratio": 0.5}, "`compression_ratio`.* pass 2"),
