@@ -11,6 +11,7 @@ from lightning_distill.data.language import LanguageModelData
 from lightning_distill.data.packing import Document, PackedText
 from lightning_distill.data.rows import RowData
 from lightning_distill.data.sampler import BucketBatchSampler, ResumableDataLoader
+from lightning_distill.data.sequence_to_sequence import SequenceToSequenceData
 from lightning_distill.data.text import TextClassificationData
 from lightning_distill.data.token_classification import TokenClassificationData
 
@@ -22,6 +23,7 @@ __all__ = [
     "PackedText",
     "ResumableDataLoader",
     "RowData",
+    "SequenceToSequenceData",
     "TextClassificationData",
     "TokenClassificationData",
     "embedded_corpus",

@@ -21,9 +21,9 @@ from lightning_distill.arguments import integer, typed
 PACKAGES = ("matplotlib", "networkx", "numpy", "python", "sympy", "torch", "transformers")
 _SKIPPED = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "_vendor", "vendor"}
 
-# Triple-quoted strings; one that starts a line is a docstring. Compared with the ast module on 840 files of these
-# packages this found 99 % of the docstrings, 4 % of what it found were other strings, in a sixth of the time.
-_STRING = re.compile(
+#: Triple-quoted strings; one that starts a line is a docstring. Compared with the ast module on 840 files of these
+#: packages this found 99 % of the docstrings, 4 % of what it found were other strings, in a sixth of the time.
+DOCSTRING = re.compile(
     r"""(?P<line_start>^[ \t]*)?[rR]?(?P<quotes>\"{3}|'{3})(?P<text>.*?)(?P=quotes)""", re.MULTILINE | re.DOTALL
 )
 _BLANK_LINE = re.compile(r"\n[ \t]*\n")
@@ -95,7 +95,7 @@ def source_files(root: Path, generator: random.Random) -> list[Path]:
 
 def _paragraphs(root: Path, generator: random.Random) -> Iterator[str]:
     for file in source_files(root, generator):
-        for match in _STRING.finditer(file.read_text(encoding="utf-8", errors="replace")):
+        for match in DOCSTRING.finditer(file.read_text(encoding="utf-8", errors="replace")):
             paragraph = " ".join(_BLANK_LINE.split(match["text"].strip(), maxsplit=1)[0].split())
             if match["line_start"] is not None and 40 <= len(paragraph) <= 400 and paragraph[0].isalpha():
                 yield paragraph
