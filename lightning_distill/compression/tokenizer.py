@@ -150,7 +150,7 @@ def _renumbered(state: dict[str, Any], new: dict[int, int]) -> dict[str, Any]:
 
 
 def _merges(model: dict[str, Any]) -> list[tuple[str, str]]:
-    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]  # type: ignore[misc]
+    return [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
 
 
 def _around(processor: Any) -> Iterator[int]:

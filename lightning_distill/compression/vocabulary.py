@@ -189,7 +189,7 @@ def _with_rows(model: PreTrainedModel, kept: Tensor, new: dict[int, int]) -> Pre
     for parameter, own in zip(small.parameters(), model.parameters(), strict=True):
         parameter.requires_grad_(own.requires_grad)
     small.to(model.device)
-    return small.train(model.training)  # type: ignore[no-any-return]
+    return small.train(model.training)
 
 
 def _rows(weight: Tensor, shape: torch.Size | None, kept: Tensor) -> Tensor:
