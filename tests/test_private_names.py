@@ -61,7 +61,10 @@ def used(tree: ast.AST) -> Iterator[str]:
 
 
 # Words in quotes that are no name of an attribute (ends of names, an operator), and one that the language documents.
-WORDS = {"_with_signals", "_attention_sink", "_vendor", "_fields", "_id", "_like", "_local_scalar_dense"}
+WORDS = {
+    "_with_signals", "_attention_sink", "_vendor", "_fields", "_id", "_like", "_local_scalar_dense",
+    "_token_id", "_token_ids", "_token_index",
+}  # fmt: skip
 
 
 def foreign(trees: dict[str, ast.AST]) -> set[tuple[str, str]]:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 #: Loaders of the library itself, which take no code from anywhere.
-OWN = ("EarlyExitModel", "DistillationModule", "TextClassificationData", "LanguageModelData")
+OWN = ("EarlyExitModel", "DistillationModule", "TextClassificationData", "LanguageModelData", "CifarResNet")
 FILES = sorted(
     path
     for folder in ("lightning_distill", "callbacks", "recipes", "benchmarks")

@@ -124,7 +124,7 @@ def restricted(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], new: d
         file.write_text(json.dumps(config, ensure_ascii=False), "utf-8")
         for other in ("vocab.json", "vocab.txt", "merges.txt"):  # the same tokens once more
             (Path(folder) / other).unlink(missing_ok=True)
-        smaller = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        smaller = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     smaller.name_or_path = ""
     return smaller
 

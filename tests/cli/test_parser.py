@@ -15,7 +15,10 @@ from lightning_distill.cli import text_parser
         (["--trainer.max_epochs=1.5"], "--trainer.max_epochs: expected a whole number, but got '1.5'"),
         (["--optimizer.lr=nan"], "--optimizer.lr: expected a finite number, but got 'nan'"),
         (["--trainer.gradient_clip_val=x"], "--trainer.gradient_clip_val: expected a finite number, but got 'x'"),
-        (["--data.task=sums"], "--data.task: expected one of 'classification', 'regression', but got 'sums'"),
+        (
+            ["--data.task=sums"],
+            "--data.task: expected one of 'classification', 'multi_label', 'regression', but got 'sums'",
+        ),
         (["--objectives=3"], "--objectives: Not a valid subclass of Objective. Got value: 3"),
         (["--objectives=nonsense"], "--objectives: expected the name of a class, but got \"['nonsense']\""),
         (

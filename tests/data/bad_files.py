@@ -192,7 +192,7 @@ def objects() -> list[BadFile]:
         BadFile(
             "list_label.jsonl",
             jsonl({"sentence": "x", "label": [1, 2]}),
-            ":5: column 'label' holds [1, 2], which is neither",
+            ":5: column 'label' holds [1, 2], a list, where one label is expected",
         ),
         BadFile("object_label.jsonl", jsonl({"sentence": "x", "label": {"a": 1}}), ":5: column 'label' holds {'a': 1}"),
         BadFile(
