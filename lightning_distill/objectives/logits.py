@@ -106,7 +106,10 @@ class SoftTarget(Softened):
         if teacher.top_k:
             if self.divergence != "forward_kl":
                 raise self._error("divergence", "'forward_kl' with a teacher's k best classes alone", self.divergence)
-            best = teacher.top_k[self.temperature]
+            if (best := teacher.top_k.get(self.temperature)) is None:
+                kept = f"one that the teacher's k best classes were kept for, {tuple(teacher.top_k)}"
+                advice = "A callback that adds objectives, such as `EarlyExit`, stands before `TeacherCache`."
+                raise self._error("temperature", kept, self.temperature, advice)
             values = functional.top_k_soft_target(student.logits, best.log_probs, best.classes, **options)
         elif student.vectors:
             values = functional.logits_cosine(student.logits, teacher.logits, mask=student.mask, reduction="none")

@@ -10,7 +10,7 @@ from torchmetrics import classification as c
 from torchmetrics import regression as r
 
 from lightning_distill.models.batch import IGNORE_INDEX
-from lightning_distill.tasks.metrics import Pearson
+from lightning_distill.tasks.metrics import Pearson, Spearman
 
 #: A class of torchmetrics, and what it takes beside the number of classes.
 Rows = Mapping[str, tuple[Callable[..., Metric], dict[str, Any]]]
@@ -36,7 +36,7 @@ _LABELS: Rows = {
 }
 _VALUES: Rows = {
     "pearson": (Pearson, {}),
-    "spearman": (r.SpearmanCorrCoef, {}),
+    "spearman": (Spearman, {}),
     "mse": (r.MeanSquaredError, {}),
     "mae": (r.MeanAbsoluteError, {}),
     "r2": (r.R2Score, {}),

@@ -273,6 +273,21 @@ def test_early_exit_learns_from_a_cache(kind: type[DistillationModule], tmp_path
         assert_same(runs[0], run)
 
 
+@pytest.mark.parametrize("ramps_first", [True, False])
+def test_ramps_learn_of_the_best_classes_at_a_temperature_that_is_kept(tmp_path: Path, ramps_first: bool) -> None:
+    """The cache keeps what the objectives of its start ask for; what joins later is told to come first."""
+    module = DistillationModule(of_classes("abc"), of_classes("abc"), soft())
+    both = [EarlyExit(teacher_weight=0.5, temperature=7.0), TeacherCache(tmp_path / "cache", top_k=2)]
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    callbacks = both if ramps_first else both[::-1]
+    trainer = L.Trainer(max_epochs=1, accelerator="cpu", enable_checkpointing=False, callbacks=callbacks, **quiet)
+    if ramps_first:
+        trainer.fit(module, datamodule=Shuffled("classification"))
+        return
+    with pytest.raises(ValueError, match=r"kept for, \(.*\), but got 7.0. A callback .* stands before `TeacherCache`"):
+        trainer.fit(module, datamodule=Shuffled("classification"))
+
+
 class OfMapping(nn.Module):
     """Reads whatever a batch holds."""
 
